@@ -1,0 +1,3 @@
+//! What people see of a running process: logs and metrics.
+
+pub mod metrics;

@@ -1,0 +1,155 @@
+//! Every metric of postroom, with its meaning, in one place. Base units; labels from fixed sets, never addresses.
+
+use prometheus::{
+    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
+};
+
+/// Content type of [`Metrics::render`]; Prometheus 3 refuses a scrape without it.
+pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+const FAST: &[f64] = &[
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+];
+const SLOW: &[f64] = &[
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0,
+];
+
+macro_rules! metrics {
+    ($($(#[doc = $doc:literal])+ $field:ident: $type:ident $name:literal $([$($label:literal),+])? $(in $buckets:ident)?;)+) => {
+        /// Handles to all metrics, registered once per process and passed to whoever counts.
+        #[derive(Debug)]
+        pub struct Metrics {
+            registry: Registry,
+            $($(#[doc = $doc])+ pub $field: $type,)+
+        }
+
+        impl Metrics {
+            /// Registers everything.
+            ///
+            /// # Errors
+            /// If a name is malformed or taken: a mistake in the table above.
+            pub fn new() -> prometheus::Result<Self> {
+                let registry = Registry::new_custom(None, None)?;
+                $(let $field = make!($type, $name, concat!($($doc),+).trim(), [$($($label),+)?], $($buckets)?);
+                registry.register(Box::new($field.clone()))?;)+
+                #[cfg(target_os = "linux")]
+                registry.register(Box::new(
+                    prometheus::process_collector::ProcessCollector::for_self(),
+                ))?;
+                Ok(Self { registry, $($field,)+ })
+            }
+        }
+    };
+}
+
+macro_rules! make {
+    (IntCounter, $name:literal, $help:expr, [], ) => { IntCounter::new($name, $help)? };
+    (IntGauge, $name:literal, $help:expr, [], ) => { IntGauge::new($name, $help)? };
+    (IntCounterVec, $name:literal, $help:expr, [$($label:literal),+], ) => {
+        IntCounterVec::new(Opts::new($name, $help), &[$($label),+])?
+    };
+    (IntGaugeVec, $name:literal, $help:expr, [$($label:literal),+], ) => {
+        IntGaugeVec::new(Opts::new($name, $help), &[$($label),+])?
+    };
+    (Histogram, $name:literal, $help:expr, [], $buckets:ident) => {
+        Histogram::with_opts(HistogramOpts::new($name, $help).buckets($buckets.to_vec()))?
+    };
+    (HistogramVec, $name:literal, $help:expr, [$($label:literal),+], $buckets:ident) => {
+        HistogramVec::new(HistogramOpts::new($name, $help).buckets($buckets.to_vec()), &[$($label),+])?
+    };
+}
+
+metrics! {
+    /// Deliveries taken from job queues.
+    deliveries: IntCounterVec "postroom_deliveries_total" ["level", "redelivered"];
+    /// Jobs that ended or changed state, by outcome: sent, failed, rejected, expired, cancelled, uncertain, parked, duplicate.
+    jobs: IntCounterVec "postroom_jobs_total" ["outcome"];
+    /// Recipients by result: accepted, deferred, refused; with failure class.
+    recipients: IntCounterVec "postroom_recipients_total" ["status", "class"];
+    /// Attempts that did not end in acceptance, by class and fault.
+    failures: IntCounterVec "postroom_attempt_failures_total" ["class", "fault", "stage"];
+    /// From the job's AMQP timestamp to its first attempt.
+    queue_age: HistogramVec "postroom_queue_age_seconds" ["level"] in SLOW;
+    /// Time a job spends in one stage: decode, admit, resolve, fetch, compose, slot, connection, send, settle.
+    stage: HistogramVec "postroom_stage_duration_seconds" ["stage"] in FAST;
+    /// Time of one SMTP phase: connect, tls, auth, envelope, data.
+    smtp_phase: HistogramVec "postroom_smtp_phase_duration_seconds" ["phase"] in FAST;
+    /// SMTP connections attempted, by result: ok, failed, denied.
+    smtp_connects: IntCounterVec "postroom_smtp_connects_total" ["result"];
+    /// Open SMTP connections: idle, busy.
+    smtp_connections: IntGaugeVec "postroom_smtp_connections" ["state"];
+    /// Permits to send, by level: in use.
+    permits_used: IntGaugeVec "postroom_permits_in_use" ["level"];
+    /// Jobs between delivery and settlement.
+    in_flight: IntGauge "postroom_in_flight_jobs";
+    /// Waiting jobs by reason: rate, retry, schedule, busy; sampled by one worker at a time.
+    waiting: IntGaugeVec "postroom_waiting_jobs" ["reason"];
+    /// Rate slots asked for, by answer: granted, denied, expired.
+    slots: IntCounterVec "postroom_rate_slots_total" ["answer"];
+    /// Rows per coalesced SQL statement.
+    batch_rows: HistogramVec "postroom_sql_batch_rows" ["statement"] in COUNTS;
+    /// Duration of one coalesced SQL statement.
+    batch_seconds: HistogramVec "postroom_sql_batch_duration_seconds" ["statement"] in FAST;
+    /// SQL statements that failed and were repeated, by SQLSTATE class.
+    sql_errors: IntCounterVec "postroom_sql_errors_total" ["class"];
+    /// Leases lost to another worker before the outcome was written.
+    leases_lost: IntCounter "postroom_leases_lost_total";
+    /// Sends whose job turned out to be already final: duplicates, as far as we know of them.
+    duplicate_sends: IntCounter "postroom_duplicate_sends_total";
+    /// Messages put on the dead-letter exchange, by reason.
+    dead_lettered: IntCounterVec "postroom_dead_lettered_total" ["reason"];
+    /// Publishes by result: confirmed, nacked, returned, timeout, error.
+    publishes: IntCounterVec "postroom_publishes_total" ["result"];
+    /// Age of the oldest report not yet published.
+    outbox_age: IntGauge "postroom_outbox_oldest_seconds";
+    /// Attachments fetched, by result.
+    fetches: IntCounterVec "postroom_attachment_fetches_total" ["result"];
+    /// Uploads to the object store, by result: stored, present, failed.
+    uploads: IntCounterVec "postroom_uploads_total" ["result"];
+    /// Bytes uploaded.
+    upload_bytes: IntCounter "postroom_upload_bytes_total";
+    /// Attachment bytes in memory.
+    attachment_bytes: IntGauge "postroom_attachment_bytes";
+    /// Webhook attempts by result: delivered, retried, failed, disabled.
+    webhook_attempts: IntCounterVec "postroom_webhook_attempts_total" ["result"];
+    /// Duration of one webhook POST.
+    webhook_seconds: Histogram "postroom_webhook_duration_seconds" in SLOW;
+    /// Events waiting for delivery to a webhook.
+    webhook_pending: IntGauge "postroom_webhook_pending";
+    /// Age of the oldest event waiting for delivery.
+    webhook_oldest: IntGauge "postroom_webhook_oldest_pending_seconds";
+    /// Whether a dependency is connected: amqp, database.
+    connected: IntGaugeVec "postroom_connected" ["dependency"];
+    /// Sessions with the broker begun.
+    broker_sessions: IntCounter "postroom_broker_sessions_total";
+    /// Version and contract of this process.
+    build_info: IntGaugeVec "postroom_build_info" ["version"];
+}
+
+const COUNTS: &[f64] = &[1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0];
+
+impl Metrics {
+    /// The page Prometheus scrapes, see [`CONTENT_TYPE`].
+    ///
+    /// # Errors
+    /// If encoding fails.
+    pub fn render(&self) -> prometheus::Result<String> {
+        TextEncoder::new().encode_to_string(&self.registry.gather())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_metric_is_rendered_with_its_help() {
+        let metrics = Metrics::new().unwrap();
+        metrics.jobs.with_label_values(&["sent"]).inc();
+        let page = metrics.render().unwrap();
+        assert!(page.contains("postroom_jobs_total{outcome=\"sent\"} 1"), "{page}");
+        assert!(page.contains("# HELP postroom_jobs_total Jobs that ended"));
+        assert!(page.contains("postroom_in_flight_jobs 0"));
+    }
+}
