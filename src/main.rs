@@ -1,1 +1,3 @@
+//! The `postroom` binary.
+
 fn main() {}

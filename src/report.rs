@@ -1,5 +1,7 @@
 //! Reports: what tenants are told. The same JSON goes to the reports exchange and to webhooks.
 
+use std::fmt::Write as _;
+
 use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::Value;
@@ -282,7 +284,7 @@ pub fn event_id(tenant: &str, kind: &str, subject: &str, sequence: &str) -> Stri
     let mut id = String::with_capacity(36);
     id.push_str("evt_");
     for byte in &digest[..16] {
-        id.push_str(&format!("{byte:02x}"));
+        let _ = write!(id, "{byte:02x}");
     }
     id
 }
