@@ -5,6 +5,7 @@ pub mod db;
 pub mod failure;
 pub mod id;
 pub mod job;
+pub mod ledger;
 pub mod level;
 pub mod report;
 pub mod telemetry;

@@ -1,0 +1,209 @@
+//! The ledger in Postgres: who may act on a job, what has become of it, what waits, and what is owed.
+//!
+//! All decisions are made by the functions of `schema/migrations/V2__ledger.sql`, on the database's clock; this module
+//! calls them in batches. Concurrent calls of many jobs become one statement (see [`coalesce`]).
+
+pub mod admit;
+pub mod caps;
+pub mod coalesce;
+pub mod lease;
+pub mod odd;
+pub mod outbox;
+pub mod release;
+pub mod settle;
+pub mod slots;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+
+use crate::db::{Database, DbError};
+use crate::id::{AccountKey, JobId, TenantId};
+use crate::report::RecipientResult;
+use crate::telemetry::metrics::Metrics;
+
+pub use lease::{Epoch, Lease};
+pub use slots::Slot;
+
+/// Why a job waits; the number is the one in the database.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(i16)]
+pub enum WaitReason {
+    /// A rate limit of its account or tenant.
+    Rate = 1,
+    /// A passing failure; tried again later.
+    Retry = 2,
+    /// Its `send_at`.
+    Schedule = 3,
+    /// All connections of its account are in use while others' jobs stand behind it.
+    Busy = 4,
+    /// It follows a newer contract than this worker knows.
+    Contract = 5,
+    /// A key that this worker does not have.
+    Key = 6,
+}
+
+impl WaitReason {
+    /// Every reason.
+    pub const ALL: [Self; 6] = [
+        Self::Rate,
+        Self::Retry,
+        Self::Schedule,
+        Self::Busy,
+        Self::Contract,
+        Self::Key,
+    ];
+
+    /// The name in reports, metrics and listings.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Rate => "rate",
+            Self::Retry => "retry",
+            Self::Schedule => "schedule",
+            Self::Busy => "busy",
+            Self::Contract => "contract",
+            Self::Key => "key",
+        }
+    }
+
+    /// The reason stored as a number, if it is one.
+    #[must_use]
+    pub fn from_number(number: i16) -> Option<Self> {
+        Self::ALL.into_iter().find(|reason| *reason as i16 == number)
+    }
+}
+
+/// What the ledger knows of a job that this worker has leased.
+#[derive(Debug, Clone)]
+pub struct Row {
+    /// Whose.
+    pub tenant: TenantId,
+    /// Which.
+    pub id: JobId,
+    /// The account whose limits the job was last counted under.
+    pub account: AccountKey,
+    /// The lease under which this worker may act.
+    pub lease: Lease,
+    /// First number of the job's reports; part of its identity.
+    pub born: i64,
+    /// Number of its latest report.
+    pub sequence: i64,
+    /// Attempts made so far.
+    pub attempts: u32,
+    /// When the job was first claimed: the mail's Date.
+    pub created: Timestamp,
+    /// Results of earlier attempts; empty before the first.
+    pub recipients: Vec<RecipientResult>,
+    /// Message-ID of earlier attempts.
+    pub message_id: Option<String>,
+    /// Leases that ended without an outcome.
+    pub uncertain: u32,
+    /// The slot granted with the lease, if one was.
+    pub slot: Option<Slot>,
+}
+
+/// Calls the ledger's functions. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Ledger {
+    db: Database,
+    metrics: Arc<Metrics>,
+    sql: Arc<Statements>,
+}
+
+/// The statements of the hot path, with the schema's name put in once.
+#[derive(Debug)]
+struct Statements {
+    admit: String,
+    settle: String,
+    release: String,
+    slots: String,
+    absorb: String,
+    clear: String,
+    mark: String,
+}
+
+impl Ledger {
+    /// A ledger on this database.
+    #[must_use]
+    pub fn new(db: Database, metrics: Arc<Metrics>) -> Self {
+        let sql = Arc::new(Statements {
+            admit: db.sql("SELECT * FROM {s}.admit_v1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"),
+            settle: db.sql(
+                "SELECT * FROM {s}.settle_v1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)",
+            ),
+            release: db.sql("SELECT * FROM {s}.release_v1($1, $2, $3, $4, $5, $6, $7)"),
+            slots: db.sql("SELECT * FROM {s}.slots_v1($1, $2, $3, $4, $5, $6)"),
+            absorb: db.sql("SELECT idx FROM {s}.absorb_v1($1, $2, $3, $4)"),
+            clear: db.sql("SELECT {s}.clear_outbox_v1($1, $2, $3)"),
+            mark: db.sql("SELECT idx FROM {s}.mark_data_v1($1, $2, $3, $4)"),
+        });
+        Self { db, metrics, sql }
+    }
+
+    /// The database underneath.
+    #[must_use]
+    pub fn database(&self) -> &Database {
+        &self.db
+    }
+
+    /// The installation's fixed secret, which keys Message-IDs.
+    ///
+    /// # Errors
+    /// If the database cannot be asked.
+    pub async fn installation_secret(&self) -> Result<Vec<u8>, DbError> {
+        let sql = self.db.sql("SELECT secret FROM {s}.installation");
+        Ok(self.db.client().await?.query_one(&sql, &[]).await?.try_get(0)?)
+    }
+
+    /// How many jobs wait, by reason. Counts at most `most` rows, so that it stays cheap with a full waiting room.
+    ///
+    /// # Errors
+    /// If the database cannot be asked.
+    pub async fn waiting(&self, most: i64) -> Result<Vec<(WaitReason, i64)>, DbError> {
+        let sql = self.db.sql(
+            "SELECT reason, count(*) FROM (SELECT reason FROM {s}.job WHERE state = 2 LIMIT $1) w GROUP BY reason",
+        );
+        let rows = self.db.client().await?.query(&sql, &[&most]).await?;
+        Ok(rows
+            .iter()
+            .filter_map(|row| {
+                Some((
+                    WaitReason::from_number(row.try_get(0).ok()?)?,
+                    row.try_get(1).ok()?,
+                ))
+            })
+            .collect())
+    }
+
+    fn observe(&self, statement: &str, rows: usize, took: Duration) {
+        self.metrics
+            .batch_rows
+            .with_label_values(&[statement])
+            .observe(rows as f64);
+        self.metrics
+            .batch_seconds
+            .with_label_values(&[statement])
+            .observe(took.as_secs_f64());
+    }
+}
+
+/// Reads cumulative recipients as stored.
+fn recipients(value: Option<serde_json::Value>) -> Vec<RecipientResult> {
+    value
+        .and_then(|value| serde_json::from_value(value).ok())
+        .unwrap_or_default()
+}
+
+/// Microseconds since 1970 as a timestamp; the database never stores one out of range.
+fn timestamp(micros: i64) -> Timestamp {
+    Timestamp::from_microsecond(micros).unwrap_or(Timestamp::UNIX_EPOCH)
+}
+
+/// A duration in microseconds, as the functions take it.
+fn micros(duration: Duration) -> i64 {
+    i64::try_from(duration.as_micros())
+        .unwrap_or(i64::MAX / 4)
+        .min(i64::MAX / 4)
+}

@@ -1,0 +1,246 @@
+//! Admission: claims job ids, and answers for every delivery what it is.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+
+use super::slots::wait;
+use super::{Lease, Ledger, Row, Slot, WaitReason, recipients, timestamp};
+use crate::db::DbError;
+use crate::id::{AccountKey, JobId, TenantId};
+use crate::job::MailJob;
+use crate::level::Level;
+
+/// One delivery to be admitted. Keys within a batch must differ.
+#[derive(Debug, Clone)]
+pub struct AdmitRequest {
+    /// The job.
+    pub job: Arc<MailJob>,
+    /// The level of its queue.
+    pub level: Level,
+    /// The account that is to send.
+    pub account: AccountKey,
+    /// A claim of this worker, drawn for this delivery.
+    pub lease: Lease,
+    /// What to ask for.
+    pub want: Want,
+}
+
+/// What a delivery asks of admission; the number is the one the function takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(i16)]
+pub enum Want {
+    /// The claim alone: the slot is taken when the mail is ready.
+    Claim = 0,
+    /// The claim and a slot.
+    Slot = 1,
+    /// The claim, to be parked: the account has no connection free.
+    Park = 2,
+}
+
+/// What a delivery is.
+#[derive(Debug)]
+pub enum Admitted {
+    /// Leased to this worker: go on.
+    Go(Box<Row>),
+    /// Leased to this worker, but older jobs of its account wait: release those first.
+    Behind(Box<Row>),
+    /// Leased to this worker, to be parked.
+    Wait {
+        /// The leased row.
+        row: Box<Row>,
+        /// Why.
+        reason: WaitReason,
+        /// For how long, as far as is known.
+        delay: Duration,
+    },
+    /// Leased to this worker; its `expires_at` has passed.
+    Expired(Box<Row>),
+    /// Leased to this worker; it was cancelled before it came.
+    Cancelled(Box<Row>),
+    /// Leased by somebody else: the body is to be absorbed.
+    InFlight,
+    /// In the waiting room already.
+    Waiting,
+    /// Held until somebody decides about its uncertain outcome; the body is to be absorbed.
+    Held,
+    /// Final.
+    Done {
+        /// Its report has not been published yet.
+        owed: bool,
+    },
+    /// Another content has been seen under this id.
+    Conflict,
+}
+
+impl Ledger {
+    /// Admits a batch.
+    ///
+    /// # Errors
+    /// If the database cannot be asked. Repeating the call with the same claims is safe, whatever became of the first.
+    pub async fn admit(&self, batch: &[AdmitRequest]) -> Result<Vec<Admitted>, DbError> {
+        let Some(epoch) = batch.first().map(|r| r.lease.epoch.number()) else {
+            return Ok(Vec::new());
+        };
+        let columns = Columns::new(batch);
+        let client = self.db.client().await?;
+        let statement = client.prepare_cached(&self.sql.admit).await?;
+        let sent = Instant::now();
+        let rows = client
+            .query(
+                &statement,
+                &[
+                    &epoch,
+                    &columns.claims,
+                    &columns.tenants,
+                    &columns.ids,
+                    &columns.levels,
+                    &columns.accounts,
+                    &columns.costs,
+                    &columns.digests,
+                    &columns.send_at,
+                    &columns.expires_at,
+                    &columns.wants,
+                    &columns.batches,
+                ],
+            )
+            .await?;
+        self.observe("admit", batch.len(), sent.elapsed());
+        let mut answers: Vec<Option<Admitted>> = batch.iter().map(|_| None).collect();
+        for row in &rows {
+            let index = row.try_get::<_, i32>("idx")? as usize;
+            if let (Some(place), Some(request)) = (answers.get_mut(index), batch.get(index)) {
+                *place = Some(read(row, request, sent)?);
+            }
+        }
+        // The function answers every row; a missing one would be a delivery of which nothing is known.
+        Ok(answers
+            .into_iter()
+            .map(|answer| answer.unwrap_or(Admitted::InFlight))
+            .collect())
+    }
+
+    /// Stores the bodies of deliveries whose job is in flight elsewhere. Answers for each whether it is safe now.
+    ///
+    /// # Errors
+    /// If the database cannot be asked.
+    pub async fn absorb(&self, batch: &[Absorb]) -> Result<Vec<bool>, DbError> {
+        let mut order: Vec<usize> = (0..batch.len()).collect();
+        order.sort_by(|a, b| batch[*a].key().cmp(&batch[*b].key()));
+        let tenants: Vec<&str> = order.iter().map(|i| batch[*i].tenant.as_str()).collect();
+        let ids: Vec<&str> = order.iter().map(|i| batch[*i].id.as_str()).collect();
+        let bodies: Vec<&[u8]> = order.iter().map(|i| batch[*i].body.as_ref()).collect();
+        let properties: Vec<&str> = order.iter().map(|i| batch[*i].properties.as_str()).collect();
+        let client = self.db.client().await?;
+        let statement = client.prepare_cached(&self.sql.absorb).await?;
+        let sent = Instant::now();
+        let rows = client
+            .query(&statement, &[&tenants, &ids, &bodies, &properties])
+            .await?;
+        self.observe("absorb", batch.len(), sent.elapsed());
+        let mut safe = vec![false; batch.len()];
+        for row in rows {
+            if let Some(index) = order.get(row.try_get::<_, i32>(0)? as usize) {
+                safe[*index] = true;
+            }
+        }
+        Ok(safe)
+    }
+}
+
+/// A body to be kept for a job that is in flight elsewhere.
+#[derive(Debug, Clone)]
+pub struct Absorb {
+    /// Whose.
+    pub tenant: TenantId,
+    /// Which.
+    pub id: JobId,
+    /// The body as it is stored.
+    pub body: bytes::Bytes,
+    /// Its properties, as JSON.
+    pub properties: String,
+}
+
+impl Absorb {
+    fn key(&self) -> (&TenantId, &JobId) {
+        (&self.tenant, &self.id)
+    }
+}
+
+/// The arguments of `admit_v1`, one array each.
+struct Columns<'a> {
+    claims: Vec<i64>,
+    tenants: Vec<&'a str>,
+    ids: Vec<&'a str>,
+    levels: Vec<i16>,
+    accounts: Vec<&'a str>,
+    costs: Vec<i32>,
+    digests: Vec<&'a [u8]>,
+    send_at: Vec<Option<Timestamp>>,
+    expires_at: Vec<Option<Timestamp>>,
+    wants: Vec<i16>,
+    batches: Vec<Option<&'a str>>,
+}
+
+impl<'a> Columns<'a> {
+    fn new(batch: &'a [AdmitRequest]) -> Self {
+        Self {
+            claims: batch.iter().map(|r| r.lease.claim).collect(),
+            tenants: batch.iter().map(|r| r.job.tenant.as_str()).collect(),
+            ids: batch.iter().map(|r| r.job.id.as_str()).collect(),
+            levels: batch.iter().map(|r| r.level as i16).collect(),
+            accounts: batch.iter().map(|r| r.account.as_str()).collect(),
+            costs: batch
+                .iter()
+                .map(|r| r.job.recipients().count().max(1) as i32)
+                .collect(),
+            digests: batch.iter().map(|r| r.job.digest.as_slice()).collect(),
+            send_at: batch.iter().map(|r| r.job.send_at).collect(),
+            expires_at: batch.iter().map(|r| r.job.expires_at).collect(),
+            wants: batch.iter().map(|r| r.want as i16).collect(),
+            batches: batch.iter().map(|r| r.job.batch.as_deref()).collect(),
+        }
+    }
+}
+
+fn read(row: &tokio_postgres::Row, request: &AdmitRequest, sent: Instant) -> Result<Admitted, DbError> {
+    let verdict: i16 = row.try_get("verdict")?;
+    let leased = || -> Result<Box<Row>, DbError> {
+        Ok(Box::new(Row {
+            tenant: request.job.tenant.clone(),
+            id: request.job.id.clone(),
+            account: request.account.clone(),
+            lease: request.lease.clone(),
+            born: row.try_get("born")?,
+            sequence: row.try_get("seq")?,
+            attempts: row.try_get::<_, i32>("attempt")?.max(0) as u32,
+            created: timestamp(row.try_get("created_us")?),
+            recipients: recipients(row.try_get("recipients")?),
+            message_id: row.try_get("message_id")?,
+            uncertain: row.try_get::<_, i32>("uncertain")?.max(0) as u32,
+            slot: Slot::new(row.try_get("granted")?, row.try_get("valid_us")?, sent),
+        }))
+    };
+    Ok(match verdict {
+        1 => Admitted::Go(leased()?),
+        2 => Admitted::Wait {
+            row: leased()?,
+            reason: row
+                .try_get::<_, Option<i16>>("reason")?
+                .and_then(WaitReason::from_number)
+                .unwrap_or(WaitReason::Busy),
+            delay: wait(row.try_get("wait_us")?),
+        },
+        4 => Admitted::Waiting,
+        5 => Admitted::Done {
+            owed: row.try_get("owed")?,
+        },
+        6 => Admitted::Conflict,
+        7 => Admitted::Held,
+        8 => Admitted::Behind(leased()?),
+        9 => Admitted::Expired(leased()?),
+        10 => Admitted::Cancelled(leased()?),
+        _ => Admitted::InFlight,
+    })
+}

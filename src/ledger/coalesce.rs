@@ -1,0 +1,178 @@
+//! Makes one statement out of many concurrent calls. Batches form by load: while a statement runs, the calls that come
+//! in meanwhile become the next one; a lone call never waits for company.
+
+use std::fmt;
+use std::sync::Arc;
+
+use tokio::sync::{Semaphore, mpsc, oneshot};
+
+/// Bounds of one batch.
+#[derive(Debug, Clone, Copy)]
+pub struct Bounds {
+    /// Most calls in one batch.
+    pub rows: usize,
+    /// Most weight (bytes) in one batch; a single heavier call still goes, alone.
+    pub weight: usize,
+    /// Batches in flight at once.
+    pub parallel: usize,
+}
+
+/// Sends calls to a task that answers them in batches. Cheap to clone.
+pub struct Coalescer<I, O> {
+    calls: mpsc::Sender<Call<I, O>>,
+}
+
+struct Call<I, O> {
+    item: I,
+    weight: usize,
+    answer: oneshot::Sender<O>,
+}
+
+impl<I, O> Clone for Coalescer<I, O> {
+    fn clone(&self) -> Self {
+        Self {
+            calls: self.calls.clone(),
+        }
+    }
+}
+
+impl<I, O> fmt::Debug for Coalescer<I, O> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Coalescer")
+            .field("room", &self.calls.capacity())
+            .finish()
+    }
+}
+
+impl<I: Send + 'static, O: Send + 'static> Coalescer<I, O> {
+    /// Starts the task. `run` answers a batch in order, one answer per call; a missing answer leaves its caller
+    /// with `None`.
+    pub fn spawn<F, Fut>(bounds: Bounds, run: F) -> Self
+    where
+        F: Fn(Vec<I>) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Vec<O>> + Send + 'static,
+    {
+        let (calls, incoming) = mpsc::channel(4096);
+        tokio::spawn(serve(incoming, bounds, Arc::new(run)));
+        Self { calls }
+    }
+
+    /// Puts one call into the next batch and waits for its answer. `None` if the task is gone.
+    pub async fn call(&self, item: I, weight: usize) -> Option<O> {
+        let (answer, answered) = oneshot::channel();
+        self.calls.send(Call { item, weight, answer }).await.ok()?;
+        answered.await.ok()
+    }
+}
+
+async fn serve<I, O, F, Fut>(mut incoming: mpsc::Receiver<Call<I, O>>, bounds: Bounds, run: Arc<F>)
+where
+    I: Send + 'static,
+    O: Send + 'static,
+    F: Fn(Vec<I>) -> Fut + Send + Sync + 'static,
+    Fut: Future<Output = Vec<O>> + Send + 'static,
+{
+    let slots = Arc::new(Semaphore::new(bounds.parallel));
+    let mut held: Option<Call<I, O>> = None;
+    loop {
+        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else {
+            return;
+        };
+        let first = match held.take() {
+            Some(call) => call,
+            None => match incoming.recv().await {
+                Some(call) => call,
+                None => return,
+            },
+        };
+        let mut weight = first.weight;
+        let mut batch = vec![first];
+        while batch.len() < bounds.rows {
+            let Ok(call) = incoming.try_recv() else { break };
+            if weight + call.weight > bounds.weight {
+                held = Some(call);
+                break;
+            }
+            weight += call.weight;
+            batch.push(call);
+        }
+        let run = Arc::clone(&run);
+        tokio::spawn(async move {
+            let (items, answers): (Vec<_>, Vec<_>) =
+                batch.into_iter().map(|call| (call.item, call.answer)).unzip();
+            for (answer, result) in answers.into_iter().zip(run(items).await) {
+                // A caller that went away needs no answer.
+                let _ = answer.send(result);
+            }
+            drop(slot);
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use tokio::sync::Notify;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn calls_that_come_while_a_batch_runs_become_the_next_batch() {
+        let batches = Arc::new(AtomicUsize::new(0));
+        let (seen, gate) = (Arc::clone(&batches), Arc::new(Notify::new()));
+        let open = Arc::clone(&gate);
+        let coalescer = Coalescer::spawn(
+            Bounds {
+                rows: 100,
+                weight: 1000,
+                parallel: 1,
+            },
+            move |items: Vec<u32>| {
+                let (seen, gate) = (Arc::clone(&seen), Arc::clone(&gate));
+                async move {
+                    if seen.fetch_add(1, Ordering::SeqCst) == 0 {
+                        gate.notified().await;
+                    }
+                    items.into_iter().map(|n| n * 2).collect()
+                }
+            },
+        );
+        let calls: Vec<_> = (0..50)
+            .map(|n| {
+                let coalescer = coalescer.clone();
+                tokio::spawn(async move { coalescer.call(n, 1).await })
+            })
+            .collect();
+        while batches.load(Ordering::SeqCst) == 0 {
+            tokio::task::yield_now().await;
+        }
+        for _ in 0..200 {
+            tokio::task::yield_now().await;
+        }
+        open.notify_one();
+        for (n, call) in calls.into_iter().enumerate() {
+            assert_eq!(call.await.unwrap(), Some(n as u32 * 2));
+        }
+        assert_eq!(batches.load(Ordering::SeqCst), 2);
+    }
+
+    #[tokio::test]
+    async fn a_batch_stays_below_its_weight_unless_one_call_alone_is_heavier() {
+        let coalescer = Coalescer::spawn(
+            Bounds {
+                rows: 100,
+                weight: 10,
+                parallel: 1,
+            },
+            |items: Vec<usize>| async move {
+                let total: usize = items.iter().sum();
+                items.iter().map(|_| (total, items.len())).collect()
+            },
+        );
+        let answers = futures_util::future::join_all([4, 4, 4, 50, 4].map(|n| coalescer.call(n, n))).await;
+        for (total, count) in answers.into_iter().flatten() {
+            assert!(total <= 10 || count == 1, "{count} calls weigh {total}");
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! Leases. A lease is (epoch, claim): the epoch is this worker as Postgres knows it, kept alive by heartbeats; the
+//! claim is drawn once per delivery or release. Whoever holds it may act; it says nothing about what is true.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
+
+use rustix::time::{ClockId, clock_gettime};
+use tokio_util::sync::CancellationToken;
+
+use super::{Ledger, micros};
+use crate::db::DbError;
+use crate::id::{JobId, TenantId};
+
+/// One life of a worker. Dies when its heartbeats stop for longer than the lease, and never comes back.
+#[derive(Debug)]
+pub struct Epoch {
+    number: i64,
+    lease: Duration,
+    /// When the last successful heartbeat was *sent*, on a clock that runs while the machine sleeps.
+    beat: AtomicI64,
+    claims: AtomicI64,
+    dead: CancellationToken,
+}
+
+/// The right to act on one job.
+#[derive(Debug, Clone)]
+pub struct Lease {
+    /// The worker's life.
+    pub epoch: Arc<Epoch>,
+    /// Number of this claim within it.
+    pub claim: i64,
+}
+
+impl Lease {
+    /// Whether this worker may still begin the write that ends the message.
+    #[must_use]
+    pub fn is_good(&self) -> bool {
+        self.epoch.is_fresh()
+    }
+}
+
+impl Epoch {
+    fn new(number: i64, lease: Duration, sent: i64) -> Self {
+        Self {
+            number,
+            lease,
+            beat: AtomicI64::new(sent),
+            claims: AtomicI64::new(1),
+            dead: CancellationToken::new(),
+        }
+    }
+
+    /// Its number in the database.
+    #[must_use]
+    pub fn number(&self) -> i64 {
+        self.number
+    }
+
+    /// The next claim number.
+    pub fn next_claim(&self) -> i64 {
+        self.claims.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// A block of claim numbers; the first is returned.
+    pub fn claim_block(&self, count: usize) -> i64 {
+        self.claims.fetch_add(count as i64, Ordering::Relaxed)
+    }
+
+    /// Whether no other worker can have taken over yet: the last heartbeat was sent less than two thirds of the lease
+    /// ago. The last third is the margin for the write that follows the question.
+    #[must_use]
+    pub fn is_fresh(&self) -> bool {
+        !self.dead.is_cancelled() && self.silence() < self.lease * 2 / 3
+    }
+
+    /// Time since the last successful heartbeat was sent.
+    #[must_use]
+    pub fn silence(&self) -> Duration {
+        Duration::from_nanos(u64::try_from(boot_nanos() - self.beat.load(Ordering::Acquire)).unwrap_or(0))
+    }
+
+    /// Cancelled when the database said that this epoch is dead.
+    #[must_use]
+    pub fn died(&self) -> &CancellationToken {
+        &self.dead
+    }
+}
+
+/// What a heartbeat found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Beat {
+    /// Alive; heartbeats have been unbroken for this long.
+    Alive {
+        /// On the database's clock.
+        steady: Duration,
+    },
+    /// Another worker declared this epoch dead.
+    Dead,
+}
+
+/// What a takeover did.
+#[derive(Debug, Default)]
+pub struct Takeover {
+    /// Jobs whose body is in the ledger: they wait again.
+    pub moved: i32,
+    /// Jobs whose body RabbitMQ has: free for its redelivery.
+    pub opened: i32,
+    /// Jobs that were in their final write and must not be sent again without a decision.
+    pub uncertain: Vec<(TenantId, JobId)>,
+}
+
+impl Ledger {
+    /// Begins a life.
+    ///
+    /// # Errors
+    /// If the database cannot be asked.
+    pub async fn register(&self, name: &str, lease: Duration) -> Result<Arc<Epoch>, DbError> {
+        let sql = self
+            .db
+            .sql("INSERT INTO {s}.worker (name, version) VALUES ($1, $2) RETURNING epoch");
+        let client = self.db.client().await?;
+        let sent = boot_nanos();
+        let row = client
+            .query_one(&sql, &[&name, &env!("CARGO_PKG_VERSION")])
+            .await?;
+        Ok(Arc::new(Epoch::new(row.try_get(0)?, lease, sent)))
+    }
+
+    /// Says that this worker lives.
+    ///
+    /// # Errors
+    /// If the database cannot be asked; the epoch then grows stale by itself.
+    pub async fn heartbeat(&self, epoch: &Epoch) -> Result<Beat, DbError> {
+        let sql = self
+            .db
+            .sql("SELECT steady_us FROM {s}.heartbeat_v1($1, $2::bigint * interval '1 microsecond')");
+        let client = self.db.client().await?;
+        let sent = boot_nanos();
+        let gap = micros(epoch.lease / 2);
+        let row = client.query_opt(&sql, &[&epoch.number, &gap]).await?;
+        let Some(row) = row else {
+            epoch.dead.cancel();
+            return Ok(Beat::Dead);
+        };
+        epoch.beat.store(sent, Ordering::Release);
+        Ok(Beat::Alive {
+            steady: Duration::from_micros(row.try_get::<_, i64>(0)?.max(0) as u64),
+        })
+    }
+
+    /// Ends a life that holds no lease any more.
+    ///
+    /// # Errors
+    /// If the database cannot be asked; the epoch then dies by silence.
+    pub async fn retire(&self, epoch: &Epoch) -> Result<(), DbError> {
+        let sql = self.db.sql(
+            "WITH gone AS (DELETE FROM {s}.connection_lease WHERE epoch = $1)
+             UPDATE {s}.worker SET dead = true WHERE epoch = $1",
+        );
+        self.db.client().await?.execute(&sql, &[&epoch.number]).await?;
+        Ok(())
+    }
+
+    /// Takes over the jobs of workers that have been silent for a whole lease. Does nothing unless this worker's own
+    /// heartbeats have been unbroken for as long: after an outage of the database everybody looks dead.
+    ///
+    /// # Errors
+    /// If the database cannot be asked.
+    pub async fn takeover(&self, epoch: &Epoch, deadline: Duration) -> Result<Takeover, DbError> {
+        let sql = self.db.sql(
+            "SELECT * FROM {s}.takeover_v1($1, $2::bigint * interval '1 microsecond',
+                                           $3::bigint * interval '1 microsecond', 1000)",
+        );
+        let client = self.db.client().await?;
+        let rows = client
+            .query(&sql, &[&epoch.number, &micros(epoch.lease), &micros(deadline)])
+            .await?;
+        let mut takeover = Takeover::default();
+        for row in rows {
+            takeover.moved += row.try_get::<_, i32>("moved")?;
+            takeover.opened += row.try_get::<_, i32>("opened")?;
+            let (tenant, id): (Option<&str>, Option<&str>) = (row.try_get("tenant")?, row.try_get("id")?);
+            if let (Some(Ok(tenant)), Some(Ok(id))) = (tenant.map(str::parse), id.map(str::parse)) {
+                takeover.uncertain.push((tenant, id));
+            }
+        }
+        Ok(takeover)
+    }
+}
+
+/// Nanoseconds of a clock that is monotonic and counts suspended time too.
+fn boot_nanos() -> i64 {
+    #[cfg(target_os = "linux")]
+    let clock = ClockId::Boottime;
+    #[cfg(not(target_os = "linux"))]
+    let clock = ClockId::Monotonic;
+    let now = clock_gettime(clock);
+    now.tv_sec * 1_000_000_000 + now.tv_nsec
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_epoch_is_fresh_until_two_thirds_of_its_lease_have_passed_in_silence() {
+        let lease = Duration::from_secs(45);
+        let now = boot_nanos();
+        let sent = |ago: u64| now - Duration::from_secs(ago).as_nanos() as i64;
+        assert!(Epoch::new(1, lease, sent(0)).is_fresh());
+        assert!(Epoch::new(1, lease, sent(29)).is_fresh());
+        assert!(!Epoch::new(1, lease, sent(31)).is_fresh());
+    }
+
+    #[test]
+    fn an_epoch_declared_dead_is_never_fresh_again() {
+        let epoch = Epoch::new(1, Duration::from_secs(45), boot_nanos());
+        epoch.dead.cancel();
+        assert!(!epoch.is_fresh());
+    }
+}

@@ -1,0 +1,380 @@
+//! The rare ways a job changes: somebody cancels or releases it by hand, a worker that lost its lease brings an
+//! acceptance, an uncertain send is found. Each is one transaction over one locked row.
+
+use deadpool_postgres::Transaction;
+use jiff::Timestamp;
+use serde_json::Value;
+
+use super::{Ledger, recipients};
+use crate::db::DbError;
+use crate::id::{JobId, TenantId};
+use crate::report::{RecipientResult, RecipientStatus, Report, ReportData, ReportType, event_id};
+
+/// What became of a cancel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cancel {
+    /// It will not be sent.
+    Cancelled,
+    /// It is being sent; cancelled if this attempt does not succeed.
+    InFlight,
+    /// It is over already.
+    TooLate,
+    /// Nobody has seen this job yet; it will be cancelled when it comes.
+    Noted,
+}
+
+/// What became of a release by hand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ManualRelease {
+    /// It runs as soon as its limits allow.
+    Released,
+    /// It does not wait.
+    NotWaiting,
+    /// There is no such job.
+    Unknown,
+}
+
+/// A locked row, as far as these ways need it.
+struct Locked {
+    state: i16,
+    sequence: i64,
+    attempts: i32,
+    account: String,
+    message_id: Option<String>,
+    batch: Option<String>,
+    recipients: Vec<RecipientResult>,
+    properties: Value,
+    uncertain: i32,
+}
+
+impl Ledger {
+    /// Cancels a job.
+    ///
+    /// # Errors
+    /// If the database cannot be asked.
+    pub async fn cancel(&self, tenant: &TenantId, id: &JobId) -> Result<Cancel, DbError> {
+        let mut client = self.db.client().await?;
+        let transaction = client.transaction().await?;
+        let Some(row) = self.lock(&transaction, tenant, id).await? else {
+            let noted = self.note_cancel(&transaction, tenant, id).await?;
+            transaction.commit().await?;
+            return Ok(noted);
+        };
+        let answer = match row.state {
+            0 | 2 | 4 => {
+                let report = manual_report(&row, tenant, id, ReportType::Cancelled, "cancelled");
+                self.finish(&transaction, tenant, id, &report).await?;
+                self.leave_lane(&transaction, &row, tenant).await?;
+                Cancel::Cancelled
+            }
+            1 => {
+                let sql = self
+                    .db
+                    .sql("UPDATE {s}.job SET cancel = true WHERE tenant = $1 AND id = $2");
+                transaction
+                    .execute(&sql, &[&tenant.as_str(), &id.as_str()])
+                    .await?;
+                Cancel::InFlight
+            }
+            5 => Cancel::Noted,
+            _ => Cancel::TooLate,
+        };
+        transaction.commit().await?;
+        Ok(answer)
+    }
+
+    /// Lets a waiting (or held) job run now.
+    ///
+    /// # Errors
+    /// If the database cannot be asked.
+    pub async fn release_by_hand(&self, tenant: &TenantId, id: &JobId) -> Result<ManualRelease, DbError> {
+        let mut client = self.db.client().await?;
+        let transaction = client.transaction().await?;
+        let Some(row) = self.lock(&transaction, tenant, id).await? else {
+            return Ok(ManualRelease::Unknown);
+        };
+        if row.state != 2 && row.state != 4 {
+            return Ok(ManualRelease::NotWaiting);
+        }
+        let sql = self.db.sql(
+            "UPDATE {s}.job SET state = CASE WHEN body IS NULL THEN 0 ELSE 2 END, due_at = clock_timestamp(),
+                 reason = coalesce(reason, 2), updated_at = clock_timestamp() WHERE tenant = $1 AND id = $2",
+        );
+        transaction
+            .execute(&sql, &[&tenant.as_str(), &id.as_str()])
+            .await?;
+        let touch = self.db.sql(
+            "UPDATE {s}.lane l SET next_at = clock_timestamp() FROM {s}.job x
+             WHERE x.tenant = $1 AND x.id = $2 AND l.account = x.account AND l.level = x.level AND l.tenant = x.tenant",
+        );
+        if transaction
+            .execute(&touch, &[&tenant.as_str(), &id.as_str()])
+            .await?
+            == 0
+        {
+            let enter = self
+                .db
+                .sql("SELECT {s}.touch_lanes(ARRAY[$1], ARRAY[$2], ARRAY[0::bigint])");
+            transaction
+                .execute(&enter, &[&tenant.as_str(), &id.as_str()])
+                .await?;
+        }
+        transaction.commit().await?;
+        Ok(ManualRelease::Released)
+    }
+
+    /// A worker lost its lease, but the server took the mail for these recipients: that is true whoever holds the
+    /// lease. Returns whether the job was final already, which makes this send a duplicate.
+    ///
+    /// # Errors
+    /// If the database cannot be asked.
+    pub async fn merge_acceptance(
+        &self,
+        tenant: &TenantId,
+        id: &JobId,
+        accepted: &[RecipientResult],
+        message_id: &str,
+    ) -> Result<bool, DbError> {
+        let mut client = self.db.client().await?;
+        let transaction = client.transaction().await?;
+        let Some(mut row) = self.lock(&transaction, tenant, id).await? else {
+            return Ok(true);
+        };
+        if row.state == 3 {
+            return Ok(true);
+        }
+        if row.recipients.is_empty() {
+            row.recipients = accepted.to_vec();
+        }
+        for mine in accepted.iter().filter(|r| r.status == RecipientStatus::Accepted) {
+            if let Some(theirs) = row.recipients.iter_mut().find(|r| r.address == mine.address) {
+                *theirs = mine.clone();
+            }
+        }
+        row.message_id = Some(message_id.to_owned());
+        if row.recipients.iter().any(RecipientResult::is_open) {
+            let json = serde_json::to_value(&row.recipients).unwrap_or_default();
+            let sql = self
+                .db
+                .sql("UPDATE {s}.job SET recipients = $3 WHERE tenant = $1 AND id = $2");
+            transaction
+                .execute(&sql, &[&tenant.as_str(), &id.as_str(), &json])
+                .await?;
+        } else {
+            let report = manual_report(&row, tenant, id, ReportType::Sent, "accepted_after_lost_lease");
+            self.finish(&transaction, tenant, id, &report).await?;
+            self.leave_lane(&transaction, &row, tenant).await?;
+        }
+        transaction.commit().await?;
+        Ok(false)
+    }
+
+    /// Holds a job whose worker died in its final write.
+    ///
+    /// # Errors
+    /// If the database cannot be asked.
+    pub async fn hold_uncertain(&self, tenant: &TenantId, id: &JobId) -> Result<(), DbError> {
+        let mut client = self.db.client().await?;
+        let transaction = client.transaction().await?;
+        let Some(row) = self.lock(&transaction, tenant, id).await? else {
+            return Ok(());
+        };
+        if row.state != 1 {
+            return Ok(());
+        }
+        let report = manual_report(
+            &row,
+            tenant,
+            id,
+            ReportType::Uncertain,
+            "worker_died_while_sending",
+        );
+        let sql = self.db.sql(
+            "UPDATE {s}.job SET state = 4, phase = 0, slot_at = NULL, uncertain = uncertain + 1, seq = $3,
+                 updated_at = clock_timestamp(), outbox = coalesce(outbox, '{}') || $4::text,
+                 outbox_seq = coalesce(outbox_seq, '{}') || $3::bigint, outbox_at = clock_timestamp()
+             WHERE tenant = $1 AND id = $2 AND phase = 1",
+        );
+        let json = serde_json::to_string(&report).unwrap_or_default();
+        transaction
+            .execute(
+                &sql,
+                &[&tenant.as_str(), &id.as_str(), &report.data.sequence, &json],
+            )
+            .await?;
+        transaction.commit().await?;
+        Ok(())
+    }
+
+    async fn lock(
+        &self,
+        transaction: &Transaction<'_>,
+        tenant: &TenantId,
+        id: &JobId,
+    ) -> Result<Option<Locked>, DbError> {
+        let sql = self.db.sql(
+            "SELECT state, seq, attempt, account, message_id, batch, recipients, properties, uncertain
+             FROM {s}.job WHERE tenant = $1 AND id = $2 FOR UPDATE",
+        );
+        let Some(row) = transaction
+            .query_opt(&sql, &[&tenant.as_str(), &id.as_str()])
+            .await?
+        else {
+            return Ok(None);
+        };
+        Ok(Some(Locked {
+            state: row.try_get("state")?,
+            sequence: row.try_get("seq")?,
+            attempts: row.try_get("attempt")?,
+            account: row.try_get("account")?,
+            message_id: row.try_get("message_id")?,
+            batch: row.try_get("batch")?,
+            recipients: recipients(row.try_get("recipients")?),
+            properties: row.try_get::<_, Option<Value>>("properties")?.unwrap_or_default(),
+            uncertain: row.try_get("uncertain")?,
+        }))
+    }
+
+    /// Leaves a stone in the way of a job that has not come yet.
+    async fn note_cancel(
+        &self,
+        transaction: &Transaction<'_>,
+        tenant: &TenantId,
+        id: &JobId,
+    ) -> Result<Cancel, DbError> {
+        let sql = self.db.sql(
+            "INSERT INTO {s}.job (tenant, id, state, level, account, digest, born, seq, created_at, updated_at,
+                                  finished_at)
+             SELECT $1, $2, 5, 2, $1 || '/', ''::bytea, b, b, clock_timestamp(), clock_timestamp(), clock_timestamp()
+             FROM (SELECT floor(extract(epoch FROM clock_timestamp()))::bigint * 1000 AS b) x
+             ON CONFLICT DO NOTHING",
+        );
+        let inserted = transaction
+            .execute(&sql, &[&tenant.as_str(), &id.as_str()])
+            .await?;
+        Ok(if inserted == 1 {
+            Cancel::Noted
+        } else {
+            Cancel::InFlight
+        })
+    }
+
+    async fn finish(
+        &self,
+        transaction: &Transaction<'_>,
+        tenant: &TenantId,
+        id: &JobId,
+        report: &Report,
+    ) -> Result<(), DbError> {
+        let sql = self.db.sql(
+            "UPDATE {s}.job SET state = 3, outcome = $3, seq = $4, recipients = $5, message_id = $6, body = NULL,
+                 body_size = NULL, due_at = NULL, reason = NULL, slot_at = NULL, phase = 0,
+                 finished_at = clock_timestamp(), updated_at = clock_timestamp(),
+                 outbox = coalesce(outbox, '{}') || $7::text, outbox_seq = coalesce(outbox_seq, '{}') || $4::bigint,
+                 outbox_at = clock_timestamp()
+             WHERE tenant = $1 AND id = $2",
+        );
+        let recipients = serde_json::to_value(&report.data.recipients).unwrap_or_default();
+        let json = serde_json::to_string(report).unwrap_or_default();
+        transaction
+            .execute(
+                &sql,
+                &[
+                    &tenant.as_str(),
+                    &id.as_str(),
+                    &report.kind,
+                    &report.data.sequence,
+                    &recipients,
+                    &report.data.message_id,
+                    &json,
+                ],
+            )
+            .await?;
+        Ok(())
+    }
+
+    /// One waiting job less in its lane; the lane itself goes when its turn finds it empty.
+    async fn leave_lane(
+        &self,
+        transaction: &Transaction<'_>,
+        row: &Locked,
+        tenant: &TenantId,
+    ) -> Result<(), DbError> {
+        if row.state != 2 {
+            return Ok(());
+        }
+        let sql = self.db.sql(
+            "UPDATE {s}.lane SET fifo = greatest(fifo - 1, 0), next_at = clock_timestamp()
+             WHERE account = $1 AND tenant = $2",
+        );
+        transaction
+            .execute(&sql, &[&row.account, &tenant.as_str()])
+            .await?;
+        Ok(())
+    }
+}
+
+fn manual_report(row: &Locked, tenant: &TenantId, id: &JobId, kind: ReportType, reason: &str) -> Report {
+    let sequence = row.sequence + 1;
+    let accepted = row
+        .recipients
+        .iter()
+        .any(|r| r.status == RecipientStatus::Accepted);
+    // Somebody has it already: whatever ends the job, that is what is true.
+    let kind = if accepted && kind == ReportType::Cancelled {
+        ReportType::Sent
+    } else {
+        kind
+    };
+    let partial = accepted
+        && row
+            .recipients
+            .iter()
+            .any(|r| r.status != RecipientStatus::Accepted);
+    let correlation = row.properties.get("correlation_id").and_then(Value::as_str);
+    Report {
+        id: event_id(tenant.as_str(), "job", id.as_str(), &sequence.to_string()),
+        kind: kind.as_str(),
+        timestamp: Timestamp::now(),
+        data: ReportData {
+            job: Some(id.clone()),
+            tenant: tenant.clone(),
+            account: own_account(row, tenant),
+            sender: None,
+            attempt: row.attempts.max(0) as u32,
+            message_id: row.message_id.clone(),
+            recipients: row.recipients.clone(),
+            partial,
+            reason: Some(reason.to_owned()),
+            detail: None,
+            class: None,
+            fault: None,
+            stage: None,
+            errors: Vec::new(),
+            is_final: kind.is_final(),
+            sequence,
+            correlation_id: Some(correlation.unwrap_or(id.as_str()).to_owned()),
+            next_attempt_at: None,
+            uncertain_attempts: row.uncertain.max(0) as u32,
+            timings: None,
+            batch: row.batch.clone(),
+            tags: tags(&row.properties),
+            metadata: row.properties.get("metadata").filter(|m| !m.is_null()).cloned(),
+            links: Vec::new(),
+        },
+    }
+}
+
+/// The account's name, if it is the tenant's own and stored.
+fn own_account(row: &Locked, tenant: &TenantId) -> Option<String> {
+    let (owner, account) = row.account.split_once('/')?;
+    (owner == tenant.as_str() && !account.is_empty() && !account.starts_with('~')).then(|| account.to_owned())
+}
+
+fn tags(properties: &Value) -> Vec<String> {
+    let list = properties.get("tags").and_then(Value::as_array);
+    list.into_iter()
+        .flatten()
+        .filter_map(|tag| tag.as_str().map(str::to_owned))
+        .collect()
+}

@@ -1,0 +1,152 @@
+//! Release: waiting jobs that may run now, leased to a worker that has room for them.
+
+use std::time::Instant;
+
+use bytes::Bytes;
+
+use super::{Epoch, Lease, Ledger, Row, Slot, WaitReason, recipients, timestamp};
+use crate::db::DbError;
+use crate::id::AccountKey;
+use crate::level::Level;
+use std::sync::Arc;
+
+/// What to release.
+#[derive(Debug, Clone)]
+pub struct ReleaseRequest {
+    /// The level.
+    pub level: Level,
+    /// Most jobs.
+    pub most: usize,
+    /// Most bytes of bodies.
+    pub most_bytes: u64,
+    /// Accounts that have no room in this worker.
+    pub exclude: Vec<AccountKey>,
+    /// Only this account, at this level and the more urgent ones.
+    pub only: Option<AccountKey>,
+}
+
+/// A job out of the waiting room.
+#[derive(Debug)]
+pub struct Released {
+    /// What the ledger knows.
+    pub row: Row,
+    /// Its level.
+    pub level: Level,
+    /// Why it waited.
+    pub reason: Option<WaitReason>,
+    /// Its body, as stored.
+    pub body: Bytes,
+    /// What came with it.
+    pub properties: serde_json::Value,
+}
+
+impl Ledger {
+    /// Levels that have something due. Cheap.
+    ///
+    /// # Errors
+    /// If the database cannot be asked.
+    pub async fn due_levels(&self) -> Result<Vec<Level>, DbError> {
+        let sql = self.db.sql(
+            "SELECT l FROM unnest(ARRAY[0, 1, 2, 3]::smallint[]) l
+             WHERE EXISTS (SELECT FROM {s}.lane y WHERE y.level = l AND y.next_at <= clock_timestamp())",
+        );
+        let client = self.db.client().await?;
+        let statement = client.prepare_cached(&sql).await?;
+        let rows = client.query(&statement, &[]).await?;
+        Ok(rows
+            .iter()
+            .filter_map(|row| Level::from_index(row.try_get(0).ok()?))
+            .collect())
+    }
+
+    /// Leases due jobs, lanes in turn, oldest first, each with its slot.
+    ///
+    /// # Errors
+    /// If the database cannot be asked. What was leased by a statement whose answer got lost stays leased to this
+    /// epoch without anybody working on it; it is found by [`Ledger::forgotten`].
+    pub async fn release(
+        &self,
+        epoch: &Arc<Epoch>,
+        request: &ReleaseRequest,
+    ) -> Result<Vec<Released>, DbError> {
+        let base = epoch.claim_block(request.most);
+        let exclude: Vec<&str> = request.exclude.iter().map(AccountKey::as_str).collect();
+        let client = self.db.client().await?;
+        let statement = client.prepare_cached(&self.sql.release).await?;
+        let sent = Instant::now();
+        let rows = client
+            .query(
+                &statement,
+                &[
+                    &epoch.number(),
+                    &(request.level as i16),
+                    &(request.most as i32),
+                    &(request.most_bytes as i64),
+                    &base,
+                    &exclude,
+                    &request.only.as_ref().map(AccountKey::as_str),
+                ],
+            )
+            .await?;
+        self.observe("release", rows.len(), sent.elapsed());
+        rows.iter()
+            .map(|row| read(row, epoch, sent))
+            .filter_map(Result::transpose)
+            .collect()
+    }
+
+    /// Jobs that this epoch has leased under claims older than `before` and that are not among `known`: a statement
+    /// leased them and its answer never came. They wait again; how many is returned.
+    ///
+    /// # Errors
+    /// If the database cannot be asked.
+    pub async fn forgotten(&self, epoch: &Epoch, known: &[i64], before: i64) -> Result<u64, DbError> {
+        let sql = self.db.sql(
+            "WITH lost AS (
+                 UPDATE {s}.job SET state = CASE WHEN body IS NULL THEN 0 ELSE 2 END, due_at = clock_timestamp(),
+                     reason = 2, slot_at = NULL, slot_cost = NULL, updated_at = clock_timestamp()
+                 WHERE state = 1 AND epoch = $1 AND claim < $3 AND claim <> ALL ($2) RETURNING tenant, id, state)
+             SELECT {s}.touch_lanes(array_agg(tenant), array_agg(id), array_agg(0::bigint)), count(*)
+             FROM lost HAVING count(*) > 0",
+        );
+        let client = self.db.client().await?;
+        let row = client
+            .query_opt(&sql, &[&epoch.number(), &known, &before])
+            .await?;
+        Ok(row.map_or(Ok(0), |row| row.try_get::<_, i64>(1))?.max(0) as u64)
+    }
+}
+
+fn read(row: &tokio_postgres::Row, epoch: &Arc<Epoch>, sent: Instant) -> Result<Option<Released>, DbError> {
+    let (tenant, id): (&str, &str) = (row.try_get("tenant")?, row.try_get("id")?);
+    let (Ok(tenant), Ok(id)) = (tenant.parse(), id.parse()) else {
+        return Ok(None);
+    };
+    Ok(Some(Released {
+        row: Row {
+            tenant,
+            id,
+            account: AccountKey::from_stored(row.try_get("account")?),
+            lease: Lease {
+                epoch: Arc::clone(epoch),
+                claim: row.try_get("claim")?,
+            },
+            born: row.try_get("born")?,
+            sequence: row.try_get("seq")?,
+            attempts: row.try_get::<_, i32>("attempt")?.max(0) as u32,
+            created: timestamp(row.try_get("created_us")?),
+            recipients: recipients(row.try_get("recipients")?),
+            message_id: row.try_get("message_id")?,
+            uncertain: row.try_get::<_, i32>("uncertain")?.max(0) as u32,
+            slot: Slot::new(row.try_get("granted")?, row.try_get("valid_us")?, sent),
+        },
+        level: Level::from_index(row.try_get("level")?).unwrap_or(Level::Medium),
+        reason: row
+            .try_get::<_, Option<i16>>("reason")?
+            .and_then(WaitReason::from_number),
+        body: Bytes::from(row.try_get::<_, Vec<u8>>("body")?),
+        properties: row
+            .try_get::<_, Option<serde_json::Value>>("properties")?
+            .unwrap_or_default(),
+    }))
+}
