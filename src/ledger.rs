@@ -4,6 +4,7 @@
 //! calls them in batches. Concurrent calls of many jobs become one statement (see [`coalesce`]).
 
 pub mod admit;
+pub mod batches;
 pub mod caps;
 pub mod coalesce;
 pub mod lease;
@@ -134,7 +135,7 @@ impl Ledger {
                 "SELECT * FROM {s}.settle_v1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)",
             ),
             release: db.sql("SELECT * FROM {s}.release_v1($1, $2, $3, $4, $5, $6, $7)"),
-            slots: db.sql("SELECT * FROM {s}.slots_v1($1, $2, $3, $4, $5, $6)"),
+            slots: db.sql("SELECT * FROM {s}.slots_v1($1, $2, $3, $4, $5, $6, $7)"),
             absorb: db.sql("SELECT idx FROM {s}.absorb_v1($1, $2, $3, $4)"),
             clear: db.sql("SELECT {s}.clear_outbox_v1($1, $2, $3)"),
             mark: db.sql("SELECT idx FROM {s}.mark_data_v1($1, $2, $3, $4)"),

@@ -494,9 +494,10 @@ BEGIN
 END $$;
 
 -- Takes (or takes anew) the slots of jobs that are leased, on the account that will really send; an older slot of the
--- same job is given back first. granted = 0: denied, next_us says when to come again; -1: the lease is lost.
+-- same job is given back first, unless it was used (p_keep). granted = 0: denied, wait_us says when to come again;
+-- -1: the lease is lost.
 CREATE FUNCTION slots_v1(p_epoch bigint, p_tenants text[], p_ids text[], p_claims bigint[], p_accounts text[],
-                         p_costs integer[])
+                         p_costs integer[], p_keep boolean[])
 RETURNS TABLE (idx integer, granted integer, valid_us bigint, wait_us bigint)
 LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 DECLARE
@@ -504,8 +505,8 @@ DECLARE
 BEGIN
     SELECT array_agg(x.tenant) AS t, array_agg(x.account) AS a, array_agg(x.slot_cost) AS c, array_agg(x.slot_at) AS s
         INTO o
-        FROM job x JOIN unnest(p_tenants, p_ids, p_claims) u(t, id, c) ON x.tenant = u.t AND x.id = u.id
-        WHERE x.state = 1 AND x.epoch = p_epoch AND x.claim = u.c AND x.slot_at IS NOT NULL;
+        FROM job x JOIN unnest(p_tenants, p_ids, p_claims, p_keep) u(t, id, c, k) ON x.tenant = u.t AND x.id = u.id
+        WHERE x.state = 1 AND x.epoch = p_epoch AND x.claim = u.c AND x.slot_at IS NOT NULL AND NOT u.k;
     -- All keys of the old and the new slots in one go, in order.
     PERFORM 1 FROM rate WHERE key IN (
         SELECT unnest(charged_keys(u.t, u.a)) FROM unnest(o.t, o.a) u(t, a)

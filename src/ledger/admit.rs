@@ -1,6 +1,5 @@
 //! Admission: claims job ids, and answers for every delivery what it is.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -15,16 +14,48 @@ use crate::level::Level;
 /// One delivery to be admitted. Keys within a batch must differ.
 #[derive(Debug, Clone)]
 pub struct AdmitRequest {
-    /// The job.
-    pub job: Arc<MailJob>,
+    /// Whose.
+    pub tenant: TenantId,
+    /// Which.
+    pub id: JobId,
     /// The level of its queue.
     pub level: Level,
     /// The account that is to send.
     pub account: AccountKey,
     /// A claim of this worker, drawn for this delivery.
     pub lease: Lease,
+    /// Recipients of the envelope.
+    pub recipients: u32,
+    /// Digest of its content.
+    pub digest: [u8; 32],
+    /// Not before.
+    pub send_at: Option<Timestamp>,
+    /// Not after.
+    pub expires_at: Option<Timestamp>,
+    /// Its batch.
+    pub batch: Option<String>,
     /// What to ask for.
     pub want: Want,
+}
+
+impl AdmitRequest {
+    /// The request of a decoded job.
+    #[must_use]
+    pub fn new(job: &MailJob, level: Level, account: AccountKey, lease: Lease, want: Want) -> Self {
+        Self {
+            tenant: job.tenant.clone(),
+            id: job.id.clone(),
+            level,
+            account,
+            lease,
+            recipients: job.recipients().count() as u32,
+            digest: job.digest,
+            send_at: job.send_at,
+            expires_at: job.expires_at,
+            batch: job.batch.clone(),
+            want,
+        }
+    }
 }
 
 /// What a delivery asks of admission; the number is the one the function takes.
@@ -187,19 +218,19 @@ impl<'a> Columns<'a> {
     fn new(batch: &'a [AdmitRequest]) -> Self {
         Self {
             claims: batch.iter().map(|r| r.lease.claim).collect(),
-            tenants: batch.iter().map(|r| r.job.tenant.as_str()).collect(),
-            ids: batch.iter().map(|r| r.job.id.as_str()).collect(),
+            tenants: batch.iter().map(|r| r.tenant.as_str()).collect(),
+            ids: batch.iter().map(|r| r.id.as_str()).collect(),
             levels: batch.iter().map(|r| r.level as i16).collect(),
             accounts: batch.iter().map(|r| r.account.as_str()).collect(),
             costs: batch
                 .iter()
-                .map(|r| r.job.recipients().count().max(1) as i32)
+                .map(|r| r.recipients.max(1) as i32)
                 .collect(),
-            digests: batch.iter().map(|r| r.job.digest.as_slice()).collect(),
-            send_at: batch.iter().map(|r| r.job.send_at).collect(),
-            expires_at: batch.iter().map(|r| r.job.expires_at).collect(),
+            digests: batch.iter().map(|r| r.digest.as_slice()).collect(),
+            send_at: batch.iter().map(|r| r.send_at).collect(),
+            expires_at: batch.iter().map(|r| r.expires_at).collect(),
             wants: batch.iter().map(|r| r.want as i16).collect(),
-            batches: batch.iter().map(|r| r.job.batch.as_deref()).collect(),
+            batches: batch.iter().map(|r| r.batch.as_deref()).collect(),
         }
     }
 }
@@ -208,8 +239,8 @@ fn read(row: &tokio_postgres::Row, request: &AdmitRequest, sent: Instant) -> Res
     let verdict: i16 = row.try_get("verdict")?;
     let leased = || -> Result<Box<Row>, DbError> {
         Ok(Box::new(Row {
-            tenant: request.job.tenant.clone(),
-            id: request.job.id.clone(),
+            tenant: request.tenant.clone(),
+            id: request.id.clone(),
             account: request.account.clone(),
             lease: request.lease.clone(),
             born: row.try_get("born")?,

@@ -16,6 +16,12 @@ pub struct Slot {
 }
 
 impl Slot {
+    /// The slot of a send that nothing limits.
+    #[must_use]
+    pub fn unlimited() -> Self {
+        Self { recipients: u32::MAX, until: None }
+    }
+
     /// Reads what the database granted. `sent` is when the statement was sent. Half of the validity stays for the way
     /// to the server.
     pub(super) fn new(granted: i32, valid_us: Option<i64>, sent: Instant) -> Option<Self> {
@@ -44,6 +50,8 @@ pub struct SlotRequest {
     pub account: AccountKey,
     /// Recipients of the envelope.
     pub recipients: u32,
+    /// The slot the job had before was used: it counts, and does not go back.
+    pub keep: bool,
 }
 
 /// The answer.
@@ -68,6 +76,7 @@ impl Ledger {
         let claims: Vec<i64> = batch.iter().map(|r| r.lease.claim).collect();
         let accounts: Vec<&str> = batch.iter().map(|r| r.account.as_str()).collect();
         let costs: Vec<i32> = batch.iter().map(|r| r.recipients.max(1) as i32).collect();
+        let keep: Vec<bool> = batch.iter().map(|r| r.keep).collect();
         let Some(epoch) = batch.first().map(|r| r.lease.epoch.number()) else {
             return Ok(Vec::new());
         };
@@ -75,7 +84,7 @@ impl Ledger {
         let statement = client.prepare_cached(&self.sql.slots).await?;
         let sent = Instant::now();
         let rows = client
-            .query(&statement, &[&epoch, &tenants, &ids, &claims, &accounts, &costs])
+            .query(&statement, &[&epoch, &tenants, &ids, &claims, &accounts, &costs, &keep])
             .await?;
         self.observe("slots", batch.len(), sent.elapsed());
         let mut answers = vec![SlotAnswer::LeaseLost; batch.len()];

@@ -1,0 +1,217 @@
+//! The ledger as jobs see it: one call per job, one statement per batch, and each call's own answer to trouble.
+
+use std::time::Duration;
+
+use backon::{BackoffBuilder, ExponentialBuilder};
+
+use super::admit::Absorb;
+use super::coalesce::{Bounds, Coalescer};
+use super::outbox::ReportKey;
+use super::settle::{Settled, Settlement};
+use super::slots::{SlotAnswer, SlotRequest};
+use super::{Ledger, Row};
+use crate::db::DbError;
+
+/// Coalesced calls of the ledger. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Batches {
+    settle: Coalescer<Settlement, Settled>,
+    slots: Coalescer<SlotRequest, Option<SlotAnswer>>,
+    absorb: Coalescer<Absorb, bool>,
+    clear: Coalescer<ReportKey, bool>,
+    mark: Coalescer<Row, bool>,
+}
+
+/// Bodies in one statement, in bytes: it holds no lock others wait for, but must not hold the connection long.
+const BODY_BYTES: usize = 4 << 20;
+
+impl Batches {
+    /// Starts the tasks behind the calls.
+    #[must_use]
+    pub fn new(ledger: &Ledger) -> Self {
+        let (a, b, c, d, e) =
+            (ledger.clone(), ledger.clone(), ledger.clone(), ledger.clone(), ledger.clone());
+        let rows = |parallel| Bounds { rows: 256, weight: BODY_BYTES, parallel };
+        Self {
+            settle: Coalescer::spawn(rows(2), move |batch| settle(a.clone(), batch)),
+            slots: Coalescer::spawn(rows(1), move |batch| slots(b.clone(), batch)),
+            absorb: Coalescer::spawn(rows(1), move |batch| absorb(c.clone(), batch)),
+            clear: Coalescer::spawn(rows(1), move |batch| clear(d.clone(), batch)),
+            mark: Coalescer::spawn(rows(1), move |batch| mark(e.clone(), batch)),
+        }
+    }
+
+    /// Writes an outcome. Repeated until Postgres has it: without it nothing may be acknowledged.
+    pub async fn settle(&self, settlement: Settlement) -> Settled {
+        let weight = settlement.weight();
+        // The task ends only with the process; then nobody reads this.
+        self.settle.call(settlement, weight).await.unwrap_or(Settled::LeaseLost)
+    }
+
+    /// Takes a slot; `None` if Postgres cannot be asked.
+    pub async fn take_slot(&self, request: SlotRequest) -> Option<SlotAnswer> {
+        self.slots.call(request, 64).await.flatten()
+    }
+
+    /// Keeps a body for a job in flight elsewhere. `false`: the job was given back meanwhile and is to be admitted.
+    pub async fn absorb(&self, body: Absorb) -> bool {
+        let weight = body.body.len() + 256;
+        self.absorb.call(body, weight).await.unwrap_or(false)
+    }
+
+    /// Strikes a published report off the outbox. If that fails it is published once more, under the same id.
+    pub async fn clear(&self, key: ReportKey) {
+        self.clear.call(key, 64).await;
+    }
+
+    /// Marks the beginning of the final write. `false`: it must not begin.
+    pub async fn mark_data(&self, row: Row) -> bool {
+        self.mark.call(row, 64).await.unwrap_or(false)
+    }
+}
+
+async fn settle(ledger: Ledger, batch: Vec<Settlement>) -> Vec<Settled> {
+    let mut answers = vec![Settled::LeaseLost; batch.len()];
+    for (places, part) in by_epoch(batch, |s| s.row.lease.epoch.number()) {
+        for (place, answer) in places.into_iter().zip(settle_all(&ledger, part).await) {
+            answers[place] = answer;
+        }
+    }
+    answers
+}
+
+/// Repeats passing trouble for ever; splits a batch that one row poisons until that row stands alone.
+async fn settle_all(ledger: &Ledger, mut batch: Vec<Settlement>) -> Vec<Settled> {
+    let mut waits = pauses();
+    loop {
+        match ledger.settle(&batch).await {
+            Ok(answers) => return answers,
+            Err(error) if error.is_retryable() => {
+                trouble(ledger, "settle", &error);
+                tokio::time::sleep(waits.next().unwrap_or(Duration::from_secs(5))).await;
+            }
+            Err(error) if batch.len() > 1 => {
+                trouble(ledger, "settle", &error);
+                let rest = batch.split_off(batch.len() / 2);
+                let mut answers = Box::pin(settle_all(ledger, batch)).await;
+                answers.extend(Box::pin(settle_all(ledger, rest)).await);
+                return answers;
+            }
+            Err(error) => {
+                tracing::error!(%error, "a settlement cannot be written as it is; its details are dropped, its outcome is kept");
+                reduce(&mut batch);
+                tokio::time::sleep(waits.next().unwrap_or(Duration::from_secs(5))).await;
+            }
+        }
+    }
+}
+
+/// What is left of a settlement that Postgres refuses: the outcome and a report without foreign text.
+fn reduce(batch: &mut [Settlement]) {
+    for settlement in batch {
+        settlement.recipients = None;
+        settlement.error = None;
+        if let Some(report) = &mut settlement.report {
+            report.data.metadata = None;
+            report.data.detail = None;
+            report.data.tags.clear();
+            for recipient in &mut report.data.recipients {
+                recipient.text = None;
+            }
+        }
+    }
+}
+
+async fn slots(ledger: Ledger, batch: Vec<SlotRequest>) -> Vec<Option<SlotAnswer>> {
+    let mut answers = vec![None; batch.len()];
+    for (places, part) in by_epoch(batch, |r| r.lease.epoch.number()) {
+        for wait in pauses().take(5) {
+            match ledger.take_slots(&part).await {
+                Ok(given) => {
+                    for (place, answer) in places.iter().zip(given) {
+                        answers[*place] = Some(answer);
+                    }
+                    break;
+                }
+                Err(error) => trouble(&ledger, "slots", &error),
+            }
+            tokio::time::sleep(wait).await;
+        }
+    }
+    answers
+}
+
+async fn absorb(ledger: Ledger, batch: Vec<Absorb>) -> Vec<bool> {
+    let mut waits = pauses();
+    loop {
+        match ledger.absorb(&batch).await {
+            Ok(answers) => return answers,
+            Err(error) => trouble(&ledger, "absorb", &error),
+        }
+        tokio::time::sleep(waits.next().unwrap_or(Duration::from_secs(5))).await;
+    }
+}
+
+async fn clear(ledger: Ledger, batch: Vec<ReportKey>) -> Vec<bool> {
+    let cleared = ledger.clear_outbox(&batch).await;
+    if let Err(error) = &cleared {
+        trouble(&ledger, "clear", error);
+    }
+    vec![cleared.is_ok(); batch.len()]
+}
+
+async fn mark(ledger: Ledger, batch: Vec<Row>) -> Vec<bool> {
+    let mut answers = vec![false; batch.len()];
+    for (places, part) in by_epoch(batch, |row| row.lease.epoch.number()) {
+        match ledger.mark_data(&part).await {
+            Ok(stands) => {
+                for (place, stands) in places.into_iter().zip(stands) {
+                    answers[place] = stands;
+                }
+            }
+            Err(error) => trouble(&ledger, "mark", &error),
+        }
+    }
+    answers
+}
+
+/// Parts of a batch by the epoch of their lease (nearly always one), each with its places in the whole.
+fn by_epoch<T>(batch: Vec<T>, epoch: impl Fn(&T) -> i64) -> Vec<(Vec<usize>, Vec<T>)> {
+    let mut parts: Vec<(i64, Vec<usize>, Vec<T>)> = Vec::with_capacity(1);
+    for (place, item) in batch.into_iter().enumerate() {
+        let number = epoch(&item);
+        let at = parts.iter().position(|(n, ..)| *n == number).unwrap_or_else(|| {
+            parts.push((number, Vec::new(), Vec::new()));
+            parts.len() - 1
+        });
+        parts[at].1.push(place);
+        parts[at].2.push(item);
+    }
+    parts.into_iter().map(|(_, places, items)| (places, items)).collect()
+}
+
+fn trouble(ledger: &Ledger, statement: &str, error: &DbError) {
+    ledger.metrics.sql_errors.with_label_values(&[error.class()]).inc();
+    tracing::warn!(statement, %error, "the database did not answer; trying again");
+}
+
+/// Pauses between tries: 50 ms doubling to 5 s, jittered.
+pub(crate) fn pauses() -> impl Iterator<Item = Duration> + Send {
+    ExponentialBuilder::default()
+        .with_min_delay(Duration::from_millis(50))
+        .with_max_delay(Duration::from_secs(5))
+        .with_jitter()
+        .without_max_times()
+        .build()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_is_parted_by_epoch_and_keeps_its_places() {
+        let parts = by_epoch(vec![(7, 'a'), (8, 'b'), (7, 'c')], |item| item.0);
+        assert_eq!(parts, [(vec![0, 2], vec![(7, 'a'), (7, 'c')]), (vec![1], vec![(8, 'b')])]);
+    }
+}

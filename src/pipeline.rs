@@ -1,0 +1,82 @@
+//! One attempt at one job, left to right: resolve → fetch → compose → connect → slot → send. What follows from it is
+//! decided in [`crate::settlement`].
+
+use std::time::Duration;
+
+use crate::failure::Failure;
+use crate::ledger::{Row, WaitReason};
+use crate::report::{LinkedFile, RecipientResult, Sender};
+
+/// What one attempt found out.
+#[derive(Debug, Clone)]
+pub struct Attempt {
+    /// What it concluded.
+    pub verdict: Verdict,
+    /// The tenant's account the job is for, by name.
+    pub account: Option<String>,
+    /// Who really sent, or would have.
+    pub sender: Option<Sender>,
+    /// Message-ID of the mail, once it has one.
+    pub message_id: Option<String>,
+    /// Results so far, of earlier attempts too.
+    pub recipients: Vec<RecipientResult>,
+    /// The failure worth telling, if any.
+    pub failure: Option<Failure>,
+    /// Duration of the SMTP transaction.
+    pub smtp: Option<Duration>,
+    /// Attachments that became links.
+    pub links: Vec<LinkedFile>,
+    /// It counts as an attempt: something was tried, beyond waiting for room.
+    pub started: bool,
+    /// MAIL FROM was written: the slot is used.
+    pub reached_mail_from: bool,
+}
+
+/// What an attempt concluded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// The server answered for some recipients: their results tell.
+    Attempted,
+    /// Nothing was sent.
+    Failed(Failure),
+    /// Nobody knows whether the server took the mail: the connection was lost after its last byte could have arrived.
+    Uncertain(Failure),
+    /// No room: the job waits, and this was no attempt.
+    Wait {
+        /// Why.
+        reason: WaitReason,
+        /// For how long, as far as is known.
+        delay: Duration,
+    },
+    /// Its `expires_at` has passed.
+    Expired,
+    /// Somebody cancelled it.
+    Cancelled,
+    /// This worker may or can not go on with it; nothing was sent.
+    GiveBack,
+}
+
+impl Attempt {
+    /// An attempt at a job of which nothing has been tried yet in this turn.
+    #[must_use]
+    pub fn of(recipients: Vec<RecipientResult>, message_id: Option<String>) -> Self {
+        Self {
+            verdict: Verdict::GiveBack,
+            account: None,
+            sender: None,
+            message_id,
+            recipients,
+            failure: None,
+            smtp: None,
+            links: Vec::new(),
+            started: false,
+            reached_mail_from: false,
+        }
+    }
+
+    /// The number of this attempt.
+    #[must_use]
+    pub fn number(&self, row: &Row) -> u32 {
+        row.attempts + u32::from(self.started)
+    }
+}

@@ -1,0 +1,402 @@
+//! The stages of one attempt.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use lettre::Address;
+
+use super::task::{SharedClock, Task};
+use super::{Attempt, Verdict};
+use crate::attachment::{Attachments, Prepared};
+use crate::compose::{self, Composition, Email};
+use crate::config::UnknownTenant;
+use crate::directory::{Chosen, Directory, TenantEntry, Via, overrides, sender};
+use crate::failure::{Class, Failure, Fault, Severity, Stage};
+use crate::id::TenantId;
+use crate::job::OnUncertain;
+use crate::ledger::batches::Batches;
+use crate::ledger::slots::{SlotAnswer, SlotRequest};
+use crate::ledger::{Slot, WaitReason};
+use crate::report::{LinkedFile, RecipientResult, RecipientStatus};
+use crate::secret::Keyring;
+use crate::settlement::all_pending;
+use crate::smtp::{self, CheckoutError, Envelope, OpenError, Outcome, Pools, Submission, Transaction};
+use crate::telemetry::metrics::Metrics;
+
+/// How long a job waits in the waiting room when its account has no connection free.
+const BUSY_DELAY: Duration = Duration::from_millis(250);
+
+/// Everything an attempt talks to.
+#[derive(Debug)]
+pub struct Pipeline {
+    /// Tenants and accounts.
+    pub directory: Arc<Directory>,
+    /// Files.
+    pub attachments: Attachments,
+    /// SMTP connections.
+    pub pools: Arc<Pools>,
+    /// Slots and marks.
+    pub batches: Batches,
+    /// Keys at rest.
+    pub keys: Arc<Keyring>,
+    /// Keys producers seal overrides with.
+    pub override_keys: Option<Keyring>,
+    /// Keys Message-IDs.
+    pub installation_secret: Vec<u8>,
+    /// What to do with unknown tenants.
+    pub unknown_tenant: UnknownTenant,
+    /// The database's clock.
+    pub clock: Arc<SharedClock>,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+}
+
+/// The two entries a sender is chosen from.
+#[derive(Debug)]
+pub struct Entries {
+    /// The job's tenant.
+    pub tenant: Arc<TenantEntry>,
+    /// The platform.
+    pub platform: Option<Arc<TenantEntry>>,
+}
+
+impl Pipeline {
+    /// Makes one attempt. Never fails: whatever happens is a verdict.
+    pub async fn attempt(&self, task: &Task) -> Attempt {
+        let known = &task.row.recipients;
+        let recipients = if known.is_empty() { all_pending(&task.job) } else { known.clone() };
+        let mut attempt = Attempt::of(recipients, task.row.message_id.clone());
+        attempt.verdict = match self.run(task, &mut attempt).await {
+            Ok(verdict) | Err(verdict) => verdict,
+        };
+        if let Verdict::Failed(failure) | Verdict::Uncertain(failure) = &attempt.verdict {
+            attempt.failure.get_or_insert_with(|| failure.clone());
+        }
+        attempt
+    }
+
+    /// resolve → fetch → compose → connect → slot → send, down the ladder of senders.
+    async fn run(&self, task: &Task, attempt: &mut Attempt) -> Result<Verdict, Verdict> {
+        if task.is_expired(self.clock.now()) {
+            return Err(Verdict::Expired);
+        }
+        let entries = self.entries(&task.job.tenant).await?;
+        let mut chosen = self.choose(task, &entries).map_err(|failure| started(attempt, failure))?;
+        let fetched = Instant::now();
+        let prepared = self
+            .attachments
+            .prepare(&task.job.tenant, &task.job.attachments, &entries.tenant.tenant.large_files)
+            .await
+            .map_err(|failure| started(attempt, failure))?;
+        self.note_files(task, attempt, &prepared, fetched);
+        loop {
+            let verdict = match self.send(task, attempt, &entries, &chosen, &prepared).await {
+                Ok(verdict) | Err(verdict) => verdict,
+            };
+            let Verdict::Failed(failure) = &verdict else { return Ok(verdict) };
+            let platform = entries.platform.as_deref();
+            match sender::after_failure(&chosen, failure, &task.job, &entries.tenant, platform) {
+                Some(other) => chosen = other,
+                None => return Ok(verdict),
+            }
+        }
+    }
+
+    /// The tenant's accounts and the platform's. An unreadable directory is our trouble: the job goes back.
+    pub async fn entries(&self, tenant: &TenantId) -> Result<Entries, Verdict> {
+        let unreadable = |error| {
+            tracing::warn!(%error, "the directory cannot be read");
+            Verdict::GiveBack
+        };
+        let entry = match self.directory.tenant(tenant).await.map_err(unreadable)? {
+            Some(entry) => entry,
+            None => Arc::new(sender::unknown_tenant(tenant, self.unknown_tenant).map_err(Verdict::Failed)?),
+        };
+        let platform = self.directory.tenant(&TenantId::platform()).await.map_err(unreadable)?;
+        Ok(Entries { tenant: entry, platform })
+    }
+
+    /// Who sends.
+    ///
+    /// # Errors
+    /// Why nobody does.
+    pub fn choose(&self, task: &Task, entries: &Entries) -> Result<Chosen, Failure> {
+        let opened = overrides::open_override(&task.job, &self.keys, self.override_keys.as_ref())?;
+        sender::choose(&task.job, &entries.tenant, entries.platform.as_deref(), opened)
+    }
+
+    fn note_files(&self, task: &Task, attempt: &mut Attempt, prepared: &Prepared, since: Instant) {
+        if !task.job.attachments.is_empty() {
+            self.observe("fetch", since);
+        }
+        for warning in &prepared.warnings {
+            tracing::warn!(job = %task.job.id, tenant = %task.job.tenant, warning);
+        }
+        attempt.links = prepared
+            .links
+            .iter()
+            .map(|link| LinkedFile {
+                filename: link.filename.clone(),
+                size: link.size,
+                expires_at: link.expires_at,
+            })
+            .collect();
+    }
+
+    /// Sends to everybody who is still open, in as many transactions as the slots ask for.
+    async fn send(
+        &self,
+        task: &Task,
+        attempt: &mut Attempt,
+        entries: &Entries,
+        chosen: &Chosen,
+        prepared: &Prepared,
+    ) -> Result<Verdict, Verdict> {
+        attempt.sender = Some(chosen.sender());
+        attempt.account = (chosen.via == Via::Account).then(|| chosen.account.key.account().to_owned());
+        let message_id = self.message_id(task, chosen, attempt);
+        let limited = entries.tenant.tenant.limited || chosen.account.limited || task.row.slot.is_none();
+        let mut slot = task.row.slot.filter(|_| chosen.account.key == task.row.account);
+        let mut tried = HashSet::new();
+        loop {
+            let open = open_recipients(attempt, &tried);
+            if open.is_empty() {
+                return Ok(Verdict::Attempted);
+            }
+            let mut lease = self.connection(task, attempt, chosen).await?;
+            let granted = match slot.take().filter(Slot::is_valid) {
+                Some(slot) => slot,
+                None if !limited => Slot::unlimited(),
+                None => self.take_slot(task, chosen, open.len(), !tried.is_empty()).await?,
+            };
+            let part: Vec<Address> = open.into_iter().take(granted.recipients as usize).collect();
+            tried.extend(part.iter().map(ToString::to_string));
+            let started_at = Instant::now();
+            let email = self.compose(task, chosen, prepared, &message_id, &part).map_err(|f| started(attempt, f))?;
+            self.observe("compose", started_at);
+            if task.is_expired(self.clock.now()) {
+                return Err(Verdict::Expired);
+            }
+            let begun = Instant::now();
+            let result = self.transact(task, attempt, entries, &mut lease, &email, &part).await;
+            attempt.smtp = Some(attempt.smtp.unwrap_or_default() + begun.elapsed());
+            self.observe("send", begun);
+            result?;
+        }
+    }
+
+    /// The Message-ID: that of earlier attempts, else made from what identifies the job.
+    fn message_id(&self, task: &Task, chosen: &Chosen, attempt: &mut Attempt) -> String {
+        let from = task.job.from.as_ref().unwrap_or(&chosen.from);
+        attempt
+            .message_id
+            .get_or_insert_with(|| {
+                compose::message_id(
+                    &self.installation_secret,
+                    &task.job.tenant,
+                    &task.job.id,
+                    task.row.born,
+                    from.address.domain(),
+                )
+            })
+            .clone()
+    }
+
+    fn compose(
+        &self,
+        task: &Task,
+        chosen: &Chosen,
+        prepared: &Prepared,
+        message_id: &str,
+        recipients: &[Address],
+    ) -> Result<Email, Failure> {
+        compose::compose(&Composition {
+            job: &task.job,
+            from: &chosen.from,
+            reply_to: Some(&chosen.reply_to),
+            envelope_from: chosen.envelope_from.as_ref(),
+            recipients,
+            message_id,
+            date: task.row.created,
+            prepared,
+        })
+    }
+
+    /// A connection of the account, before any slot is taken: the limit must hold at the provider.
+    async fn connection(
+        &self,
+        task: &Task,
+        attempt: &mut Attempt,
+        chosen: &Chosen,
+    ) -> Result<smtp::Lease, Verdict> {
+        let since = Instant::now();
+        let account = &chosen.account;
+        let checked_out = if chosen.via == Via::Override {
+            self.pools.connect_once(&account.server).await.map_err(CheckoutError::Failed)
+        } else {
+            let submission = Submission {
+                key: account.key.clone(),
+                version: account.version,
+                server: account.server.clone(),
+                max_connections: account.max_connections,
+            };
+            self.pools.checkout(&submission).await
+        };
+        self.observe("connection", since);
+        match checked_out {
+            Ok(lease) => Ok(lease),
+            Err(CheckoutError::Busy) => {
+                tracing::debug!(job = %task.job.id, account = %account.key, "no connection is free");
+                Err(Verdict::Wait { reason: WaitReason::Busy, delay: BUSY_DELAY })
+            }
+            Err(CheckoutError::Failed(failure)) => Err(started(attempt, failure)),
+        }
+    }
+
+    async fn take_slot(
+        &self,
+        task: &Task,
+        chosen: &Chosen,
+        recipients: usize,
+        more: bool,
+    ) -> Result<Slot, Verdict> {
+        let since = Instant::now();
+        let request = SlotRequest {
+            tenant: task.row.tenant.clone(),
+            id: task.row.id.clone(),
+            lease: task.row.lease.clone(),
+            account: chosen.account.key.clone(),
+            recipients: recipients as u32,
+            keep: more,
+        };
+        let answer = self.batches.take_slot(request).await;
+        self.observe("slot", since);
+        match answer {
+            Some(SlotAnswer::Granted(slot)) => Ok(slot),
+            Some(SlotAnswer::Denied(delay)) => Err(Verdict::Wait { reason: WaitReason::Rate, delay }),
+            Some(SlotAnswer::LeaseLost) | None => Err(Verdict::GiveBack),
+        }
+    }
+
+    /// MAIL, RCPT, DATA, the last look at the lease, the mail.
+    async fn transact(
+        &self,
+        task: &Task,
+        attempt: &mut Attempt,
+        entries: &Entries,
+        lease: &mut smtp::Lease,
+        email: &Email,
+        part: &[Address],
+    ) -> Result<(), Verdict> {
+        attempt.started = true;
+        attempt.reached_mail_from = true;
+        let envelope = Envelope { from: email.envelope_from.clone(), to: email.recipients.clone() };
+        let transaction = match lease.open(&envelope, email.message.len(), email.needs_utf8, email.is_8bit).await {
+            Ok(transaction) => transaction,
+            Err(OpenError::NothingAccepted(results)) => {
+                record(attempt, part, &results);
+                return Ok(());
+            }
+            Err(OpenError::Failed { failure, reached_mail_from }) => {
+                attempt.reached_mail_from = reached_mail_from;
+                return Err(Verdict::Failed(failure));
+            }
+        };
+        if !self.may_write(task, entries).await {
+            transaction.abandon();
+            return Err(Verdict::GiveBack);
+        }
+        self.finish(attempt, transaction, email, part).await
+    }
+
+    /// The last question before the write that may end the message: is the job still ours? For jobs that are to be
+    /// held when the outcome stays unknown, the answer is committed first.
+    async fn may_write(&self, task: &Task, entries: &Entries) -> bool {
+        let policy = task.job.on_uncertain.unwrap_or(entries.tenant.tenant.on_uncertain);
+        if policy == OnUncertain::Hold && !self.batches.mark_data(task.row.clone()).await {
+            return false;
+        }
+        task.row.lease.is_good()
+    }
+
+    async fn finish(
+        &self,
+        attempt: &mut Attempt,
+        transaction: Transaction<'_>,
+        email: &Email,
+        part: &[Address],
+    ) -> Result<(), Verdict> {
+        match transaction.finish(&email.message).await {
+            Outcome::Answered(results) => {
+                record(attempt, part, &results);
+                Ok(())
+            }
+            Outcome::Failed(failure) => Err(Verdict::Failed(failure)),
+            Outcome::Uncertain(failure) => Err(Verdict::Uncertain(failure)),
+        }
+    }
+
+    fn observe(&self, stage: &str, since: Instant) {
+        self.metrics.stage.with_label_values(&[stage]).observe(since.elapsed().as_secs_f64());
+    }
+}
+
+/// A failure that counts as an attempt.
+fn started(attempt: &mut Attempt, failure: Failure) -> Verdict {
+    attempt.started = true;
+    Verdict::Failed(failure)
+}
+
+/// Recipients that still wait and have not had their turn in this attempt.
+fn open_recipients(attempt: &Attempt, tried: &HashSet<String>) -> Vec<Address> {
+    attempt
+        .recipients
+        .iter()
+        .filter(|r| r.is_open() && !tried.contains(&r.address))
+        .filter_map(|r| r.address.parse().ok())
+        .collect()
+}
+
+/// Notes what the server said about each recipient of this transaction, and the failure most worth telling.
+fn record(attempt: &mut Attempt, part: &[Address], results: &[smtp::RcptResult]) {
+    for (address, result) in part.iter().zip(results) {
+        let address = address.to_string();
+        let Some(mine) = attempt.recipients.iter_mut().find(|r| r.address == address) else { continue };
+        let status = match &result.failure {
+            None => RecipientStatus::Accepted,
+            Some(failure) if failure.is_transient() => RecipientStatus::Deferred,
+            Some(_) => RecipientStatus::Refused,
+        };
+        mine.record(status, result.reply.as_ref());
+        if let Some(failure) = &result.failure {
+            keep_worse(attempt, failure);
+        }
+    }
+}
+
+/// A transient failure decides when to come back, so it is the one to keep.
+fn keep_worse(attempt: &mut Attempt, failure: &Failure) {
+    let keep = attempt.failure.as_ref().is_some_and(|f| f.severity == Severity::Transient);
+    if !keep {
+        attempt.failure = Some(failure.clone());
+    }
+}
+
+/// What a panic in an attempt is told as.
+#[must_use]
+pub fn panicked() -> Failure {
+    Failure::transient(
+        Class::Local,
+        Fault::Us,
+        Stage::Compose,
+        "internal_error",
+        "an internal error stopped this attempt; see the log of the worker",
+    )
+}
+
+/// Results for recipients of whom only the outcome of the whole is known.
+#[must_use]
+pub fn open_only(recipients: &[RecipientResult]) -> Vec<RecipientResult> {
+    recipients.iter().filter(|r| r.is_open()).cloned().collect()
+}

@@ -1,0 +1,233 @@
+//! What follows from an attempt: the outcome, the report, and whether and when to come back. Pure: everything that is
+//! decided here is decided from its arguments.
+
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+
+use crate::failure::{Class, Failure, Fault, Severity, Stage};
+use crate::job::{MailJob, OnUncertain};
+use crate::ledger::settle::{Body, Next, Settlement};
+use crate::ledger::{Row, WaitReason};
+use crate::pipeline::{Attempt, Verdict};
+use crate::report::{RecipientResult, RecipientStatus, Report, ReportData, ReportType, Timings, event_id};
+use crate::retry::RetryPolicy;
+
+/// What the decision depends on besides the attempt itself.
+#[derive(Debug, Clone)]
+pub struct Circumstances<'a> {
+    /// The job.
+    pub job: &'a MailJob,
+    /// What the ledger knows of it.
+    pub row: &'a Row,
+    /// AMQP `correlation_id`, else the job's id.
+    pub correlation_id: &'a str,
+    /// When to come back.
+    pub retry: RetryPolicy,
+    /// What to do when nobody knows the outcome.
+    pub on_uncertain: OnUncertain,
+    /// It came from RabbitMQ just now rather than out of the waiting room.
+    pub new: bool,
+    /// Shorter waits are not reported.
+    pub deferred_report_after: Duration,
+    /// The database's clock.
+    pub now: Timestamp,
+    /// Random number in 0..1 that spreads retries.
+    pub jitter: f64,
+}
+
+/// Decides what is to be written. `body` is put into the settlement where the job has to wait.
+#[must_use]
+pub fn plan(at: &Circumstances<'_>, attempt: Attempt, body: Option<Body>) -> Settlement {
+    match &attempt.verdict {
+        Verdict::Expired => finish(at, attempt, ReportType::Expired, Some("expires_at has passed")),
+        Verdict::Cancelled => finish(at, attempt, ReportType::Cancelled, None),
+        Verdict::GiveBack => settlement(at, &attempt, Next::GiveBack, None),
+        Verdict::Wait { reason, delay } => {
+            let (reason, delay) = (*reason, *delay);
+            wait(at, attempt, reason, delay, body)
+        }
+        Verdict::Uncertain(_) if at.on_uncertain == OnUncertain::Hold => hold(at, attempt, body),
+        Verdict::Uncertain(failure) | Verdict::Failed(failure) => {
+            let failure = failure.clone();
+            if failure.is_transient() { again(at, attempt, &failure, body) } else { fail(at, attempt, &failure) }
+        }
+        Verdict::Attempted => attempted(at, attempt, body),
+    }
+}
+
+/// The server spoke: final if nobody is left, else the rest is tried again.
+fn attempted(at: &Circumstances<'_>, attempt: Attempt, body: Option<Body>) -> Settlement {
+    let deferred = attempt.recipients.iter().any(|r| r.status == RecipientStatus::Deferred);
+    let pending = attempt.recipients.iter().any(|r| r.status == RecipientStatus::Pending);
+    if deferred {
+        let failure = attempt.failure.clone().unwrap_or_else(unknown_refusal);
+        return again(at, attempt, &failure, body);
+    }
+    if pending {
+        // Only a part of the envelope was covered by the slot; the rest waits for the next one.
+        return wait(at, attempt, WaitReason::Rate, Duration::ZERO, body);
+    }
+    let accepted = attempt.recipients.iter().any(|r| r.status == RecipientStatus::Accepted);
+    finish(at, attempt, if accepted { ReportType::Sent } else { ReportType::Failed }, None)
+}
+
+fn unknown_refusal() -> Failure {
+    Failure::transient(
+        Class::Infrastructure,
+        Fault::Provider,
+        Stage::RcptTo,
+        "deferred",
+        "the server deferred the recipients",
+    )
+}
+
+/// A passing failure: come back, unless that has been tried long enough.
+fn again(at: &Circumstances<'_>, mut attempt: Attempt, failure: &Failure, body: Option<Body>) -> Settlement {
+    let age = at.now.duration_since(at.row.created);
+    let age = Duration::try_from(age.max(SignedDuration::ZERO)).unwrap_or_default();
+    let attempts = attempt.number(at.row);
+    let Some(delay) = at.retry.next(attempts, age, failure.retry_after, at.jitter) else {
+        return give_up(at, attempt, failure);
+    };
+    attempt.failure = Some(failure.clone());
+    let reason = if failure.reason == "key_unknown" { WaitReason::Key } else { WaitReason::Retry };
+    wait(at, attempt, reason, delay, body)
+}
+
+/// Retries are used up: whoever still waits will not get it.
+fn give_up(at: &Circumstances<'_>, mut attempt: Attempt, failure: &Failure) -> Settlement {
+    for recipient in attempt.recipients.iter_mut().filter(|r| r.is_open()) {
+        recipient.status = RecipientStatus::Refused;
+    }
+    let mut failure = failure.clone();
+    failure.message = format!("given up after {} attempts; last: {}", attempt.number(at.row), failure.message);
+    failure.severity = Severity::Permanent;
+    fail(at, attempt, &failure)
+}
+
+fn fail(at: &Circumstances<'_>, mut attempt: Attempt, failure: &Failure) -> Settlement {
+    let accepted = attempt.recipients.iter().any(|r| r.status == RecipientStatus::Accepted);
+    for recipient in attempt.recipients.iter_mut().filter(|r| r.is_open()) {
+        recipient.record(RecipientStatus::Refused, failure.reply.as_ref());
+    }
+    attempt.failure = Some(failure.clone());
+    finish(at, attempt, if accepted { ReportType::Sent } else { ReportType::Failed }, None)
+}
+
+fn finish(at: &Circumstances<'_>, attempt: Attempt, kind: ReportType, detail: Option<&str>) -> Settlement {
+    let accepted = attempt.recipients.iter().any(|r| r.status == RecipientStatus::Accepted);
+    // What somebody has received was sent, whatever ended the rest.
+    let kind = if accepted { ReportType::Sent } else { kind };
+    let mut report = report(at, &attempt, kind);
+    report.data.partial = accepted && attempt.recipients.iter().any(|r| r.status != RecipientStatus::Accepted);
+    if report.data.detail.is_none() {
+        report.data.detail = detail.map(str::to_owned);
+    }
+    settlement(at, &attempt, Next::Done(kind), Some(report))
+}
+
+fn hold(at: &Circumstances<'_>, mut attempt: Attempt, body: Option<Body>) -> Settlement {
+    if let Verdict::Uncertain(failure) = &attempt.verdict {
+        attempt.failure = Some(failure.clone());
+    }
+    let mut report = report(at, &attempt, ReportType::Uncertain);
+    report.data.uncertain_attempts = at.row.uncertain + 1;
+    settlement(at, &attempt, Next::Hold { body }, Some(report))
+}
+
+fn wait(
+    at: &Circumstances<'_>,
+    attempt: Attempt,
+    reason: WaitReason,
+    delay: Duration,
+    body: Option<Body>,
+) -> Settlement {
+    let report = is_reported(at, &attempt, reason, delay).then(|| {
+        let mut report = report(at, &attempt, ReportType::Deferred);
+        report.data.reason.get_or_insert_with(|| reason.as_str().to_owned());
+        report.data.next_attempt_at = at.now.checked_add(SignedDuration::try_from(delay).unwrap_or_default()).ok();
+        report
+    });
+    settlement(at, &attempt, Next::Park { reason, delay, body }, report)
+}
+
+/// At most one report per job and reason: the first retry, and the first wait for a limit or a date that is long
+/// enough to be worth telling.
+fn is_reported(at: &Circumstances<'_>, attempt: &Attempt, reason: WaitReason, delay: Duration) -> bool {
+    match reason {
+        WaitReason::Retry | WaitReason::Key => attempt.number(at.row) == 1,
+        WaitReason::Rate | WaitReason::Schedule => at.new && delay >= at.deferred_report_after,
+        WaitReason::Busy | WaitReason::Contract => false,
+    }
+}
+
+fn settlement(at: &Circumstances<'_>, attempt: &Attempt, next: Next, report: Option<Report>) -> Settlement {
+    let known = attempt.started || !at.row.recipients.is_empty();
+    Settlement {
+        row: at.row.clone(),
+        next,
+        attempts: if attempt.started { attempt.number(at.row) } else { at.row.attempts },
+        recipients: known.then(|| attempt.recipients.clone()),
+        message_id: attempt.message_id.clone(),
+        report,
+        refund: !attempt.reached_mail_from,
+        error: attempt.failure.as_ref().map(ToString::to_string),
+    }
+}
+
+fn report(at: &Circumstances<'_>, attempt: &Attempt, kind: ReportType) -> Report {
+    let sequence = at.row.sequence + 1;
+    let mut data = ReportData {
+        job: Some(at.job.id.clone()),
+        tenant: at.job.tenant.clone(),
+        account: attempt.account.clone(),
+        sender: attempt.sender.clone(),
+        attempt: if attempt.started { attempt.number(at.row) } else { at.row.attempts },
+        message_id: attempt.message_id.clone(),
+        recipients: attempt.recipients.clone(),
+        partial: false,
+        reason: None,
+        detail: None,
+        class: None,
+        fault: None,
+        stage: None,
+        errors: Vec::new(),
+        is_final: kind.is_final(),
+        sequence,
+        correlation_id: Some(at.correlation_id.to_owned()),
+        next_attempt_at: None,
+        uncertain_attempts: at.row.uncertain,
+        timings: timings(at, attempt),
+        batch: at.job.batch.clone(),
+        tags: at.job.tags.clone(),
+        metadata: at.job.metadata.clone(),
+        links: attempt.links.clone(),
+    };
+    if let Some(failure) = &attempt.failure {
+        data.blame(failure);
+    }
+    Report {
+        id: event_id(at.job.tenant.as_str(), "job", at.job.id.as_str(), &sequence.to_string()),
+        kind: kind.as_str(),
+        timestamp: at.now,
+        data,
+    }
+}
+
+fn timings(at: &Circumstances<'_>, attempt: &Attempt) -> Option<Timings> {
+    let total = at.now.duration_since(at.row.created).as_millis();
+    attempt.started.then(|| Timings {
+        total_ms: u64::try_from(total).unwrap_or(0),
+        smtp_ms: attempt.smtp.map(|took| took.as_millis() as u64),
+    })
+}
+
+/// The recipients of a job that nobody has tried yet.
+#[must_use]
+pub fn all_pending(job: &MailJob) -> Vec<RecipientResult> {
+    job.recipients().map(|address| RecipientResult::pending(&address.to_string())).collect()
+}
+
+#[cfg(test)]
+mod tests;

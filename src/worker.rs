@@ -1,0 +1,260 @@
+//! The worker: deliveries in, mail out, every outcome recorded before it is acknowledged.
+//!
+//! ```text
+//! RabbitMQ ─▶ arrival ─▶ admission ─▶ pipeline ─▶ settlement ─▶ ack, report
+//!                            │ park                  │ park
+//!                            ▼                       ▼
+//!                        waiting room (Postgres) ─▶ dispatcher ─▶ pipeline …
+//! ```
+
+pub mod admission;
+pub mod arrival;
+pub mod bury;
+pub mod conclude;
+pub mod delivery;
+pub mod dispatcher;
+pub mod housekeeping;
+pub mod load;
+pub mod permits;
+pub mod reporter;
+mod run;
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use tokio::sync::{Notify, mpsc};
+use tokio_util::task::TaskTracker;
+
+use crate::broker::Broker;
+use crate::config::JobLimits;
+use crate::db::DbError;
+use crate::health;
+use crate::id::AccountKey;
+use crate::ledger::batches::Batches;
+use crate::ledger::release::{ReleaseRequest, Released};
+use crate::ledger::{Epoch, Lease, Ledger, Row};
+use crate::pipeline::Attempt;
+use crate::pipeline::attempt::Pipeline;
+use crate::pipeline::task::{SharedClock, Task};
+use crate::report::RecipientStatus;
+use crate::retry::RetryPolicy;
+use crate::telemetry::metrics::Metrics;
+
+pub use run::{Settings, run};
+
+/// Additional data under which whole bodies of dead letters are sealed.
+pub const DEAD_BODY: &str = "dead-letter";
+
+/// How many jobs of an account may be in hand per connection it has here: admission and bookkeeping of the next ones
+/// overlap with the sends of these.
+const IN_HAND_PER_CONNECTION: usize = 4;
+
+/// Everything the parts of a worker share.
+#[derive(Debug)]
+pub struct Worker {
+    /// The ledger.
+    pub ledger: Ledger,
+    /// Its calls, coalesced.
+    pub batches: Batches,
+    /// Attempts.
+    pub pipeline: Pipeline,
+    /// Publishing.
+    pub broker: Broker,
+    /// Reports on their way.
+    pub reporter: reporter::Reporter,
+    /// Sends in flight.
+    pub permits: Arc<permits::Permits>,
+    /// Sends allowed.
+    pub permits_total: usize,
+    /// Jobs in hand per account.
+    pub load: Arc<load::Load>,
+    /// Connections per account.
+    pub pool_size: usize,
+    /// Bounds of a job.
+    pub limits: JobLimits,
+    /// Retries of jobs without an account.
+    pub retry: RetryPolicy,
+    /// Shorter waits are not reported.
+    pub deferred_report_after: Duration,
+    /// How long a silent worker keeps its jobs.
+    pub lease: Duration,
+    /// How long outcomes are remembered.
+    pub retention: Duration,
+    /// The database's clock.
+    pub clock: Arc<SharedClock>,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// Every job in flight; draining waits for them.
+    pub tasks: TaskTracker,
+    /// Something may be due in the waiting room.
+    pub nudge: Notify,
+    /// Readiness of the database.
+    pub database: health::Component,
+    epoch: RwLock<Arc<Epoch>>,
+    claims: Mutex<Claims>,
+    arrivals: mpsc::Sender<arrival::Arrival>,
+    name: String,
+}
+
+/// Claims being worked on, and the claim counter as it was at the last look.
+#[derive(Debug, Default)]
+struct Claims {
+    in_flight: HashSet<i64>,
+    looked_at: i64,
+    before: i64,
+}
+
+/// A claim being worked on, until dropped.
+#[derive(Debug)]
+pub struct InFlight {
+    worker: Arc<Worker>,
+    claim: i64,
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.worker.metrics.in_flight.dec();
+        self.worker.claims.lock().unwrap_or_else(PoisonError::into_inner).in_flight.remove(&self.claim);
+    }
+}
+
+impl Worker {
+    /// The current epoch.
+    #[must_use]
+    pub fn epoch(&self) -> Arc<Epoch> {
+        Arc::clone(&self.epoch.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// A lease to ask for.
+    #[must_use]
+    pub fn claim(&self) -> Lease {
+        let epoch = self.epoch();
+        Lease { claim: epoch.next_claim(), epoch }
+    }
+
+    /// Registers as a new worker after the old epoch died.
+    pub async fn renew_epoch(&self) {
+        match self.ledger.register(&self.name, self.lease).await {
+            Ok(epoch) => *self.epoch.write().unwrap_or_else(PoisonError::into_inner) = epoch,
+            Err(error) => self.database_trouble("register", &error),
+        }
+    }
+
+    /// Notes that a claim is being worked on.
+    fn in_flight(self: &Arc<Self>, row: &Row) -> InFlight {
+        self.metrics.in_flight.inc();
+        let claim = row.lease.claim;
+        self.claims.lock().unwrap_or_else(PoisonError::into_inner).in_flight.insert(claim);
+        InFlight { worker: Arc::clone(self), claim }
+    }
+
+    /// Claims being worked on, and the number that claims had reached one look ago.
+    fn old_claims(&self) -> (Vec<i64>, i64) {
+        let now = self.epoch().next_claim();
+        let mut claims = self.claims.lock().unwrap_or_else(PoisonError::into_inner);
+        claims.before = claims.looked_at;
+        claims.looked_at = now;
+        (claims.in_flight.iter().copied().collect(), claims.before)
+    }
+
+    /// Whether an account has as much in hand as its connections can take. With nobody else about, it may use all
+    /// permits; otherwise at most half.
+    #[must_use]
+    pub fn is_full(&self, account: &AccountKey, connections: usize) -> bool {
+        self.load.of(account) >= self.room(account, connections)
+    }
+
+    fn room(&self, account: &AccountKey, connections: usize) -> usize {
+        let room = connections.saturating_mul(IN_HAND_PER_CONNECTION);
+        if self.load.others(account) == 0 { room } else { room.min((self.permits_total / 2).max(1)) }
+    }
+
+    /// Accounts that can take nothing out of the waiting room now.
+    #[must_use]
+    pub fn full_accounts(&self) -> Vec<AccountKey> {
+        let mut full = self.load.full(|_| self.pool_size * IN_HAND_PER_CONNECTION);
+        full.extend(self.pipeline.pools.without_room());
+        full
+    }
+
+    /// Leases due jobs of the current epoch.
+    async fn release(&self, request: &ReleaseRequest) -> Result<Vec<Released>, DbError> {
+        self.ledger.release(&self.epoch(), request).await
+    }
+
+    /// Puts an arrival (again) before admission.
+    pub async fn arrive(&self, arrival: arrival::Arrival) {
+        if let Err(closed) = self.arrivals.send(arrival).await {
+            closed.0.delivery.requeue();
+        }
+    }
+
+    /// Notes trouble with the database.
+    pub fn database_trouble(&self, what: &str, error: &DbError) {
+        self.metrics.sql_errors.with_label_values(&[error.class()]).inc();
+        if error.is_retryable() {
+            self.database.not_ready(&error.to_string());
+        }
+        tracing::warn!(statement = what, %error, "trouble with the database");
+    }
+
+    /// Asks the database for the time.
+    async fn correct_clock(&self) -> Result<(), DbError> {
+        let client = self.ledger.database().client().await?;
+        let sent = (Instant::now(), Timestamp::now());
+        let theirs: Timestamp = client.query_one("SELECT clock_timestamp()", &[]).await?.try_get(0)?;
+        let half = sent.0.elapsed() / 2;
+        let ours = sent.1.checked_add(half).unwrap_or(sent.1);
+        self.clock.correct(theirs, ours, half);
+        Ok(())
+    }
+
+    /// One line per attempt.
+    fn log_attempt(&self, task: &Task, attempt: &Attempt) {
+        if !attempt.started {
+            return;
+        }
+        let count = |status| attempt.recipients.iter().filter(|r| r.status == status).count();
+        for recipient in &attempt.recipients {
+            let class = attempt.failure.as_ref().map_or("", |f| f.class.as_str());
+            let (status, class) = match recipient.status {
+                RecipientStatus::Accepted => ("accepted", ""),
+                RecipientStatus::Deferred => ("deferred", class),
+                RecipientStatus::Refused => ("refused", class),
+                RecipientStatus::Pending => continue,
+            };
+            self.metrics.recipients.with_label_values(&[status, class]).inc();
+        }
+        if let Some(failure) = &attempt.failure {
+            self.metrics
+                .failures
+                .with_label_values(&[failure.class.as_str(), failure.fault.as_str(), failure.stage.as_str()])
+                .inc();
+        }
+        tracing::info!(
+            attempt = attempt.number(&task.row),
+            level = %task.level,
+            via = attempt.sender.as_ref().map(|s| s.via),
+            account = attempt.sender.as_ref().and_then(|s| s.account.as_deref()),
+            accepted = count(RecipientStatus::Accepted),
+            deferred = count(RecipientStatus::Deferred),
+            refused = count(RecipientStatus::Refused),
+            smtp_ms = attempt.smtp.map(|took| took.as_millis() as u64),
+            failure = attempt.failure.as_ref().map(tracing::field::display),
+            "attempt"
+        );
+    }
+
+    fn count(&self, settlement: &crate::ledger::settle::Settlement) {
+        use crate::ledger::settle::Next;
+        let outcome = match &settlement.next {
+            Next::Done(kind) => kind.as_str().trim_start_matches("mail."),
+            Next::Park { .. } => "parked",
+            Next::Hold { .. } => "uncertain",
+            Next::GiveBack => "given_back",
+        };
+        self.metrics.jobs.with_label_values(&[outcome]).inc();
+    }
+}

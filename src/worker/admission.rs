@@ -1,0 +1,249 @@
+//! Admission: takes arrivals as permits and connections allow, claims them in batches, and sends each on its way.
+//!
+//! What cannot run now is not held back at the head of its queue: over a limit it is parked at once, behind a busy
+//! account when it has stood here for a while. With no permit free nothing is taken, and the backlog stays in RabbitMQ.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Semaphore, mpsc};
+use tokio_util::sync::CancellationToken;
+
+use super::Worker;
+use super::arrival::Arrival;
+use super::load::InHand;
+use super::permits::Permit;
+use crate::id::AccountKey;
+use crate::ledger::admit::{AdmitRequest, Admitted, Want};
+use crate::ledger::batches::pauses;
+use crate::ledger::release::ReleaseRequest;
+use crate::level::Level;
+use crate::pipeline::task::Task;
+
+/// Most jobs in one admission statement.
+const BATCH: usize = 128;
+/// How long a job may stand in hand because its account is busy before it is parked.
+const PARK_AFTER: Duration = Duration::from_secs(1);
+/// How often jobs in hand are looked at when nothing else happens.
+const LOOK: Duration = Duration::from_millis(100);
+/// Admission statements at once.
+const STATEMENTS: usize = 2;
+
+/// Jobs in hand, not yet admitted.
+#[derive(Debug)]
+pub struct Admission {
+    worker: Arc<Worker>,
+    levels: [VecDeque<Arrival>; 4],
+    statements: Arc<Semaphore>,
+}
+
+/// An arrival picked for a batch, with what it needs to run; without a permit it is to be parked.
+#[derive(Debug)]
+pub struct Picked {
+    /// The arrival.
+    pub arrival: Arrival,
+    /// Its claim and what is asked for.
+    pub request: AdmitRequest,
+    /// The right to send it.
+    pub permit: Option<(Permit, InHand)>,
+}
+
+impl Admission {
+    /// An empty hand.
+    #[must_use]
+    pub fn new(worker: Arc<Worker>) -> Self {
+        Self { worker, levels: Default::default(), statements: Arc::new(Semaphore::new(STATEMENTS)) }
+    }
+
+    /// Runs until `stop`; what is still in hand then is given back to RabbitMQ.
+    pub async fn run(mut self, mut arrivals: mpsc::Receiver<Arrival>, stop: CancellationToken) {
+        loop {
+            let waiting = self.levels.iter().any(|level| !level.is_empty());
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                arrival = arrivals.recv() => match arrival {
+                    Some(arrival) => self.take(arrival),
+                    None => break,
+                },
+                () = self.worker.permits.freed(), if waiting => {}
+                () = tokio::time::sleep(LOOK), if waiting => {}
+            }
+            while let Ok(arrival) = arrivals.try_recv() {
+                self.take(arrival);
+            }
+            self.admit_what_can_run().await;
+        }
+        arrivals.close();
+        while let Ok(arrival) = arrivals.try_recv() {
+            self.take(arrival);
+        }
+        for arrival in self.levels.into_iter().flatten() {
+            arrival.delivery.requeue();
+        }
+    }
+
+    fn take(&mut self, arrival: Arrival) {
+        self.levels[arrival.level.index()].push_back(arrival);
+    }
+
+    async fn admit_what_can_run(&mut self) {
+        loop {
+            // The batch is picked when it can be sent, so that it is as full as the load makes it.
+            let Ok(statement) = Arc::clone(&self.statements).acquire_owned().await else { return };
+            let batch = self.pick();
+            if batch.is_empty() {
+                return;
+            }
+            let worker = Arc::clone(&self.worker);
+            self.worker.tasks.spawn(async move {
+                admit(&worker, batch).await;
+                drop(statement);
+            });
+        }
+    }
+
+    /// The next batch: levels in the order of the permits, jobs in the order of arrival, passing over those whose
+    /// account is busy.
+    fn pick(&mut self) -> Vec<Picked> {
+        let mut batch = Vec::new();
+        let mut keys = HashSet::new();
+        for level in self.worker.permits.order() {
+            let queue = &mut self.levels[level.index()];
+            let mut left = VecDeque::with_capacity(queue.len());
+            while let Some(arrival) = queue.pop_front() {
+                if arrival.delivery.is_stale() {
+                    continue;
+                }
+                let key = (arrival.job.tenant.clone(), arrival.job.id.clone());
+                if batch.len() >= BATCH || keys.contains(&key) {
+                    left.push_back(arrival);
+                    continue;
+                }
+                match pick_one(&self.worker, arrival, level) {
+                    Ok(picked) => {
+                        keys.insert(key);
+                        batch.push(picked);
+                    }
+                    Err(arrival) => left.push_back(arrival),
+                }
+            }
+            *queue = left;
+        }
+        batch
+    }
+}
+
+fn pick_one(worker: &Worker, arrival: Arrival, level: Level) -> Result<Picked, Arrival> {
+    let want = if worker.is_full(&arrival.account, arrival.connections) {
+        if arrival.since.elapsed() < PARK_AFTER {
+            return Err(arrival);
+        }
+        Want::Park
+    } else if Task::is_self_contained(&arrival.job) {
+        Want::Slot
+    } else {
+        Want::Claim
+    };
+    let permit = if want == Want::Park {
+        None
+    } else {
+        let Some(permit) = worker.permits.try_acquire(level) else { return Err(arrival) };
+        Some((permit, worker.load.enter(&arrival.account)))
+    };
+    let lease = worker.claim();
+    let request = AdmitRequest::new(&arrival.job, level, arrival.account.clone(), lease, want);
+    Ok(Picked { arrival, request, permit })
+}
+
+/// Claims a batch and sends every job on its way. Repeated with the same claims until Postgres answers: until then
+/// nothing is acknowledged.
+async fn admit(worker: &Arc<Worker>, batch: Vec<Picked>) {
+    let requests: Vec<AdmitRequest> = batch.iter().map(|picked| picked.request.clone()).collect();
+    let mut waits = pauses();
+    let answers = loop {
+        match worker.ledger.admit(&requests).await {
+            Ok(answers) => break answers,
+            Err(error) if error.is_retryable() => {
+                worker.database_trouble("admit", &error);
+                tokio::time::sleep(waits.next().unwrap_or(PARK_AFTER)).await;
+            }
+            Err(error) if batch.len() > 1 => {
+                worker.database_trouble("admit", &error);
+                return admit_in_halves(worker, batch).await;
+            }
+            Err(error) => {
+                for picked in batch {
+                    worker.bury(picked.arrival, "refused_by_database", &error.to_string());
+                }
+                return;
+            }
+        }
+    };
+    let mut behind: HashMap<(AccountKey, Level), Vec<(Picked, Box<crate::ledger::Row>)>> = HashMap::new();
+    for (picked, answer) in batch.into_iter().zip(answers) {
+        match answer {
+            Admitted::Behind(row) => {
+                let key = (row.account.clone(), picked.arrival.level);
+                behind.entry(key).or_default().push((picked, row));
+            }
+            other => worker.follow(picked, other),
+        }
+    }
+    for ((account, level), jobs) in behind {
+        release_first(worker, account, level, jobs).await;
+    }
+}
+
+/// One row poisons the batch: halves, until it stands alone.
+async fn admit_in_halves(worker: &Arc<Worker>, mut batch: Vec<Picked>) {
+    let rest = batch.split_off(batch.len() / 2);
+    Box::pin(admit(worker, batch)).await;
+    Box::pin(admit(worker, rest)).await;
+}
+
+/// Older jobs of the account wait: they get the permits of the new ones, which go only as far as permits are left, so
+/// that an account that has parked once does not keep parking.
+async fn release_first(
+    worker: &Arc<Worker>,
+    account: AccountKey,
+    level: Level,
+    jobs: Vec<(Picked, Box<crate::ledger::Row>)>,
+) {
+    let request = ReleaseRequest {
+        level,
+        most: jobs.len(),
+        most_bytes: super::dispatcher::RELEASE_BYTES,
+        exclude: Vec::new(),
+        only: Some(account),
+    };
+    let released = match worker.release(&request).await {
+        Ok(released) => released,
+        Err(error) => {
+            worker.database_trouble("release", &error);
+            Vec::new()
+        }
+    };
+    let mut jobs = VecDeque::from(jobs);
+    for job in released {
+        // The youngest of the new ones gives its permit up.
+        match jobs.pop_back() {
+            Some((mut picked, row)) => {
+                let permit = picked.permit.take();
+                worker.park_busy(picked, row);
+                worker.run_released(job, permit);
+            }
+            None => worker.run_released(job, None),
+        }
+    }
+    for (picked, row) in jobs {
+        worker.follow(picked, Admitted::Go(row));
+    }
+}
+
+/// How long an arrival has been in hand, for metrics.
+#[must_use]
+pub fn dwell(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64()
+}

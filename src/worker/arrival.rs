@@ -1,0 +1,169 @@
+//! Intake: from a delivery to an arrival that can be admitted, or to the dead letters.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use super::Worker;
+use super::delivery::Properties;
+use crate::broker::Delivery;
+use crate::directory::Via;
+use crate::failure::Failure;
+use crate::id::{AccountKey, TenantId};
+use crate::job::decode::{self, Incoming, RejectReason, Rejection};
+use crate::job::MailJob;
+use crate::ledger::batches::pauses;
+use crate::level::Level;
+use crate::pipeline::Verdict;
+
+/// A decoded job in hand, not yet admitted.
+#[derive(Debug)]
+pub struct Arrival {
+    /// What is acknowledged in the end.
+    pub delivery: Delivery,
+    /// The job.
+    pub job: Arc<MailJob>,
+    /// The account that is to send, as far as can be told now.
+    pub account: AccountKey,
+    /// Connections of that account in this worker.
+    pub connections: usize,
+    /// The level of its queue.
+    pub level: Level,
+    /// What travels with the body.
+    pub properties: Properties,
+    /// When it came.
+    pub since: Instant,
+}
+
+impl Worker {
+    /// Turns a delivery into an arrival. `None`: it was dealt with.
+    pub async fn receive(self: &Arc<Self>, delivery: Delivery) -> Option<Arrival> {
+        let since = Instant::now();
+        let redelivered = if delivery.redelivered { "true" } else { "false" };
+        self.metrics.deliveries.with_label_values(&[delivery.level.as_str(), redelivered]).inc();
+        let decoded = decode::decode(&incoming(&delivery), &self.limits);
+        self.metrics.stage.with_label_values(&["decode"]).observe(since.elapsed().as_secs_f64());
+        let job = match decoded {
+            Ok(job) => job,
+            Err(rejection) => {
+                self.reject(delivery, rejection).await;
+                return None;
+            }
+        };
+        let properties = properties(&delivery, &job);
+        self.observe_age(&delivery);
+        let (account, connections) = match self.expected_account(&job).await {
+            Ok(found) => found,
+            Err(failure) => {
+                self.reject(delivery, rejected(&job, &failure)).await;
+                return None;
+            }
+        };
+        let level = delivery.level;
+        Some(Arrival { delivery, job: Arc::new(job), account, connections, level, properties, since })
+    }
+
+    /// The account whose limits the job counts against, and its connections here. An account that cannot send today
+    /// is no error: the attempt will tell. A tenant or a named account that does not exist is.
+    async fn expected_account(&self, job: &MailJob) -> Result<(AccountKey, usize), Failure> {
+        let unknown = || (AccountKey::from_stored(&format!("{}/", job.tenant)), self.pool_size);
+        let mut waits = pauses();
+        let entries = loop {
+            match self.pipeline.entries(&job.tenant).await {
+                Ok(entries) => break entries,
+                Err(Verdict::Failed(failure)) => return Err(failure),
+                // The directory cannot be read: nothing is decided, nothing acknowledged.
+                Err(_) => tokio::time::sleep(waits.next().unwrap_or(Duration::from_secs(5))).await,
+            }
+        };
+        match self.pipeline.choose_for(job, &entries) {
+            Ok(chosen) if chosen.via == Via::Override => {
+                Ok((AccountKey::for_override(&job.tenant), self.permits_total))
+            }
+            Ok(chosen) => {
+                let cap = chosen.account.max_connections.map_or(usize::MAX, |cap| cap as usize);
+                Ok((chosen.account.key.clone(), self.pool_size.min(cap)))
+            }
+            Err(failure) if failure.reason == "account_not_found" => Err(failure),
+            Err(_) => Ok(unknown()),
+        }
+    }
+
+    fn observe_age(&self, delivery: &Delivery) {
+        let Some(sent) = delivery.timestamp else { return };
+        let now = self.clock.now().as_second();
+        let age = now.saturating_sub(i64::try_from(sent).unwrap_or(now)).max(0);
+        self.metrics.queue_age.with_label_values(&[delivery.level.as_str()]).observe(age as f64);
+    }
+
+    /// Dead-letters a delivery that is no valid job and tells its tenant, then acknowledges it.
+    async fn reject(self: &Arc<Self>, delivery: Delivery, rejection: Rejection) {
+        if rejection.reason == RejectReason::ContractTooNew {
+            // A newer worker understands it; this one must not be the judge.
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            delivery.requeue();
+            return;
+        }
+        tracing::warn!(
+            reason = rejection.reason.as_str(),
+            tenant = rejection.tenant.as_ref().map(tracing::field::display),
+            job = rejection.id.as_ref().map(tracing::field::display),
+            "dead-lettered: {rejection}"
+        );
+        self.metrics.jobs.with_label_values(&["rejected"]).inc();
+        self.bury_rejected(delivery, rejection).await;
+    }
+}
+
+/// The delivery as decoding wants it.
+pub(super) fn incoming(delivery: &Delivery) -> Incoming<'_> {
+    Incoming {
+        body: &delivery.body,
+        content_type: delivery.content_type.as_deref(),
+        content_encoding: delivery.content_encoding.as_deref(),
+        message_type: delivery.message_type.as_deref(),
+        compression: delivery.header("compression"),
+        contract: delivery.header("x-contract"),
+        key_tenant: delivery.key_tenant(),
+    }
+}
+
+/// The body as plain JSON. A body that decoded once inflates again.
+pub(super) fn plain(delivery: &Delivery, limits: &crate::config::JobLimits) -> Option<Bytes> {
+    match decode::inflate(&incoming(delivery), limits).ok()? {
+        std::borrow::Cow::Borrowed(_) => Some(delivery.body.clone()),
+        std::borrow::Cow::Owned(bytes) => Some(bytes.into()),
+    }
+}
+
+fn properties(delivery: &Delivery, job: &MailJob) -> Properties {
+    Properties {
+        correlation_id: delivery.correlation_id.clone(),
+        traceparent: delivery.header("traceparent").map(str::to_owned),
+        contract: delivery.header("x-contract").map(str::to_owned),
+        recipients: job.recipients().count(),
+        tags: job.tags.clone(),
+        metadata: job.metadata.clone(),
+    }
+}
+
+/// A decoded job that nobody can send for: its tenant or account does not exist.
+fn rejected(job: &MailJob, failure: &Failure) -> Rejection {
+    let (reason, pointer) = if failure.reason == "account_not_found" {
+        (RejectReason::UnknownAccount, "/account")
+    } else {
+        (RejectReason::UnknownTenant, "/tenant")
+    };
+    Rejection {
+        reason,
+        errors: vec![crate::report::FieldError { pointer: pointer.to_owned(), message: failure.message.clone() }],
+        tenant: Some(job.tenant.clone()),
+        id: Some(job.id.clone()),
+    }
+}
+
+/// The tenant a rejection is told to, if there is one.
+pub(super) fn told(rejection: &Rejection) -> Option<&TenantId> {
+    rejection.tenant.as_ref().filter(|tenant| !tenant.is_platform())
+}

@@ -1,0 +1,286 @@
+//! The life of a leased job, told once: attempt → plan → settle → acknowledge → report.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+
+use futures_util::FutureExt as _;
+use tracing::Instrument as _;
+
+use super::Worker;
+use super::admission::Picked;
+use super::arrival::plain;
+use super::delivery::{Properties, stored};
+use super::load::InHand;
+use super::permits::Permit;
+use crate::broker::Delivery;
+use crate::failure::Failure;
+use crate::job::OnUncertain;
+use crate::job::decode::{self, Incoming, RejectReason};
+use crate::ledger::admit::{Absorb, Admitted};
+use crate::ledger::release::Released;
+use crate::ledger::settle::{Body, Next, Settled, Settlement};
+use crate::ledger::{Row, WaitReason};
+use crate::pipeline::attempt::panicked;
+use crate::pipeline::task::Task;
+use crate::pipeline::{Attempt, Verdict};
+use crate::report::RecipientStatus;
+use crate::retry::RetryPolicy;
+use crate::settlement::{Circumstances, all_pending, plan};
+
+type Right = Option<(Permit, InHand)>;
+
+impl Worker {
+    /// Sends an admitted job on its way.
+    pub fn follow(self: &Arc<Self>, picked: Picked, answer: Admitted) {
+        let Picked { arrival, permit, .. } = picked;
+        match answer {
+            Admitted::Go(row) | Admitted::Behind(row) => {
+                let (task, delivery) = self.task(arrival, *row);
+                self.spawn_job(task, Some(delivery), permit);
+            }
+            Admitted::Wait { row, reason, delay } => {
+                let (task, delivery) = self.task(arrival, *row);
+                self.conclude_at_once(task, delivery, Verdict::Wait { reason, delay });
+            }
+            Admitted::Expired(row) => {
+                let (task, delivery) = self.task(arrival, *row);
+                self.conclude_at_once(task, delivery, Verdict::Expired);
+            }
+            Admitted::Cancelled(row) => {
+                let (task, delivery) = self.task(arrival, *row);
+                self.conclude_at_once(task, delivery, Verdict::Cancelled);
+            }
+            Admitted::InFlight | Admitted::Held => self.absorb(arrival),
+            Admitted::Waiting | Admitted::Done { .. } => {
+                // Answered from the ledger; a report still owed is the sweeper's.
+                self.metrics.jobs.with_label_values(&["duplicate"]).inc();
+                arrival.delivery.ack();
+            }
+            Admitted::Conflict => self.bury(
+                arrival,
+                "id_conflict",
+                "another job with different content has been published under this id; ids must be unique per tenant",
+            ),
+        }
+    }
+
+    /// Parks a claimed job behind older ones of its account.
+    pub fn park_busy(self: &Arc<Self>, picked: Picked, row: Box<Row>) {
+        let delay = std::time::Duration::ZERO;
+        let (task, delivery) = self.task(picked.arrival, *row);
+        self.conclude_at_once(task, delivery, Verdict::Wait { reason: WaitReason::Busy, delay });
+    }
+
+    /// Runs a job out of the waiting room.
+    pub fn run_released(self: &Arc<Self>, released: Released, right: Right) {
+        let properties: Properties = serde_json::from_value(released.properties).unwrap_or_default();
+        let incoming =
+            Incoming { body: &released.body, contract: properties.contract.as_deref(), ..Incoming::default() };
+        let job = match decode::decode(&incoming, &self.limits) {
+            Ok(job) => Arc::new(job),
+            Err(rejection) => {
+                let newer = rejection.reason == RejectReason::ContractTooNew;
+                self.give_back_unreadable(released.row, newer, &rejection.to_string());
+                return;
+            }
+        };
+        let task = Task {
+            correlation_id: properties.correlation_id.unwrap_or_else(|| job.id.to_string()),
+            job,
+            row: released.row,
+            level: released.level,
+            body: None,
+            new: false,
+        };
+        self.spawn_job(task, None, right);
+    }
+
+    fn task(&self, arrival: super::arrival::Arrival, row: Row) -> (Task, Delivery) {
+        let body = plain(&arrival.delivery, &self.limits)
+            .ok_or_else(|| "the body cannot be inflated again".to_owned())
+            .and_then(|plain| stored(&arrival.job, &plain, &arrival.properties, &self.pipeline.keys));
+        let body = body.map_err(|error| tracing::error!(%error, job = %arrival.job.id, "body cannot be stored")).ok();
+        let correlation = arrival.properties.correlation_id;
+        let task = Task {
+            correlation_id: correlation.unwrap_or_else(|| arrival.job.id.to_string()),
+            job: arrival.job,
+            row,
+            level: arrival.level,
+            body,
+            new: true,
+        };
+        (task, arrival.delivery)
+    }
+
+    fn spawn_job(self: &Arc<Self>, task: Task, delivery: Option<Delivery>, right: Right) {
+        let worker = Arc::clone(self);
+        let span = tracing::info_span!("job", job = %task.job.id, tenant = %task.job.tenant);
+        self.tasks.spawn(async move { worker.run_job(task, delivery, right).await }.instrument(span));
+    }
+
+    /// One job, from its lease to its report.
+    async fn run_job(self: Arc<Self>, task: Task, delivery: Option<Delivery>, right: Right) {
+        let _in_flight = self.in_flight(&task.row);
+        let attempt = AssertUnwindSafe(self.pipeline.attempt(&task)).catch_unwind().await;
+        let attempt = attempt.unwrap_or_else(|_| crashed(&task));
+        // The mail is out, or not: either way the connection is free. What follows is bookkeeping.
+        drop(right);
+        self.conclude(task, delivery, attempt).await;
+    }
+
+    /// For jobs that are over, or have to wait, before anything is tried.
+    fn conclude_at_once(self: &Arc<Self>, task: Task, delivery: Delivery, verdict: Verdict) {
+        let mut attempt = Attempt::of(known_recipients(&task), task.row.message_id.clone());
+        attempt.verdict = verdict;
+        attempt.account = task.job.account.as_ref().map(ToString::to_string);
+        let worker = Arc::clone(self);
+        self.tasks.spawn(async move {
+            let _in_flight = worker.in_flight(&task.row);
+            worker.conclude(task, Some(delivery), attempt).await;
+        });
+    }
+
+    /// plan → settle → acknowledge → report.
+    async fn conclude(self: &Arc<Self>, task: Task, delivery: Option<Delivery>, attempt: Attempt) {
+        let (retry, on_uncertain) = self.policies(&task).await;
+        let accepted: Vec<_> =
+            attempt.recipients.iter().filter(|r| r.status == RecipientStatus::Accepted).cloned().collect();
+        let message_id = attempt.message_id.clone().unwrap_or_default();
+        let at = Circumstances {
+            job: &task.job,
+            row: &task.row,
+            correlation_id: &task.correlation_id,
+            retry,
+            on_uncertain,
+            new: task.new,
+            deferred_report_after: self.deferred_report_after,
+            now: self.clock.now(),
+            jitter: rand::random(),
+        };
+        self.log_attempt(&task, &attempt);
+        let settlement = plan(&at, attempt, task.body.clone());
+        let gives_back = matches!(settlement.next, Next::GiveBack);
+        let (settlement, settled) = self.settle(&at, settlement).await;
+        match settled {
+            Settled::Written | Settled::Cancelled => {
+                self.count(&settlement);
+                match delivery {
+                    Some(delivery) if gives_back => delivery.requeue(),
+                    Some(delivery) => delivery.ack(),
+                    None => {}
+                }
+                if let Some(report) = settlement.report {
+                    self.reporter.publish(self, report);
+                }
+            }
+            Settled::LeaseLost => self.lost(&task, delivery, &accepted, &message_id).await,
+        }
+        if matches!(settlement.next, Next::Park { .. }) {
+            self.nudge.notify_one();
+        }
+    }
+
+    /// Writes the settlement; a cancel that came in between wins over anything but an outcome.
+    async fn settle(&self, at: &Circumstances<'_>, settlement: Settlement) -> (Settlement, Settled) {
+        let settled = self.batches.settle(settlement.clone()).await;
+        if settled != Settled::Cancelled {
+            return (settlement, settled);
+        }
+        let recipients = settlement.recipients.clone().unwrap_or_else(|| all_pending(at.job));
+        let mut attempt = Attempt::of(recipients, settlement.message_id.clone());
+        attempt.verdict = Verdict::Cancelled;
+        attempt.reached_mail_from = !settlement.refund;
+        let cancelled = plan(at, attempt, None);
+        let settled = self.batches.settle(cancelled.clone()).await;
+        (cancelled, settled)
+    }
+
+    /// Somebody else has the job by now. What the server took is true all the same.
+    async fn lost(
+        &self,
+        task: &Task,
+        delivery: Option<Delivery>,
+        accepted: &[crate::report::RecipientResult],
+        message_id: &str,
+    ) {
+        self.metrics.leases_lost.inc();
+        tracing::warn!("the lease was lost before the outcome was written");
+        if !accepted.is_empty() {
+            let mut waits = crate::ledger::batches::pauses();
+            let merged = loop {
+                match self.ledger.merge_acceptance(&task.row.tenant, &task.row.id, accepted, message_id).await {
+                    Ok(was_final) => break was_final,
+                    Err(error) => self.database_trouble("merge", &error),
+                }
+                tokio::time::sleep(waits.next().unwrap_or_default()).await;
+            };
+            if merged {
+                self.metrics.duplicate_sends.inc();
+            }
+        }
+        // Whoever has the job now may lack its body: RabbitMQ offers it once more.
+        if let Some(delivery) = delivery {
+            delivery.requeue();
+        }
+    }
+
+    /// Keeps the body of a job in flight elsewhere, then acknowledges; a job given back meanwhile is admitted again.
+    fn absorb(self: &Arc<Self>, arrival: super::arrival::Arrival) {
+        let worker = Arc::clone(self);
+        self.tasks.spawn(async move {
+            let stored = plain(&arrival.delivery, &worker.limits)
+                .and_then(|plain| stored(&arrival.job, &plain, &arrival.properties, &worker.pipeline.keys).ok());
+            let Some(Body { bytes, properties }) = stored else { return arrival.delivery.requeue() };
+            let (tenant, id) = (arrival.job.tenant.clone(), arrival.job.id.clone());
+            if worker.batches.absorb(Absorb { tenant, id, body: bytes, properties }).await {
+                worker.metrics.jobs.with_label_values(&["duplicate"]).inc();
+                arrival.delivery.ack();
+            } else {
+                worker.arrive(arrival).await;
+            }
+        });
+    }
+
+    fn give_back_unreadable(self: &Arc<Self>, row: Row, newer: bool, why: &str) {
+        if !newer {
+            tracing::error!(job = %row.id, tenant = %row.tenant, "a stored body cannot be read; it waits: {why}");
+        }
+        let settlement = Settlement {
+            attempts: row.attempts,
+            next: Next::Park { reason: WaitReason::Contract, delay: std::time::Duration::from_mins(1), body: None },
+            recipients: None,
+            message_id: None,
+            report: None,
+            refund: true,
+            error: (!newer).then(|| why.to_owned()),
+            row,
+        };
+        let worker = Arc::clone(self);
+        self.tasks.spawn(async move { worker.batches.settle(settlement).await });
+    }
+
+    /// The account's retry policy and what to do about uncertain outcomes, as they are now.
+    async fn policies(&self, task: &Task) -> (RetryPolicy, OnUncertain) {
+        let fallback = (self.retry, task.job.on_uncertain.unwrap_or_default());
+        let Ok(entries) = self.pipeline.entries(&task.job.tenant).await else { return fallback };
+        let on_uncertain = task.job.on_uncertain.unwrap_or(entries.tenant.tenant.on_uncertain);
+        match self.pipeline.choose_for(&task.job, &entries) {
+            Ok(chosen) => (chosen.account.retry, on_uncertain),
+            Err(_) => (self.retry, on_uncertain),
+        }
+    }
+}
+
+fn known_recipients(task: &Task) -> Vec<crate::report::RecipientResult> {
+    if task.row.recipients.is_empty() { all_pending(&task.job) } else { task.row.recipients.clone() }
+}
+
+fn crashed(task: &Task) -> Attempt {
+    let failure: Failure = panicked();
+    let mut attempt = Attempt::of(known_recipients(task), task.row.message_id.clone());
+    attempt.started = true;
+    // Nobody knows how far it came: the slot counts.
+    attempt.reached_mail_from = true;
+    attempt.verdict = Verdict::Uncertain(failure);
+    attempt
+}

@@ -1,0 +1,83 @@
+//! The dispatcher: leases due jobs out of the waiting room while this worker has permits and connections for them.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use super::Worker;
+use super::load::InHand;
+use super::permits::Permit;
+use crate::db::DbError;
+use crate::ledger::release::{ReleaseRequest, Released};
+use crate::level::Level;
+
+/// Bytes of bodies taken out in one statement.
+pub const RELEASE_BYTES: u64 = 8 << 20;
+/// How often the waiting room is looked at.
+const TICK: Duration = Duration::from_millis(200);
+/// Most jobs taken out in one statement.
+const MOST: usize = 128;
+
+/// Runs until `stop`.
+pub async fn run(worker: Arc<Worker>, stop: CancellationToken) {
+    let mut ticks = tokio::time::interval(TICK);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = ticks.tick() => {}
+            () = worker.nudge.notified() => {}
+        }
+        loop {
+            match turn(&worker).await {
+                Ok(0) => break,
+                Ok(_) if stop.is_cancelled() => return,
+                Ok(_) => {}
+                Err(error) => {
+                    worker.database_trouble("release", &error);
+                    tokio::time::sleep(TICK * 5).await;
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// One look at every level that has something due. Returns how many jobs were taken out.
+async fn turn(worker: &Arc<Worker>) -> Result<usize, DbError> {
+    let due = worker.ledger.due_levels().await?;
+    let mut taken = 0;
+    for level in worker.permits.order().into_iter().filter(|level| due.contains(level)) {
+        taken += level_turn(worker, level).await?;
+    }
+    Ok(taken)
+}
+
+async fn level_turn(worker: &Arc<Worker>, level: Level) -> Result<usize, DbError> {
+    // Permits first: what is leased without one would only sit here.
+    let most = worker.permits.available(level).min(MOST);
+    let mut permits: Vec<Permit> = (0..most).map_while(|_| worker.permits.try_acquire(level)).collect();
+    if permits.is_empty() {
+        return Ok(0);
+    }
+    let request = ReleaseRequest {
+        level,
+        most: permits.len(),
+        most_bytes: RELEASE_BYTES,
+        exclude: worker.full_accounts(),
+        only: None,
+    };
+    let released = worker.release(&request).await?;
+    let taken = released.len();
+    for job in released {
+        let permit = permits.pop();
+        let in_hand = worker.load.enter(&job.row.account);
+        start(worker, job, permit, in_hand);
+    }
+    Ok(taken)
+}
+
+fn start(worker: &Arc<Worker>, job: Released, permit: Option<Permit>, in_hand: InHand) {
+    worker.run_released(job, permit.map(|permit| (permit, in_hand)));
+}

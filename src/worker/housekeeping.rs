@@ -1,0 +1,132 @@
+//! What a worker does besides mail: heartbeats, taking over from the dead, forgetting the old, counting the waiting.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use super::Worker;
+use crate::ledger::lease::Beat;
+
+/// A send marked as begun is decided about only when every deadline of its attempt has passed.
+const ATTEMPT_DEADLINE: Duration = Duration::from_mins(25);
+/// Rows deleted in one statement.
+const CHUNK: i64 = 2000;
+
+/// Runs all of it until `stop`. Heartbeats go on until `end`: what is still in flight needs its leases.
+pub async fn run(worker: Arc<Worker>, stop: CancellationToken, end: CancellationToken) {
+    tokio::join!(
+        beat(Arc::clone(&worker), end),
+        every(Duration::from_secs(15), stop.clone(), || count_waiting(&worker)),
+        every(worker.lease / 3, stop.clone(), || take_over(&worker)),
+        every(Duration::from_mins(5), stop.clone(), || forget(&worker)),
+        every(Duration::from_mins(1), stop.clone(), || find_forgotten(&worker)),
+        every(Duration::from_secs(1), stop, || yield_connections(&worker)),
+    );
+}
+
+async fn every<F, Fut>(period: Duration, stop: CancellationToken, mut work: F)
+where
+    F: FnMut() -> Fut,
+    Fut: Future<Output = ()>,
+{
+    let mut ticks = tokio::time::interval(period.max(Duration::from_millis(200)));
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = ticks.tick() => work().await,
+        }
+    }
+}
+
+/// Heartbeats; a dead epoch is replaced by a new one, and everything leased under it fails its last question.
+async fn beat(worker: Arc<Worker>, end: CancellationToken) {
+    let period = worker.lease / 6;
+    loop {
+        tokio::select! {
+            () = end.cancelled() => return,
+            () = tokio::time::sleep(period) => {}
+        }
+        let epoch = worker.epoch();
+        match worker.ledger.heartbeat(&epoch).await {
+            Ok(Beat::Alive { .. }) => worker.database.ready(),
+            Ok(Beat::Dead) => {
+                tracing::error!(
+                    epoch = epoch.number(),
+                    "another worker took over: this one was silent for longer than its lease; starting anew"
+                );
+                worker.renew_epoch().await;
+            }
+            Err(error) => worker.database_trouble("heartbeat", &error),
+        }
+        if let Err(error) = worker.correct_clock().await {
+            worker.database_trouble("clock", &error);
+        }
+    }
+}
+
+async fn take_over(worker: &Arc<Worker>) {
+    match worker.ledger.takeover(&worker.epoch(), ATTEMPT_DEADLINE).await {
+        Ok(takeover) => {
+            if takeover.moved + takeover.opened > 0 {
+                tracing::warn!(
+                    waiting = takeover.moved,
+                    open = takeover.opened,
+                    "took over the jobs of workers that have gone silent"
+                );
+                worker.nudge.notify_one();
+            }
+            for (tenant, id) in takeover.uncertain {
+                if let Err(error) = worker.ledger.hold_uncertain(&tenant, &id).await {
+                    worker.database_trouble("hold", &error);
+                }
+            }
+        }
+        Err(error) => worker.database_trouble("takeover", &error),
+    }
+}
+
+async fn forget(worker: &Arc<Worker>) {
+    while let Ok(forgotten) = worker.ledger.forget_old(worker.retention, CHUNK).await {
+        if forgotten < CHUNK as u64 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// Leases whose statement was answered into the void.
+async fn find_forgotten(worker: &Arc<Worker>) {
+    let (known, before) = worker.old_claims();
+    match worker.ledger.forgotten(&worker.epoch(), &known, before).await {
+        Ok(0) => {}
+        Ok(found) => {
+            tracing::warn!(found, "jobs were leased by statements whose answer got lost; they wait again");
+            worker.nudge.notify_one();
+        }
+        Err(error) => worker.database_trouble("forgotten", &error),
+    }
+}
+
+async fn count_waiting(worker: &Arc<Worker>) {
+    const MOST: i64 = 200_000;
+    if let Ok(counts) = worker.ledger.waiting(MOST).await {
+        for reason in crate::ledger::WaitReason::ALL {
+            let count = counts.iter().find(|(r, _)| *r == reason).map_or(0, |(_, count)| *count);
+            worker.metrics.waiting.with_label_values(&[reason.as_str()]).set(count);
+        }
+    }
+}
+
+/// Gives up idle connections of capped accounts that another worker asked for.
+async fn yield_connections(worker: &Arc<Worker>) {
+    if !worker.pipeline.pools.holds_capped() {
+        return;
+    }
+    if let Ok(wanted) = worker.ledger.wanted_connections(&worker.epoch()).await {
+        for account in wanted {
+            worker.pipeline.pools.close_idle(&account).await;
+        }
+    }
+}

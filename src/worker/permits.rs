@@ -1,0 +1,177 @@
+//! Permits to send. Each level has some of its own, so that `immediate` never waits for bulk and bulk never starves;
+//! the rest is shared, most urgent first, but every eighth shared grant goes to the least urgent that asks.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::Notify;
+
+use crate::level::Level;
+use crate::telemetry::metrics::Metrics;
+
+/// One in this many shared grants goes bottom up.
+const AGEING: u64 = 8;
+
+/// The permits of one worker.
+pub struct Permits {
+    state: Mutex<State>,
+    freed: Notify,
+    metrics: Arc<Metrics>,
+}
+
+struct State {
+    reserved: [usize; 4],
+    shared: usize,
+    used: [usize; 4],
+    shared_used: usize,
+    shared_grants: u64,
+}
+
+impl fmt::Debug for Permits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = self.lock();
+        f.debug_struct("Permits").field("used", &state.used).field("shared_used", &state.shared_used).finish()
+    }
+}
+
+impl Permits {
+    /// Divides `total` (at least 8 are made) between the levels: a quarter, an eighth, a sixteenth and a sixteenth
+    /// reserved, at least one each; the rest shared.
+    #[must_use]
+    pub fn new(total: usize, metrics: Arc<Metrics>) -> Arc<Self> {
+        let total = total.max(8);
+        let reserved = [total / 4, (total / 8).max(1), (total / 16).max(1), (total / 16).max(1)];
+        let shared = total - reserved.iter().sum::<usize>();
+        let state = State { reserved, shared, used: [0; 4], shared_used: 0, shared_grants: 0 };
+        Arc::new(Self { state: Mutex::new(state), freed: Notify::new(), metrics })
+    }
+
+    /// A permit for this level, if one is free.
+    pub fn try_acquire(self: &Arc<Self>, level: Level) -> Option<Permit> {
+        let mut state = self.lock();
+        let i = level.index();
+        let shared = if state.used[i] < state.reserved[i] {
+            state.used[i] += 1;
+            false
+        } else if state.shared_used < state.shared {
+            state.shared_used += 1;
+            state.shared_grants += 1;
+            true
+        } else {
+            return None;
+        };
+        drop(state);
+        self.metrics.permits_used.with_label_values(&[level.as_str()]).inc();
+        Some(Permit { permits: Arc::clone(self), level, shared })
+    }
+
+    /// How many permits this level could get now.
+    #[must_use]
+    pub fn available(&self, level: Level) -> usize {
+        let state = self.lock();
+        let i = level.index();
+        (state.reserved[i] - state.used[i]) + (state.shared - state.shared_used)
+    }
+
+    /// The order in which levels should ask now.
+    #[must_use]
+    pub fn order(&self) -> [Level; 4] {
+        let mut order = Level::ALL;
+        if self.lock().shared_grants % AGEING == AGEING - 1 {
+            order.reverse();
+        }
+        order
+    }
+
+    /// How many are in use.
+    #[must_use]
+    pub fn in_use(&self) -> usize {
+        let state = self.lock();
+        state.used.iter().sum::<usize>() + state.shared_used
+    }
+
+    /// Waits until some permit is given back.
+    pub async fn freed(&self) {
+        self.freed.notified().await;
+    }
+
+    fn release(&self, level: Level, shared: bool) {
+        let mut state = self.lock();
+        if shared {
+            state.shared_used -= 1;
+        } else {
+            state.used[level.index()] -= 1;
+        }
+        drop(state);
+        self.metrics.permits_used.with_label_values(&[level.as_str()]).dec();
+        self.freed.notify_one();
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        // The counters are consistent whenever the lock is free: no code panics while it is held.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The right to have one mail in flight; given back when dropped.
+#[derive(Debug)]
+pub struct Permit {
+    permits: Arc<Permits>,
+    level: Level,
+    shared: bool,
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.permits.release(self.level, self.shared);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn permits(total: usize) -> Arc<Permits> {
+        Permits::new(total, Arc::new(Metrics::new().unwrap()))
+    }
+
+    fn drain(permits: &Arc<Permits>, level: Level) -> Vec<Permit> {
+        std::iter::from_fn(|| permits.try_acquire(level)).collect()
+    }
+
+    #[test]
+    fn bulk_can_never_take_the_permits_of_immediate() {
+        let permits = permits(64);
+        let bulk = drain(&permits, Level::Low);
+        assert_eq!(bulk.len(), 64 - 16 - 8 - 4);
+        assert_eq!(drain(&permits, Level::Immediate).len(), 16);
+    }
+
+    #[test]
+    fn immediate_can_never_take_the_last_permits_of_bulk() {
+        let permits = permits(8);
+        let urgent = drain(&permits, Level::Immediate);
+        assert_eq!(permits.available(Level::Low), 1);
+        assert_eq!(urgent.len() + drain(&permits, Level::High).len(), 6);
+    }
+
+    #[test]
+    fn a_dropped_permit_can_be_had_again() {
+        let permits = permits(8);
+        let mut held = drain(&permits, Level::Medium);
+        assert!(permits.try_acquire(Level::Medium).is_none());
+        held.pop();
+        assert!(permits.try_acquire(Level::Medium).is_some());
+        assert_eq!(permits.in_use(), held.len());
+    }
+
+    #[test]
+    fn now_and_then_the_least_urgent_level_asks_first() {
+        let permits = permits(64);
+        assert_eq!(permits.order()[0], Level::Immediate);
+        let reserved: Vec<_> = (0..16).filter_map(|_| permits.try_acquire(Level::Immediate)).collect();
+        let shared: Vec<_> = (0..7).filter_map(|_| permits.try_acquire(Level::Immediate)).collect();
+        assert_eq!((reserved.len(), shared.len()), (16, 7));
+        assert_eq!(permits.order()[0], Level::Low);
+    }
+}
