@@ -1,13 +1,9 @@
 //! Attachments: getting them (from the job or an http(s) URL), holding them within bounds, and moving large ones to
 //! the object store, with a link in the mail instead.
 
-use std::fmt;
 use std::sync::Arc;
 
-use bytes::Bytes;
 use futures_util::future::join_all;
-use jiff::Timestamp;
-use sha2::{Digest, Sha256};
 
 use crate::compose::media;
 use crate::config;
@@ -18,8 +14,11 @@ use crate::job::{Attachment, Source};
 use crate::telemetry::metrics::Metrics;
 
 mod cache;
+mod digest;
 mod fetch;
 mod memory;
+mod policy;
+mod prepared;
 pub mod rewrite;
 mod size;
 mod store;
@@ -27,132 +26,15 @@ mod store;
 mod tests;
 
 use cache::Cache;
+use digest::{Content, sha256, verified};
 use fetch::Fetcher;
 use memory::{Budget, Held, Memory};
+pub use policy::{LargeFileAction, LargeFiles};
+pub use prepared::{Link, Part, Prepared, Reservation};
 pub use store::{StorageError, Store};
-
-/// Content above this is hashed on a thread for blocking work.
-const HASH_INLINE: usize = 256 << 10;
 
 /// Share of the memory for attachments that the cache may use besides it.
 const CACHE_SHARE: u64 = 4;
-
-/// What a tenant wants done with large attachments.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct LargeFiles {
-    /// Size in bytes above which an attachment is large; none is never.
-    pub threshold: Option<u64>,
-    /// What is done with it.
-    pub action: LargeFileAction,
-}
-
-/// What is done with an attachment above the threshold.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub enum LargeFileAction {
-    /// It is attached anyway, with a warning in the log.
-    #[default]
-    Warn,
-    /// The mail fails.
-    Reject,
-    /// It goes to the object store, and a link to it into the mail.
-    Rewrite,
-}
-
-impl LargeFileAction {
-    /// The name in flags and in the database.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Warn => "warn",
-            Self::Reject => "reject",
-            Self::Rewrite => "rewrite",
-        }
-    }
-}
-
-impl fmt::Display for LargeFileAction {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.as_str())
-    }
-}
-
-impl std::str::FromStr for LargeFileAction {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "warn" => Ok(Self::Warn),
-            "reject" => Ok(Self::Reject),
-            "rewrite" => Ok(Self::Rewrite),
-            other => Err(format!(
-                "`{other}` is not an action for large files; use one of: warn, reject, rewrite"
-            )),
-        }
-    }
-}
-
-/// A file that goes into the mail. Holds its share of the memory for attachments until it is dropped.
-#[derive(Debug)]
-pub struct Part {
-    /// Name shown to the reader.
-    pub filename: String,
-    /// Media type.
-    pub content_type: String,
-    /// Content-ID without angle brackets.
-    pub content_id: Option<String>,
-    /// Shown inside the HTML body.
-    pub inline: bool,
-    /// The content.
-    pub bytes: Bytes,
-    held: Option<Held>,
-}
-
-impl Part {
-    /// A part with this content, which is not counted against the memory for attachments.
-    #[must_use]
-    pub fn new(attachment: &Attachment, bytes: Bytes) -> Self {
-        let declared = attachment.content_type.as_deref();
-        Self {
-            filename: attachment.filename.clone(),
-            content_type: media::media_type(&attachment.filename, declared).to_owned(),
-            content_id: attachment.content_id.clone(),
-            inline: attachment.inline,
-            bytes,
-            held: None,
-        }
-    }
-
-    /// Bytes of the memory for attachments that this part occupies.
-    #[must_use]
-    pub fn held_bytes(&self) -> u64 {
-        self.held.as_ref().map_or(0, Held::bytes)
-    }
-}
-
-/// A file that was put into the object store.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Link {
-    /// Name shown to the reader.
-    pub filename: String,
-    /// Size in bytes.
-    pub size: u64,
-    /// Where the reader gets it.
-    pub url: String,
-    /// When `url` stops working; none if it does not by itself.
-    pub expires_at: Option<Timestamp>,
-}
-
-/// The files of a job, ready to be composed. Keep it until the mail has been composed; what it holds of the memory
-/// for attachments is free when it is dropped.
-#[derive(Debug, Default)]
-pub struct Prepared {
-    /// Files that go into the mail, in the order of the job.
-    pub parts: Vec<Part>,
-    /// Files that became links, in the order of the job.
-    pub links: Vec<Link>,
-    /// Sentences for the log: what was large and attached nevertheless.
-    pub warnings: Vec<String>,
-}
 
 /// Gets attachments, for the whole process.
 #[derive(Debug)]
@@ -168,13 +50,6 @@ pub struct Attachments {
 enum Outcome {
     Attached(Part, Option<String>),
     Linked(Link),
-}
-
-/// Content with its digest, if that was needed so far.
-struct Content {
-    bytes: Bytes,
-    held: Option<Held>,
-    digest: Option<[u8; 32]>,
 }
 
 impl Attachments {
@@ -379,45 +254,6 @@ fn part(attachment: &Attachment, content: Content) -> Part {
         held: content.held,
         ..Part::new(attachment, content.bytes)
     }
-}
-
-/// Checks the content against the digest in the job, if there is one.
-async fn verified(attachment: &Attachment, bytes: Bytes, held: Option<Held>) -> Result<Content, Failure> {
-    let digest = match attachment.sha256 {
-        None => None,
-        Some(expected) if sha256(&bytes).await? == expected => Some(expected),
-        Some(_) => {
-            return Err(Failure::permanent(
-                Class::Content,
-                Fault::Sender,
-                Stage::Fetch,
-                "attachment_digest_mismatch",
-                format!(
-                    "the content of `{}` does not have the sha256 given in the job",
-                    attachment.filename
-                ),
-            ));
-        }
-    };
-    Ok(Content { bytes, held, digest })
-}
-
-async fn sha256(bytes: &Bytes) -> Result<[u8; 32], Failure> {
-    if bytes.len() <= HASH_INLINE {
-        return Ok(Sha256::digest(bytes).into());
-    }
-    let bytes = bytes.clone();
-    tokio::task::spawn_blocking(move || Sha256::digest(&bytes).into())
-        .await
-        .map_err(|_| {
-            Failure::transient(
-                Class::Local,
-                Fault::Us,
-                Stage::Fetch,
-                "shutting_down",
-                "the worker is stopping",
-            )
-        })
 }
 
 fn too_large(filename: &str, limit: u64) -> Failure {

@@ -177,17 +177,21 @@ fn is_public(address: IpAddr) -> bool {
 
 fn is_public_v4(address: Ipv4Addr) -> bool {
     let special = match address.octets() {
-        // This network, private, loopback, multicast and reserved with broadcast.
-        [0 | 10 | 127 | 224..=255, ..] => true,
         // Carrier-grade NAT (RFC 6598), which holds a metadata service too.
         [100, second, ..] => second & 0xc0 == 64,
-        // Link-local, with the metadata services of most clouds.
-        [169, 254, ..] => true,
         [172, second, ..] => second & 0xf0 == 16,
-        // Protocol assignments, documentation, 6to4 relays.
-        [192, 0, 0 | 2, _] | [192, 88, 99, _] | [192, 168, ..] => true,
+        // This network, private, loopback, multicast and reserved with broadcast.
+        [0 | 10 | 127 | 224..=255, ..]
+        // Link-local, with the metadata services of most clouds.
+        | [169, 254, ..]
+        // Protocol assignments, documentation, 6to4 relays, private.
+        | [192, 0, 0 | 2, _]
+        | [192, 88, 99, _]
+        | [192, 168, ..]
         // Benchmarking and documentation.
-        [198, 18 | 19, ..] | [198, 51, 100, _] | [203, 0, 113, _] => true,
+        | [198, 18 | 19, ..]
+        | [198, 51, 100, _]
+        | [203, 0, 113, _] => true,
         _ => false,
     };
     !special
@@ -207,8 +211,8 @@ fn is_public_v6(address: Ipv6Addr) -> bool {
 
 /// The IPv4 address that an IPv6 address stands for: IPv4-mapped, or behind the well-known NAT64 prefix (RFC 6052).
 fn embedded_v4(address: Ipv6Addr) -> Option<Ipv4Addr> {
-    let [a, b, c, d, e, f, high, low] = address.segments();
-    match [a, b, c, d, e, f] {
+    let [prefix @ .., high, low] = address.segments();
+    match prefix {
         [0, 0, 0, 0, 0, 0xffff] | [0x64, 0xff9b, 0, 0, 0, 0] => {
             Some(Ipv4Addr::from((u32::from(high) << 16) | u32::from(low)))
         }

@@ -123,33 +123,32 @@ pub(super) fn parameter(out: &mut String, key: &str, value: &str) {
         out.extend([";\r\n ", key, "=\"", &value, "\""]);
         return;
     }
-    let encoded = utf8_percent_encode(&value, ATTRIBUTE).to_string();
-    if encoded.len() <= MAX_QUOTED {
-        out.extend([";\r\n ", key, "*=utf-8''", &encoded]);
+    let pieces = encoded_pieces(&value);
+    if let [only] = &pieces[..] {
+        out.extend([";\r\n ", key, "*=utf-8''", only]);
         return;
     }
-    let mut rest = encoded.as_str();
-    let mut index = 0;
-    while !rest.is_empty() {
-        let (piece, tail) = rest.split_at(before_escape(rest, MAX_QUOTED - 12));
+    for (index, piece) in pieces.iter().enumerate() {
         let charset = if index == 0 { "utf-8''" } else { "" };
         out.extend([";\r\n ", key, "*", &index.to_string(), "*=", charset, piece]);
-        rest = tail;
-        index += 1;
     }
 }
 
-/// The greatest position up to `limit` that does not cut a `%XX`.
-fn before_escape(encoded: &str, limit: usize) -> usize {
-    if encoded.len() <= limit {
-        return encoded.len();
+/// The value percent-encoded, in pieces for one line each. No piece ends within a character: readers decode each by
+/// itself.
+fn encoded_pieces(value: &str) -> Vec<String> {
+    let mut pieces = vec![String::new()];
+    let mut buffer = [0; 4];
+    for character in value.chars() {
+        let encoded = utf8_percent_encode(character.encode_utf8(&mut buffer), ATTRIBUTE).to_string();
+        match pieces.last_mut() {
+            Some(last) if last.len() + encoded.len() <= MAX_QUOTED - "utf-8''".len() => {
+                last.push_str(&encoded);
+            }
+            _ => pieces.push(encoded),
+        }
     }
-    let bytes = encoded.as_bytes();
-    match (bytes[limit - 1], bytes[limit - 2]) {
-        (b'%', _) => limit - 1,
-        (_, b'%') => limit - 2,
-        _ => limit,
-    }
+    pieces
 }
 
 /// The address as it goes over the wire: its domain in ASCII form (RFC 5890), so that only a local part outside ASCII

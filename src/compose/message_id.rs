@@ -10,6 +10,9 @@ use crate::id::{JobId, TenantId};
 /// The Message-ID with angle brackets (RFC 5322 §3.6.4): 128 bits of HMAC-SHA-256 over tenant, job and `born`, the
 /// time of the job's first claim in milliseconds (an id may come back after the ledger has forgotten it). `domain` is
 /// that of the author; in ASCII form.
+///
+/// # Panics
+/// Never: HMAC takes keys of every length (RFC 2104 §2).
 #[must_use]
 pub fn message_id(
     installation_secret: &[u8],

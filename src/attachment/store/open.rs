@@ -147,7 +147,7 @@ fn s3(
         .with_http_connector(Direct)
         .with_retry(retries())
         .build()
-        .map_err(settings)
+        .map_err(|error| settings(&error))
 }
 
 fn google(bucket: &str) -> Result<object_store::gcp::GoogleCloudStorage, StorageError> {
@@ -156,7 +156,7 @@ fn google(bucket: &str) -> Result<object_store::gcp::GoogleCloudStorage, Storage
         .with_http_connector(Direct)
         .with_retry(retries())
         .build()
-        .map_err(settings)
+        .map_err(|error| settings(&error))
 }
 
 fn azure(container: &str) -> Result<object_store::azure::MicrosoftAzure, StorageError> {
@@ -165,18 +165,18 @@ fn azure(container: &str) -> Result<object_store::azure::MicrosoftAzure, Storage
         .with_http_connector(Direct)
         .with_retry(retries())
         .build()
-        .map_err(settings)
+        .map_err(|error| settings(&error))
 }
 
 fn folder(url: &Url) -> Result<Arc<dyn ObjectStore>, StorageError> {
     let path = url.to_file_path().map_err(|()| StorageError::Url)?;
     std::fs::create_dir_all(&path).map_err(StorageError::Folder)?;
-    let store = LocalFileSystem::new_with_prefix(&path).map_err(settings)?;
+    let store = LocalFileSystem::new_with_prefix(&path).map_err(|error| settings(&error))?;
     Ok(Arc::new(store))
 }
 
-fn settings(error: object_store::Error) -> StorageError {
-    StorageError::Settings(super::redacted(&error))
+fn settings(error: &object_store::Error) -> StorageError {
+    StorageError::Settings(super::redacted(error))
 }
 
 /// A few quick retries here; longer trouble is a job's own retry.
