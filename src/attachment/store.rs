@@ -153,8 +153,8 @@ impl Store {
         };
         let path = self.path(key);
         let expires_at = Timestamp::now() + self.link_lifetime;
-        // Whoever uploaded the same content first may have called it otherwise. Azure has names of its own for this,
-        // and keeps to the stored attribute.
+        // Whoever uploaded the same content first may have called it otherwise. Azure signs no such query: there the
+        // name of the first upload stays.
         let options =
             SignedUrlOptions::new().with_query([("response-content-disposition", disposition(filename))]);
         let link = timed(
