@@ -1,0 +1,268 @@
+//! Attachments: getting them (from the job or an http(s) URL), holding them within bounds, and moving large ones to
+//! the object store, with a link in the mail instead.
+
+use std::sync::Arc;
+
+use futures_util::future::join_all;
+
+use crate::compose::media;
+use crate::config;
+use crate::egress::EgressGuard;
+use crate::failure::{Class, Failure, Fault, Stage};
+use crate::id::TenantId;
+use crate::job::{Attachment, Source};
+use crate::telemetry::metrics::Metrics;
+
+mod cache;
+mod digest;
+mod fetch;
+mod memory;
+mod policy;
+mod prepared;
+pub mod rewrite;
+mod size;
+mod store;
+#[cfg(test)]
+mod tests;
+
+use cache::Cache;
+use digest::{Content, sha256, verified};
+use fetch::Fetcher;
+use memory::{Budget, Held, Memory};
+pub use policy::{LargeFileAction, LargeFiles};
+pub use prepared::{Link, Part, Prepared, Reservation};
+pub use store::{StorageError, Store};
+
+/// Share of the memory for attachments that the cache may use besides it.
+const CACHE_SHARE: u64 = 4;
+
+/// Gets attachments, for the whole process.
+#[derive(Debug)]
+pub struct Attachments {
+    fetcher: Fetcher,
+    memory: Memory,
+    cache: Cache,
+    store: Option<Store>,
+    metrics: Arc<Metrics>,
+}
+
+/// What became of one attachment.
+enum Outcome {
+    Attached(Part, Option<String>),
+    Linked(Link),
+}
+
+impl Attachments {
+    /// Opens the object store, if one is configured (nothing is sent to it yet).
+    ///
+    /// # Errors
+    /// If the storage settings cannot be used.
+    pub fn new(
+        limits: config::Fetch,
+        storage: Option<&config::Storage>,
+        guard: Arc<EgressGuard>,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, StorageError> {
+        let store = storage.map(Store::open).transpose()?;
+        Self::with_store(limits, store, guard, metrics)
+    }
+
+    /// Like [`Attachments::new`], with a store that is open already.
+    ///
+    /// # Errors
+    /// If no HTTP client can be built.
+    pub fn with_store(
+        limits: config::Fetch,
+        store: Option<Store>,
+        guard: Arc<EgressGuard>,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, StorageError> {
+        Ok(Self {
+            memory: Memory::new(limits.memory, limits.timeout / 2, Arc::clone(&metrics)),
+            cache: Cache::new(limits.memory / CACHE_SHARE),
+            fetcher: Fetcher::new(limits, guard).map_err(|_| StorageError::HttpClient)?,
+            store,
+            metrics,
+        })
+    }
+
+    /// Gets all attachments of a job, each by the tenant's policy. If several fail, a failure that stays wins over one
+    /// that passes.
+    ///
+    /// # Errors
+    /// A content failure for a file that is missing, wrong or too large; a transient one while a file or the object
+    /// store cannot be reached; nothing is left out silently.
+    pub async fn prepare(
+        &self,
+        tenant: &TenantId,
+        attachments: &[Attachment],
+        large: &LargeFiles,
+    ) -> Result<Prepared, Failure> {
+        let budget = self.memory.budget();
+        // Boxed: one such future is large, and most jobs have no attachment at all.
+        let each = attachments
+            .iter()
+            .map(|attachment| Box::pin(self.one(tenant, attachment, large, &budget)));
+        let mut prepared = Prepared::default();
+        let mut failed: Option<Failure> = None;
+        for outcome in join_all(each).await {
+            match outcome {
+                Ok(Outcome::Attached(part, warning)) => {
+                    prepared.parts.push(part);
+                    prepared.warnings.extend(warning);
+                }
+                Ok(Outcome::Linked(link)) => prepared.links.push(link),
+                Err(failure) if failed.as_ref().is_none_or(Failure::is_transient) => failed = Some(failure),
+                Err(_) => {}
+            }
+        }
+        failed.map_or(Ok(prepared), Err)
+    }
+
+    /// Whether the object store takes files. True without one.
+    ///
+    /// # Errors
+    /// What is wrong, for the operator.
+    pub async fn check(&self) -> Result<(), StorageError> {
+        match &self.store {
+            Some(store) => store.check().await,
+            None => Ok(()),
+        }
+    }
+
+    async fn one(
+        &self,
+        tenant: &TenantId,
+        attachment: &Attachment,
+        large: &LargeFiles,
+        budget: &Budget<'_>,
+    ) -> Result<Outcome, Failure> {
+        let threshold = large.threshold.filter(|_| !attachment.inline).unwrap_or(u64::MAX);
+        let cap = if large.action == LargeFileAction::Reject {
+            threshold
+        } else {
+            u64::MAX
+        };
+        let content = self.content(tenant, attachment, cap, budget).await?;
+        let size = content.bytes.len() as u64;
+        if size <= threshold {
+            return Ok(Outcome::Attached(part(attachment, content), None));
+        }
+        match large.action {
+            LargeFileAction::Reject => Err(too_large(&attachment.filename, threshold)),
+            LargeFileAction::Warn => {
+                let warning = format!(
+                    "attachment of {} is above the tenant's threshold of {}",
+                    size::human(size, '.'),
+                    size::human(threshold, '.'),
+                );
+                Ok(Outcome::Attached(part(attachment, content), Some(warning)))
+            }
+            LargeFileAction::Rewrite => {
+                let link = self.upload(tenant, attachment, &content).await?;
+                budget.give_back(content.held.as_ref().map_or(0, Held::bytes));
+                Ok(Outcome::Linked(link))
+            }
+        }
+    }
+
+    /// The content, verified.
+    async fn content(
+        &self,
+        tenant: &TenantId,
+        attachment: &Attachment,
+        cap: u64,
+        budget: &Budget<'_>,
+    ) -> Result<Content, Failure> {
+        let url = match &attachment.source {
+            Source::Bytes(bytes) => return verified(attachment, bytes.clone(), None).await,
+            Source::Url(url) => url,
+        };
+        let known = attachment
+            .sha256
+            .and_then(|digest| self.cache.get(tenant, &digest));
+        if let Some(bytes) = known {
+            self.count_fetch("cached");
+            if bytes.len() as u64 > cap {
+                return Err(too_large(&attachment.filename, cap));
+            }
+            let held = Some(budget.reserve(bytes.len() as u64).await?);
+            return Ok(Content {
+                bytes,
+                held,
+                digest: attachment.sha256,
+            });
+        }
+        let fetched = self.fetcher.fetch(url, &attachment.filename, cap, budget).await;
+        self.count_fetch(if fetched.is_ok() { "ok" } else { "failed" });
+        let (bytes, held) = fetched?;
+        let content = verified(attachment, bytes, Some(held)).await?;
+        if let Some(digest) = content.digest {
+            self.cache.put(tenant, digest, &content.bytes);
+        }
+        Ok(content)
+    }
+
+    async fn upload(
+        &self,
+        tenant: &TenantId,
+        attachment: &Attachment,
+        content: &Content,
+    ) -> Result<Link, Failure> {
+        let Some(store) = &self.store else {
+            return Err(Failure::permanent(
+                Class::Local,
+                Fault::Us,
+                Stage::Upload,
+                "storage_not_configured",
+                "a large attachment is to become a link, but POSTROOM_STORAGE_URL is not set",
+            ));
+        };
+        let digest = match content.digest {
+            Some(digest) => digest,
+            None => sha256(&content.bytes).await?,
+        };
+        let file = store::File {
+            filename: &attachment.filename,
+            content_type: media::media_type(&attachment.filename, attachment.content_type.as_deref()),
+            bytes: &content.bytes,
+        };
+        let key = store.key(tenant, &digest, &attachment.filename);
+        let result = store.put(&key, &file).await;
+        let label = result.as_ref().map_or("failed", |stored| stored.as_str());
+        self.metrics.uploads.with_label_values(&[label]).inc();
+        if matches!(result?, store::Stored::New) {
+            self.metrics.upload_bytes.inc_by(content.bytes.len() as u64);
+        }
+        let (url, expires_at) = store.link(&key, &attachment.filename).await?;
+        let size = content.bytes.len() as u64;
+        Ok(Link {
+            filename: attachment.filename.clone(),
+            size,
+            url,
+            expires_at,
+        })
+    }
+
+    fn count_fetch(&self, result: &str) {
+        self.metrics.fetches.with_label_values(&[result]).inc();
+    }
+}
+
+fn part(attachment: &Attachment, content: Content) -> Part {
+    Part {
+        held: content.held,
+        ..Part::new(attachment, content.bytes)
+    }
+}
+
+fn too_large(filename: &str, limit: u64) -> Failure {
+    let limit = size::human(limit, '.');
+    Failure::permanent(
+        Class::Content,
+        Fault::Sender,
+        Stage::Fetch,
+        "attachment_too_large",
+        format!("`{filename}` is larger than the {limit} that are allowed"),
+    )
+}

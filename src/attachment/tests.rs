@@ -1,0 +1,550 @@
+//! Against a web server and an S3 server that checks signatures.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use postroom_testkit::files::{Answer, FileServer};
+use postroom_testkit::s3::S3Server;
+use sha2::{Digest, Sha256};
+
+use super::*;
+
+const MIB: u64 = 1 << 20;
+
+fn acme() -> TenantId {
+    "acme".parse().unwrap()
+}
+
+fn loopback() -> Arc<EgressGuard> {
+    Arc::new(EgressGuard::new(config::Egress {
+        allow: vec!["127.0.0.0/8".parse().unwrap()],
+    }))
+}
+
+fn limits() -> config::Fetch {
+    config::Fetch {
+        timeout: Duration::from_secs(10),
+        ..config::Fetch::default()
+    }
+}
+
+fn metrics() -> Arc<Metrics> {
+    Arc::new(Metrics::new().unwrap())
+}
+
+fn without_store(limits: config::Fetch) -> Attachments {
+    Attachments::new(limits, None, loopback(), metrics()).unwrap()
+}
+
+fn storage(url: &str) -> config::Storage {
+    config::Storage {
+        url: url.to_owned(),
+        public_url: None,
+        link_lifetime: Duration::from_hours(24),
+    }
+}
+
+fn with_s3(server: &S3Server) -> Attachments {
+    let store = Store::open_with(&storage("s3://files/mail"), server.env()).unwrap();
+    Attachments::with_store(limits(), Some(store), loopback(), metrics()).unwrap()
+}
+
+fn by_url(filename: &str, url: &str) -> Attachment {
+    Attachment {
+        filename: filename.to_owned(),
+        content_type: None,
+        inline: false,
+        content_id: None,
+        sha256: None,
+        source: Source::Url(url.parse().unwrap()),
+    }
+}
+
+fn by_bytes(filename: &str, bytes: &[u8]) -> Attachment {
+    Attachment {
+        source: Source::Bytes(bytes.to_vec().into()),
+        ..by_url(filename, "http://unused.example/")
+    }
+}
+
+fn rewrite_above(threshold: u64) -> LargeFiles {
+    LargeFiles {
+        threshold: Some(threshold),
+        action: LargeFileAction::Rewrite,
+    }
+}
+
+async fn prepare(attachments: &Attachments, files: &[Attachment]) -> Result<Prepared, Failure> {
+    attachments.prepare(&acme(), files, &LargeFiles::default()).await
+}
+
+async fn failure(attachments: &Attachments, file: Attachment) -> Failure {
+    prepare(attachments, &[file]).await.unwrap_err()
+}
+
+/// What a reader's browser does.
+async fn download(url: &str) -> reqwest::Response {
+    egress::client().get(url).send().await.unwrap()
+}
+
+mod egress {
+    pub(super) fn client() -> reqwest::Client {
+        crate::egress::install_crypto_provider();
+        reqwest::Client::builder()
+            .no_proxy()
+            .timeout(std::time::Duration::from_secs(10))
+            .build()
+            .unwrap()
+    }
+}
+
+#[tokio::test]
+async fn files_come_from_the_job_and_from_the_web_in_the_order_of_the_job() {
+    let web = FileServer::start().await.unwrap();
+    let slow = web.put(
+        "/slow.pdf",
+        Answer::file("slow").after(Duration::from_millis(100)),
+    );
+    let unknown = web.put("/unknown", Answer::file(vec![7; 300_000]).declaring(None));
+    let files = [
+        by_url("slow.pdf", &slow),
+        by_bytes("b.txt", b"b"),
+        by_url("c", &unknown),
+    ];
+    let prepared = prepare(&without_store(limits()), &files).await.unwrap();
+    let parts: Vec<_> = prepared
+        .parts
+        .iter()
+        .map(|p| (p.filename.as_str(), p.content_type.as_str(), p.bytes.len()))
+        .collect();
+    assert_eq!(
+        parts,
+        [
+            ("slow.pdf", "application/pdf", 4),
+            ("b.txt", "text/plain", 1),
+            ("c", "application/octet-stream", 300_000)
+        ]
+    );
+}
+
+#[tokio::test]
+async fn a_digest_that_does_not_match_stays_wrong() {
+    let web = FileServer::start().await.unwrap();
+    let url = web.put("/a", Answer::file("tampered"));
+    let right = Sha256::digest(b"original").into();
+    for file in [by_url("a", &url), by_bytes("a", b"tampered")] {
+        let failure = failure(
+            &without_store(limits()),
+            Attachment {
+                sha256: Some(right),
+                ..file
+            },
+        )
+        .await;
+        assert_eq!(failure.reason, "attachment_digest_mismatch");
+        assert!(!failure.is_transient());
+    }
+}
+
+#[tokio::test]
+async fn a_file_with_a_digest_is_fetched_once_per_tenant() {
+    let web = FileServer::start().await.unwrap();
+    let url = web.put("/a", Answer::file("content"));
+    let attachments = without_store(limits());
+    let known = Attachment {
+        sha256: Some(Sha256::digest(b"content").into()),
+        ..by_url("a", &url)
+    };
+    for _ in 0..3 {
+        let prepared = prepare(&attachments, std::slice::from_ref(&known)).await.unwrap();
+        assert_eq!(&prepared.parts[0].bytes[..], b"content");
+    }
+    assert_eq!(web.requests("/a"), 1);
+    attachments
+        .prepare(&"other".parse().unwrap(), &[known], &LargeFiles::default())
+        .await
+        .unwrap();
+    assert_eq!(web.requests("/a"), 2);
+}
+
+#[tokio::test]
+async fn answers_that_may_change_are_transient_and_others_stay() {
+    let web = FileServer::start().await.unwrap();
+    let attachments = without_store(limits());
+    for (status, transient) in [
+        (500, true),
+        (503, true),
+        (429, true),
+        (408, true),
+        (400, false),
+        (401, false),
+        (403, false),
+        (404, false),
+        (410, false),
+        (204, false),
+    ] {
+        let url = web.put("/a", Answer::status(status).header("Retry-After", "30"));
+        let failure = failure(&attachments, by_url("a", &url)).await;
+        assert_eq!(failure.is_transient(), transient, "{status}");
+        assert_eq!(
+            failure.retry_after,
+            transient.then(|| Duration::from_secs(30)),
+            "{status}"
+        );
+        assert!(
+            failure.message.contains("127.0.0.1") && !failure.message.contains("/a"),
+            "{failure}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_file_that_fails_for_a_while_comes_in_the_end() {
+    let web = FileServer::start().await.unwrap();
+    let url = web.put("/a", Answer::file("here").failing(1));
+    let attachments = without_store(limits());
+    assert!(failure(&attachments, by_url("a", &url)).await.is_transient());
+    assert_eq!(
+        &prepare(&attachments, &[by_url("a", &url)]).await.unwrap().parts[0].bytes[..],
+        b"here"
+    );
+}
+
+#[tokio::test]
+async fn nobody_listening_and_broken_answers_are_transient() {
+    let web = FileServer::start().await.unwrap();
+    let broken = web.put("/short", Answer::file("short").declaring(Some(100)));
+    let attachments = without_store(config::Fetch {
+        timeout: Duration::from_millis(300),
+        ..limits()
+    });
+    let slow = web.put("/slow", Answer::file("x").after(Duration::from_mins(1)));
+    // A port that was free a moment ago.
+    let closed = std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    for url in [broken, slow, format!("http://{closed}/")] {
+        let failure = failure(&attachments, by_url("a", &url)).await;
+        assert!(failure.is_transient(), "{url}: {failure}");
+        assert_eq!(failure.fault, Fault::Sender);
+    }
+}
+
+#[tokio::test]
+async fn a_file_above_the_limit_is_refused_whatever_its_server_says() {
+    let web = FileServer::start().await.unwrap();
+    let attachments = without_store(config::Fetch {
+        max_bytes: 1000,
+        ..limits()
+    });
+    for declared in [Some(1001), None, Some(u64::MAX / 4)] {
+        let url = web.put("/a", Answer::file(vec![0; 1001]).declaring(declared));
+        let failure = failure(&attachments, by_url("a", &url)).await;
+        assert_eq!(failure.reason, "attachment_too_large", "{declared:?}");
+        assert!(!failure.is_transient());
+    }
+    let exact = web.put("/a", Answer::file(vec![0; 1000]).declaring(None));
+    assert!(prepare(&attachments, &[by_url("a", &exact)]).await.is_ok());
+}
+
+#[tokio::test]
+async fn redirects_are_followed_three_times_and_checked_each_time() {
+    let web = FileServer::start().await.unwrap();
+    web.put("/3", Answer::file("end"));
+    web.put("/2", Answer::redirect("3"));
+    web.put("/1", Answer::redirect("/2"));
+    let start = web.put("/0", Answer::redirect(&web.url("/1")));
+    let longer = web.put("/-1", Answer::redirect("/0"));
+    let attachments = without_store(limits());
+    assert_eq!(
+        &prepare(&attachments, &[by_url("a", &start)]).await.unwrap().parts[0].bytes[..],
+        b"end"
+    );
+    assert_eq!(
+        failure(&attachments, by_url("a", &longer)).await.reason,
+        "attachment_unavailable"
+    );
+
+    for target in [
+        "http://169.254.169.254/latest/meta-data",
+        "http://[::1]:1/",
+        "http://[::ffff:10.0.0.1]/",
+        "file:///etc/passwd",
+    ] {
+        let url = web.put("/r", Answer::redirect(target));
+        let failure = failure(&attachments, by_url("a", &url)).await;
+        assert_eq!(failure.reason, "egress_refused", "{target}");
+        assert!(!failure.is_transient());
+    }
+}
+
+#[tokio::test]
+async fn inner_hosts_are_refused_by_default() {
+    let web = FileServer::start().await.unwrap();
+    let url = web.put("/a", Answer::file("secret"));
+    let named = url.replace("127.0.0.1", "localhost");
+    let guard = Arc::new(EgressGuard::default());
+    let attachments = Attachments::new(limits(), None, guard, metrics()).unwrap();
+    for url in [&url, &named, "http://169.254.169.254/"] {
+        let failure = failure(&attachments, by_url("a", url)).await;
+        assert_eq!(failure.reason, "egress_refused", "{url}");
+        assert!(failure.message.contains("POSTROOM_EGRESS_ALLOW"), "{failure}");
+    }
+    assert_eq!(web.requests("/a"), 0);
+}
+
+#[tokio::test]
+async fn the_memory_bound_holds_for_all_jobs_together() {
+    let web = FileServer::start().await.unwrap();
+    let url = web.put("/mib", Answer::file(vec![1; MIB as usize]));
+    let metrics = metrics();
+    let limits = config::Fetch {
+        memory: 2 * MIB,
+        timeout: Duration::from_secs(2),
+        ..limits()
+    };
+    let attachments = Attachments::new(limits, None, loopback(), Arc::clone(&metrics)).unwrap();
+
+    let files = [by_url("a", &url), by_url("b", &url)];
+    let first = prepare(&attachments, &files).await.unwrap();
+    assert_eq!(metrics.attachment_bytes.get(), 2 * MIB as i64);
+    assert_eq!(first.parts[0].held_bytes(), MIB);
+
+    let waiting = failure(&attachments, by_url("c", &url)).await;
+    assert_eq!(
+        (waiting.reason, waiting.is_transient()),
+        ("attachment_memory", true)
+    );
+    drop(first);
+    assert_eq!(metrics.attachment_bytes.get(), 0);
+    assert!(prepare(&attachments, &[by_url("c", &url)]).await.is_ok());
+
+    let three = [by_url("a", &url), by_url("b", &url), by_url("c", &url)];
+    let never = prepare(&attachments, &three).await.unwrap_err();
+    assert_eq!(
+        (never.reason, never.is_transient()),
+        ("attachments_too_large", false)
+    );
+    assert_eq!(metrics.attachment_bytes.get(), 0);
+}
+
+#[tokio::test]
+async fn large_files_follow_the_policy_and_inline_images_never_leave_the_mail() {
+    let attachments = without_store(limits());
+    let large = by_bytes("large.bin", &[0; 2000]);
+    let policy = |action| LargeFiles {
+        threshold: Some(1999),
+        action,
+    };
+    let run = async |file: &Attachment, action| {
+        attachments
+            .prepare(&acme(), std::slice::from_ref(file), &policy(action))
+            .await
+    };
+
+    let warned = run(&large, LargeFileAction::Warn).await.unwrap();
+    assert_eq!((warned.parts.len(), warned.warnings.len()), (1, 1));
+    assert_eq!(
+        run(&large, LargeFileAction::Reject).await.unwrap_err().reason,
+        "attachment_too_large"
+    );
+    let unset = run(&large, LargeFileAction::Rewrite).await.unwrap_err();
+    assert_eq!(
+        (unset.reason, unset.class, unset.is_transient()),
+        ("storage_not_configured", Class::Local, false)
+    );
+
+    let inline = Attachment {
+        inline: true,
+        content_id: Some("x".to_owned()),
+        ..large
+    };
+    for action in [
+        LargeFileAction::Warn,
+        LargeFileAction::Reject,
+        LargeFileAction::Rewrite,
+    ] {
+        let prepared = run(&inline, action).await.unwrap();
+        assert_eq!(
+            (
+                prepared.parts.len(),
+                prepared.links.len(),
+                prepared.warnings.len()
+            ),
+            (1, 0, 0)
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_large_file_becomes_a_link_that_downloads_it_under_its_name() {
+    let s3 = S3Server::start("files").await.unwrap();
+    let attachments = with_s3(&s3);
+    attachments.check().await.unwrap();
+    let files = [
+        by_bytes("Übersicht 2026.pdf", &[7; 2000]),
+        by_bytes("small.txt", b"small"),
+    ];
+    let prepared = attachments
+        .prepare(&acme(), &files, &rewrite_above(1000))
+        .await
+        .unwrap();
+    assert_eq!((prepared.parts.len(), prepared.links.len()), (1, 1));
+    let link = &prepared.links[0];
+    assert_eq!((link.filename.as_str(), link.size), ("Übersicht 2026.pdf", 2000));
+    let left = link
+        .expires_at
+        .unwrap()
+        .duration_since(Timestamp::now())
+        .as_hours();
+    assert!((23..=24).contains(&left), "{left}");
+
+    let response = download(&link.url).await;
+    assert_eq!(response.status(), 200);
+    assert_eq!(response.headers()["content-type"], "application/pdf");
+    let disposition = response.headers()["content-disposition"]
+        .to_str()
+        .unwrap()
+        .to_owned();
+    assert!(
+        disposition.contains("filename*=UTF-8''%C3%9Cbersicht%202026.pdf"),
+        "{disposition}"
+    );
+    assert_eq!(response.bytes().await.unwrap(), vec![7; 2000]);
+
+    let (base, query) = link.url.split_once('?').unwrap();
+    assert!(base.contains("/files/mail/acme/"), "{base}");
+    assert_eq!(download(base).await.status(), 403);
+    assert_eq!(download(&format!("{base}x?{query}")).await.status(), 403);
+    assert_eq!(
+        download(&link.url.replace("X-Amz-Expires=86400", "X-Amz-Expires=99999"))
+            .await
+            .status(),
+        403
+    );
+}
+
+#[tokio::test]
+async fn a_retry_uploads_nothing_twice() {
+    let s3 = S3Server::start("files").await.unwrap();
+    let attachments = with_s3(&s3);
+    let file = [by_bytes("a.bin", &[1; 3000])];
+    for _ in 0..3 {
+        attachments
+            .prepare(&acme(), &file, &rewrite_above(1000))
+            .await
+            .unwrap();
+    }
+    assert_eq!(s3.requests("PUT"), 1);
+    // Another tenant's file is another object, though its content is the same.
+    attachments
+        .prepare(&"other".parse().unwrap(), &file, &rewrite_above(1000))
+        .await
+        .unwrap();
+    assert_eq!(s3.requests("PUT"), 2);
+    let uploads = |label| attachments.metrics.uploads.with_label_values(&[label]).get();
+    assert_eq!((uploads("stored"), uploads("present")), (2, 2));
+    assert_eq!(attachments.metrics.upload_bytes.get(), 6000);
+}
+
+#[tokio::test]
+async fn a_very_large_file_goes_up_in_parts() {
+    let s3 = S3Server::start("files").await.unwrap();
+    let attachments = with_s3(&s3);
+    let content: Vec<u8> = (0..9 * MIB).map(|n| (n % 251) as u8).collect();
+    let file = [by_bytes("a.bin", &content)];
+    let prepared = attachments
+        .prepare(&acme(), &file, &rewrite_above(1000))
+        .await
+        .unwrap();
+    assert_eq!(s3.requests("PUT"), 2);
+    let response = download(&prepared.links[0].url).await;
+    assert!(response.bytes().await.unwrap() == content);
+    attachments
+        .prepare(&acme(), &file, &rewrite_above(1000))
+        .await
+        .unwrap();
+    assert_eq!(s3.requests("PUT"), 2);
+}
+
+#[tokio::test]
+async fn trouble_with_the_store_is_ours_and_passes() {
+    let s3 = S3Server::start("files").await.unwrap();
+    let attachments = with_s3(&s3);
+    let file = [by_bytes("a.bin", &[1; 3000])];
+    s3.fail(true);
+    let failure = attachments
+        .prepare(&acme(), &file, &rewrite_above(1000))
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (failure.reason, failure.class, failure.fault),
+        ("storage_unavailable", Class::Local, Fault::Us)
+    );
+    assert!(failure.is_transient());
+    assert!(attachments.check().await.is_err());
+    s3.fail(false);
+    assert_eq!(
+        attachments
+            .prepare(&acme(), &file, &rewrite_above(1000))
+            .await
+            .unwrap()
+            .links
+            .len(),
+        1
+    );
+}
+
+#[tokio::test]
+async fn a_wrong_key_is_refused_and_not_shown() {
+    let s3 = S3Server::start("files").await.unwrap();
+    let mut env = s3.env();
+    env[1].1 = "wrong-secret".to_owned();
+    let store = Store::open_with(&storage("s3://files"), env).unwrap();
+    let text = store.check().await.unwrap_err().to_string();
+    assert!(!text.contains("wrong-secret"), "{text}");
+}
+
+#[tokio::test]
+async fn a_folder_gives_links_below_its_public_address() {
+    let folder = std::env::temp_dir().join(format!("postroom-{}", uuid::Uuid::new_v4()));
+    let url = url::Url::from_directory_path(&folder).unwrap();
+    let config = config::Storage {
+        public_url: Some("https://files.example/mail/".to_owned()),
+        ..storage(url.as_str())
+    };
+    let attachments = Attachments::new(limits(), Some(&config), loopback(), metrics()).unwrap();
+    attachments.check().await.unwrap();
+    for _ in 0..2 {
+        let file = [by_bytes("Größe.pdf", &[1; 3000])];
+        let prepared = attachments
+            .prepare(&acme(), &file, &rewrite_above(1000))
+            .await
+            .unwrap();
+        let link = &prepared.links[0];
+        let key = link.url.strip_prefix("https://files.example/mail/").unwrap();
+        assert!(key.starts_with("acme/") && key.ends_with("/Gr__e.pdf"), "{key}");
+        assert_eq!(std::fs::read(folder.join(key)).unwrap(), [1; 3000]);
+        assert_eq!(link.expires_at, None);
+    }
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[test]
+fn storage_settings_that_cannot_work_say_what_to_do() {
+    for (url, public, part) in [
+        ("nonsense", None, "POSTROOM_STORAGE_URL"),
+        ("ftp://x/y", None, "`ftp:`"),
+        ("s3:///prefix", None, "POSTROOM_STORAGE_URL"),
+        ("file:///tmp/x", None, "POSTROOM_STORAGE_PUBLIC_URL"),
+        ("file:///tmp/x", Some("ftp://x"), "POSTROOM_STORAGE_PUBLIC_URL"),
+    ] {
+        let config = config::Storage {
+            public_url: public.map(str::to_owned),
+            ..storage(url)
+        };
+        let error = Store::open_with(&config, []).unwrap_err();
+        assert!(error.to_string().contains(part), "{url}: {error}");
+    }
+}
