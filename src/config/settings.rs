@@ -2,14 +2,16 @@
 //! come from this table.
 
 use Section::{
-    Broker, Database, Egress, Fetch, Job, Keys, Process, Smtp, Storage, Telemetry, Webhook, Worker,
+    Broker, Database, Egress, Fetch, Http, Job, Keys, Process, Smtp, Storage, Telemetry, Webhook, Worker,
 };
 
 /// What a setting belongs to. A command declares the sections that it reads, and has their flags.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Section {
-    /// Logs and the HTTP port.
+    /// Logs.
     Telemetry,
+    /// The HTTP port.
+    Http,
     /// `RabbitMQ`.
     Broker,
     /// Postgres.
@@ -36,15 +38,16 @@ pub enum Section {
 
 impl Section {
     /// All sections, in the order of the documentation.
-    pub const ALL: [Self; 12] = [
-        Broker, Database, Keys, Worker, Smtp, Job, Fetch, Storage, Egress, Webhook, Process, Telemetry,
+    pub const ALL: [Self; 13] = [
+        Broker, Database, Keys, Worker, Smtp, Job, Fetch, Storage, Egress, Webhook, Process, Http, Telemetry,
     ];
 
     /// Heading in `--help` and in the documentation.
     #[must_use]
     pub fn title(self) -> &'static str {
         match self {
-            Self::Telemetry => "Logs, health and metrics",
+            Self::Telemetry => "Logs",
+            Self::Http => "Health and metrics",
             Self::Broker => "RabbitMQ",
             Self::Database => "Postgres",
             Self::Keys => "Keys",
@@ -483,7 +486,7 @@ pub const SETTINGS: &[Setting] = &[
         "POSTROOM_HTTP_ADDR",
         "ADDRESS:PORT|off",
         Some("0.0.0.0:9090"),
-        &[Telemetry],
+        &[Http],
         "Where /livez, /readyz, /healthz and /metrics are served.",
     ),
 ];
