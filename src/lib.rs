@@ -1,5 +1,6 @@
 //! Postroom: the mail room for teams that run `RabbitMQ` and Postgres.
 pub mod address;
+pub mod cli;
 pub mod config;
 pub mod db;
 pub mod failure;
