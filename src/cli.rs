@@ -6,6 +6,7 @@
 mod error;
 mod healthcheck;
 mod migrate;
+mod service;
 mod settings;
 
 #[cfg(test)]
@@ -21,8 +22,9 @@ use crate::config::{self, FromSettings, Sources};
 use crate::telemetry;
 
 pub use error::CliError;
+pub use service::{Service, ServiceError};
 
-/// Outbound mail worker for `RabbitMQ` and Postgres.
+/// Outbound mail worker for RabbitMQ and Postgres.
 #[derive(Debug, Parser)]
 #[command(
     name = "postroom",

@@ -8,6 +8,7 @@ mod dsn;
 mod error;
 mod migrate;
 mod tls;
+mod watch;
 
 #[cfg(test)]
 mod tests;

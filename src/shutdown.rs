@@ -206,4 +206,24 @@ mod tests {
         assert!(!shutdown.drained(Duration::from_millis(10)).await);
         assert!(shutdown.hard.is_cancelled());
     }
+
+    #[tokio::test]
+    async fn a_hangup_asks_to_read_files_again_and_ends_nothing() {
+        let shutdown = Shutdown::new();
+        let mut reloads = shutdown.reloads();
+        shutdown.listen(LONG).unwrap();
+        let me = std::process::id().to_string();
+        assert!(
+            std::process::Command::new("kill")
+                .args(["-HUP", &me])
+                .status()
+                .unwrap()
+                .success()
+        );
+        tokio::time::timeout(LONG, reloads.changed())
+            .await
+            .unwrap()
+            .unwrap();
+        assert!(!shutdown.soft.is_cancelled());
+    }
 }

@@ -244,3 +244,28 @@ async fn healthcheck_passes_readiness_on() {
     result.unwrap();
     assert!(out.contains("[+] amqp ok"), "{out}");
 }
+
+#[tokio::test]
+async fn a_service_is_not_ready_while_it_ends_and_tells_a_crash() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let env = [
+        ("POSTROOM_HTTP_ADDR", "127.0.0.1:0"),
+        ("POSTROOM_GRACE_PERIOD", "10s"),
+    ];
+    let (telemetry, process) = config::load(&sources(&env)).unwrap();
+    let service = Service::start(&telemetry, process).await.unwrap();
+    let (readiness, hard) = (service.readiness.clone(), service.shutdown.hard.clone());
+    assert!(readiness.is_ready());
+    let watched = readiness.clone();
+    let soft = service.shutdown.soft.clone();
+    service.shutdown.spawn("work", async move {
+        soft.cancelled().await;
+        while watched.is_ready() {
+            tokio::task::yield_now().await;
+        }
+    });
+    service.shutdown.spawn("faulty", async {});
+    let error = service.finish().await.unwrap_err();
+    assert!(matches!(error, ServiceError::Crashed));
+    assert!(readiness.to_string().contains("shutting down") && !hard.is_cancelled());
+}

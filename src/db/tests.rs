@@ -290,3 +290,45 @@ async fn a_role_without_rights_on_the_schema_works_once_it_is_granted() {
         .sql(&format!("DROP SCHEMA {{s}} CASCADE; DROP ROLE {role}"));
     admin.batch_execute(&end).await.unwrap();
 }
+
+#[tokio::test]
+async fn a_database_that_is_away_is_waited_for_and_an_old_schema_is_not() {
+    let readiness = crate::health::Readiness::default();
+    let soft = tokio_util::sync::CancellationToken::new();
+    let away = Database::connect(&config("postgres://127.0.0.1:1/d", "s")).unwrap();
+    let handle = readiness.component("database");
+    let waiting = tokio::spawn({
+        let (soft, handle) = (soft.clone(), handle.clone());
+        async move { away.wait_until_usable(&handle, &soft).await }
+    });
+    while readiness.to_string().contains("starting") {
+        tokio::task::yield_now().await;
+    }
+    assert!(
+        readiness
+            .to_string()
+            .contains("[-] database: database: cannot connect"),
+        "{readiness}"
+    );
+    soft.cancel();
+    assert!(!waiting.await.unwrap().unwrap());
+
+    let scratch = Scratch::new();
+    let soft = tokio_util::sync::CancellationToken::new();
+    let error = scratch
+        .database()
+        .wait_until_usable(&handle, &soft)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, DbError::SchemaVersion { .. }), "{error}");
+    migrate(&scratch.config).await.unwrap();
+    assert!(
+        scratch
+            .database()
+            .wait_until_usable(&handle, &soft)
+            .await
+            .unwrap()
+    );
+    assert!(readiness.is_ready());
+    scratch.drop_schema().await;
+}

@@ -72,8 +72,7 @@ impl Handle {
         }
     }
 
-    /// It does not, and why: a short text without secrets. The first change is logged; later reasons only show in
-    /// `/readyz`.
+    /// It does not, and why: a short text without secrets. A new reason is logged, the same one again is not.
     pub fn not_ready(&self, reason: impl Into<String>) {
         let reason = reason.into();
         if self.replace(Some(reason.clone())) {
@@ -81,14 +80,13 @@ impl Handle {
         }
     }
 
-    /// Whether ready has become not ready, or the other way round.
+    /// Whether the state or its reason is another than before.
     fn replace(&self, reason: Option<String>) -> bool {
         let mut components = self.readiness.lock();
         let Some(component) = components.get_mut(self.index) else {
             return false;
         };
-        let changed =
-            component.reason.is_some() != reason.is_some() || component.reason.as_deref() == Some("starting");
+        let changed = component.reason != reason;
         component.reason = reason;
         changed
     }
