@@ -1,7 +1,7 @@
 //! The command line: parsing, what each command needs from the settings, exit codes.
 //!
-//! To mount a command: a variant in [`Command`] and an arm in [`Invocation::dispatch`]. Its settings are in
-//! [`settings::sections`] already.
+//! To mount a command: a variant in `Command` and an arm in `Invocation::dispatch`. Its settings are in
+//! `settings::sections` already.
 
 mod error;
 mod healthcheck;
