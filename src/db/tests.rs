@@ -1,5 +1,7 @@
 //! Against a real server: `POSTROOM_TEST_DATABASE_URL`. Every test has a schema of its own.
 
+mod front;
+
 use secrecy::{ExposeSecret, SecretString};
 
 use super::*;
@@ -252,4 +254,81 @@ async fn a_full_pool_times_out_instead_of_waiting_for_ever() {
     assert!(matches!(error, DbError::PoolTimeout(_)), "{error}");
     assert!(error.is_retryable());
     drop(held);
+}
+
+#[tokio::test]
+async fn a_role_without_rights_on_the_schema_works_once_it_is_granted() {
+    let scratch = Scratch::new();
+    migrate(&scratch.config).await.unwrap();
+    let admin = scratch.database().client().await.unwrap();
+    let role = format!("r{}", scratch.config.schema);
+    admin
+        .batch_execute(&format!("CREATE ROLE {role} LOGIN PASSWORD 'p'"))
+        .await
+        .unwrap();
+    let as_role = scratch.with_url(|url| {
+        let rest = url.split_once('@').map_or(url, |(_, rest)| rest);
+        format!("postgres://{role}:p@{rest}")
+    });
+    let database = Database::connect(&as_role).unwrap();
+    assert_eq!(database.check().await.unwrap_err().class(), "schema");
+
+    grant(&scratch.config, &role).await.unwrap();
+    database.check().await.unwrap();
+    let client = database.client().await.unwrap();
+    client
+        .batch_execute(&database.sql("UPDATE {s}.tenant SET name = 'x'"))
+        .await
+        .unwrap();
+    for refused in ["CREATE TABLE {s}.t ()", "DELETE FROM {s}.refinery_schema_history"] {
+        let error = client.batch_execute(&database.sql(refused)).await.unwrap_err();
+        assert_eq!(error.code().unwrap().code(), "42501", "{refused}");
+    }
+    drop(client);
+    let end = scratch
+        .database()
+        .sql(&format!("DROP SCHEMA {{s}} CASCADE; DROP ROLE {role}"));
+    admin.batch_execute(&end).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_database_that_is_away_is_waited_for_and_an_old_schema_is_not() {
+    let readiness = crate::health::Readiness::default();
+    let soft = tokio_util::sync::CancellationToken::new();
+    let away = Database::connect(&config("postgres://127.0.0.1:1/d", "s")).unwrap();
+    let handle = readiness.component("database");
+    let waiting = tokio::spawn({
+        let (soft, handle) = (soft.clone(), handle.clone());
+        async move { away.wait_until_usable(&handle, &soft).await }
+    });
+    while readiness.to_string().contains("starting") {
+        tokio::task::yield_now().await;
+    }
+    assert!(
+        readiness
+            .to_string()
+            .contains("[-] database: database: cannot connect"),
+        "{readiness}"
+    );
+    soft.cancel();
+    assert!(!waiting.await.unwrap().unwrap());
+
+    let scratch = Scratch::new();
+    let soft = tokio_util::sync::CancellationToken::new();
+    let error = scratch
+        .database()
+        .wait_until_usable(&handle, &soft)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, DbError::SchemaVersion { .. }), "{error}");
+    migrate(&scratch.config).await.unwrap();
+    assert!(
+        scratch
+            .database()
+            .wait_until_usable(&handle, &soft)
+            .await
+            .unwrap()
+    );
+    assert!(readiness.is_ready());
+    scratch.drop_schema().await;
 }

@@ -1,0 +1,102 @@
+//! What `postroom worker` and `postroom bridge` have in common: signals, the HTTP port, and an orderly end.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::config;
+use crate::health::{HealthError, Readiness, Server};
+use crate::shutdown::Shutdown;
+use crate::telemetry::metrics::Metrics;
+
+/// How long tasks may take to notice the hard token.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// A long-running process, before and after its own work.
+#[derive(Debug)]
+pub struct Service {
+    /// Tokens, and tasks that belong to the process.
+    pub shutdown: Shutdown,
+    /// What `/readyz` asks.
+    pub readiness: Readiness,
+    /// What `/metrics` shows.
+    pub metrics: Arc<Metrics>,
+    http: Option<(CancellationToken, JoinHandle<()>)>,
+}
+
+/// Why a process cannot start, or did not end well.
+#[derive(Debug, thiserror::Error)]
+pub enum ServiceError {
+    /// Signal handlers cannot be installed.
+    #[error("cannot listen to signals")]
+    Signals(#[source] std::io::Error),
+    /// A metric's name is taken: a mistake in the table of metrics.
+    #[error("cannot register metrics")]
+    Metrics(#[from] prometheus::Error),
+    /// The port cannot be opened.
+    #[error(transparent)]
+    Http(#[from] HealthError),
+    /// A task died; its error has been logged.
+    #[error("a part of the process died")]
+    Crashed,
+}
+
+impl Service {
+    /// Listens to signals and opens the port. Nothing is ready until its component says so.
+    ///
+    /// # Errors
+    /// If any of it cannot be had.
+    pub async fn start(
+        telemetry: &config::Telemetry,
+        process: config::Process,
+    ) -> Result<Self, ServiceError> {
+        let shutdown = Shutdown::new();
+        shutdown
+            .listen(process.grace_period)
+            .map_err(ServiceError::Signals)?;
+        let (readiness, metrics) = (Readiness::default(), Arc::new(Metrics::new()?));
+        metrics
+            .build_info
+            .with_label_values(&[env!("CARGO_PKG_VERSION")])
+            .set(1);
+        let http = match telemetry.http_addr {
+            None => None,
+            Some(addr) => {
+                let server = Server::bind(addr, readiness.clone(), Arc::clone(&metrics)).await?;
+                // It ends after everything else: while the process drains it is alive, and not ready.
+                let end = CancellationToken::new();
+                Some((end.clone(), tokio::spawn(server.run(end))))
+            }
+        };
+        tracing::info!(version = env!("CARGO_PKG_VERSION"), "starting");
+        Ok(Self {
+            shutdown,
+            readiness,
+            metrics,
+            http,
+        })
+    }
+
+    /// Waits for the soft token, then for the tasks to end, at most until the hard token; closes the port.
+    ///
+    /// # Errors
+    /// [`ServiceError::Crashed`] if a task died.
+    pub async fn finish(self) -> Result<(), ServiceError> {
+        self.shutdown.soft.cancelled().await;
+        self.readiness.component("shutdown").not_ready("shutting down");
+        let complete = self.shutdown.drained(PATIENCE).await;
+        if let Some((end, server)) = self.http {
+            end.cancel();
+            // It bounds itself, and an error has been logged.
+            let _ = server.await;
+        }
+        tracing::info!(complete, "ended");
+        if self.shutdown.crashed() {
+            Err(ServiceError::Crashed)
+        } else {
+            Ok(())
+        }
+    }
+}
