@@ -6,4 +6,5 @@ pub mod id;
 pub mod job;
 pub mod level;
 pub mod report;
+pub mod secret;
 pub mod telemetry;
