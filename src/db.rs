@@ -1,0 +1,189 @@
+//! The connection to Postgres: one bounded pool per process, every wait with a limit, TLS as the URL asks for it.
+//!
+//! Statements name the schema themselves (`{s}` in their text, see [`Database::sql`]) instead of relying on
+//! `search_path`, so that they mean the same behind a `PgBouncer` in transaction mode.
+
+mod connect;
+mod dsn;
+mod error;
+mod migrate;
+mod tls;
+
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime, Timeouts};
+
+use crate::config;
+
+pub use error::DbError;
+pub use migrate::{Migrated, migrate, newest_version};
+
+/// Oldest supported server: what [`Database::check`] wants `server_version_num` to be at least.
+pub const MIN_SERVER_VERSION: i32 = 13_00_00;
+
+/// How long a caller waits for a free connection.
+const WAIT: Duration = Duration::from_secs(10);
+/// How long opening a connection may take: TCP, TLS and authentication.
+const CREATE: Duration = Duration::from_secs(10);
+/// How long handing a used connection out again may take.
+const RECYCLE: Duration = Duration::from_secs(5);
+
+/// A handle to the pool; cheap to clone.
+#[derive(Clone)]
+pub struct Database {
+    pool: Pool,
+    schema: Arc<str>,
+    quoted: Arc<str>,
+}
+
+/// How the pool is doing, for metrics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PoolStatus {
+    /// Open connections.
+    pub size: usize,
+    /// Open connections nobody uses.
+    pub available: usize,
+    /// Callers that wait for one.
+    pub waiting: usize,
+}
+
+impl std::fmt::Debug for Database {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Database")
+            .field("schema", &self.schema)
+            .field("pool", &self.pool.status())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Database {
+    /// Builds the pool. Opens nothing: the first [`client`](Self::client) connects.
+    ///
+    /// # Errors
+    /// If the URL or a certificate file cannot be used.
+    pub fn connect(config: &config::Database) -> Result<Self, DbError> {
+        Self::connect_with(config, WAIT)
+    }
+
+    fn connect_with(config: &config::Database, wait: Duration) -> Result<Self, DbError> {
+        let connector = connect::Connector::new(config)?;
+        let pg = connector.config().clone();
+        let recycling = ManagerConfig {
+            // No round trip per checkout: a dead peer is found by TCP_USER_TIMEOUT and by the statement itself.
+            recycling_method: RecyclingMethod::Fast,
+        };
+        let pool = Pool::builder(Manager::from_connect(pg, connector, recycling))
+            .max_size(config.pool_size.max(1))
+            .timeouts(Timeouts {
+                wait: Some(wait),
+                create: Some(CREATE),
+                recycle: Some(RECYCLE),
+            })
+            .runtime(Runtime::Tokio1)
+            .build()
+            .map_err(|error| DbError::Setup(error.to_string()))?;
+        Ok(Self {
+            pool,
+            schema: config.schema.as_str().into(),
+            quoted: quote(&config.schema).into(),
+        })
+    }
+
+    /// A connection of the pool; returned to it when dropped.
+    ///
+    /// # Errors
+    /// [`DbError::PoolTimeout`] if none became free in time, [`DbError::Connect`] if the server cannot be reached.
+    pub async fn client(&self) -> Result<Object, DbError> {
+        self.pool.get().await.map_err(DbError::from)
+    }
+
+    /// The statement with every `{s}` replaced by the quoted name of the schema.
+    #[must_use]
+    pub fn sql(&self, text: &str) -> String {
+        text.replace("{s}", &self.quoted)
+    }
+
+    /// Name of the schema, unquoted.
+    #[must_use]
+    pub fn schema(&self) -> &str {
+        &self.schema
+    }
+
+    /// How the pool is doing now.
+    #[must_use]
+    pub fn status(&self) -> PoolStatus {
+        let status = self.pool.status();
+        PoolStatus {
+            size: status.size,
+            available: status.available,
+            waiting: status.waiting,
+        }
+    }
+
+    /// Whether this server can be worked with: version, durability, and the schema's version.
+    ///
+    /// `synchronous_commit=off` is refused: it would acknowledge mail that a crash of the server forgets.
+    ///
+    /// # Errors
+    /// [`DbError::ServerTooOld`], [`DbError::NotDurable`], [`DbError::SchemaVersion`], or any trouble on the way.
+    pub async fn check(&self) -> Result<(), DbError> {
+        let client = self.client().await?;
+        let row = client
+            .query_one(
+                "SELECT current_setting('server_version_num')::int4, current_setting('synchronous_commit')",
+                &[],
+            )
+            .await?;
+        let version: i32 = row.try_get(0)?;
+        if version < MIN_SERVER_VERSION {
+            return Err(DbError::ServerTooOld {
+                found: version / 10_000,
+            });
+        }
+        if row.try_get::<_, &str>(1)? == "off" {
+            return Err(DbError::NotDurable);
+        }
+        drop(client);
+        self.check_schema_version().await
+    }
+
+    /// Whether the schema is at least as new as this program. A newer one is fine: migrations first expand and
+    /// contract only when no older program runs any more.
+    ///
+    /// # Errors
+    /// [`DbError::SchemaVersion`] if `postroom migrate` has to run first, or any trouble on the way.
+    pub async fn check_schema_version(&self) -> Result<(), DbError> {
+        let client = self.client().await?;
+        let found = migrate::version(&client, &self.quoted).await?;
+        let expected = newest_version();
+        if found.is_some_and(|found| found >= expected) {
+            return Ok(());
+        }
+        Err(DbError::SchemaVersion {
+            schema: self.schema.to_string(),
+            expected,
+            found: found.unwrap_or(0),
+        })
+    }
+
+    /// Closes the pool: callers waiting get an error, connections close as they come back.
+    pub fn close(&self) {
+        self.pool.close();
+    }
+}
+
+/// The future's output, or [`DbError::Timeout`].
+async fn within<T>(limit: Duration, future: impl Future<Output = T>) -> Result<T, DbError> {
+    tokio::time::timeout(limit, future)
+        .await
+        .map_err(|_| DbError::Timeout)
+}
+
+/// A quoted identifier.
+fn quote(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}

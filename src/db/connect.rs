@@ -1,0 +1,148 @@
+//! Opens connections: parameters every one of them gets, and TLS.
+
+use std::future::Future;
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use deadpool_postgres::Connect;
+use secrecy::ExposeSecret;
+use tokio::task::JoinHandle;
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{Client, Config, Error, NoTls};
+use tokio_postgres_rustls::MakeRustlsConnect;
+
+use super::DbError;
+use super::dsn::{Dsn, SslMode};
+use super::tls::{self, Proof};
+use crate::config;
+
+/// Time after which the server ends a statement. Batches take milliseconds; what takes this long is stuck, and its
+/// caller would rather try again than hold locks.
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
+/// TCP connect, per address.
+const TCP_CONNECT: Duration = Duration::from_secs(5);
+/// Bytes unacknowledged for this long mean that the peer is gone.
+const TCP_USER_TIMEOUT: Duration = Duration::from_secs(20);
+/// An idle connection is probed after this long.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
+
+/// Everything needed to open a connection.
+#[derive(Clone)]
+pub(super) struct Connector {
+    /// With the statement time limit as a start-up option.
+    config: Config,
+    /// Without: `PgBouncer` refuses options that it does not track.
+    plain: Config,
+    /// The server (or what stands in front of it) refused the option.
+    refused: Arc<AtomicBool>,
+    tls: Option<MakeRustlsConnect>,
+}
+
+impl Connector {
+    pub(super) fn new(database: &config::Database) -> Result<Self, DbError> {
+        let dsn = Dsn::parse(database.url.expose_secret())?;
+        let mut plain: Config = dsn
+            .url
+            .parse()
+            .map_err(|error: Error| DbError::Url(reason(&error)))?;
+        let ca_files: Vec<&Path> = [database.ca_file.as_deref(), dsn.root_cert.as_deref()]
+            .into_iter()
+            .flatten()
+            .collect();
+        let mode = match dsn.mode {
+            Some(mode) => mode,
+            // Who names an authority wants it to be asked.
+            None if !ca_files.is_empty() => SslMode::VerifyFull,
+            None => SslMode::Prefer,
+        };
+        let (driver_mode, proof) = match mode {
+            SslMode::Disable => (tokio_postgres::config::SslMode::Disable, None),
+            SslMode::Prefer if ca_files.is_empty() => {
+                (tokio_postgres::config::SslMode::Prefer, Some(Proof::Nothing))
+            }
+            SslMode::Prefer => (tokio_postgres::config::SslMode::Prefer, Some(Proof::ChainAndName)),
+            SslMode::VerifyCa => (tokio_postgres::config::SslMode::Require, Some(Proof::Chain)),
+            SslMode::VerifyFull => (
+                tokio_postgres::config::SslMode::Require,
+                Some(Proof::ChainAndName),
+            ),
+        };
+        plain.ssl_mode(driver_mode);
+        if plain.get_application_name().is_none() {
+            plain.application_name("postroom");
+        }
+        if plain.get_connect_timeout().is_none() {
+            plain.connect_timeout(TCP_CONNECT);
+        }
+        plain
+            .tcp_user_timeout(TCP_USER_TIMEOUT)
+            .keepalives_idle(KEEPALIVE_IDLE);
+        let mut config = plain.clone();
+        let given = plain.get_options().unwrap_or_default();
+        config.options(format!("-c statement_timeout={} {given}", STATEMENT_TIMEOUT.as_millis()).trim());
+        let tls = proof.map(|proof| tls::connector(proof, &ca_files)).transpose()?;
+        Ok(Self {
+            config,
+            plain,
+            refused: Arc::new(AtomicBool::new(false)),
+            tls,
+        })
+    }
+
+    pub(super) fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Opens one connection.
+    pub(super) async fn open(&self) -> Result<(Client, JoinHandle<()>), Error> {
+        if !self.refused.load(Ordering::Relaxed) {
+            match self.open_with(&self.config).await {
+                Err(error) if is_refused_option(&error) => self.refused.store(true, Ordering::Relaxed),
+                result => return result,
+            }
+        }
+        self.open_with(&self.plain).await
+    }
+
+    async fn open_with(&self, config: &Config) -> Result<(Client, JoinHandle<()>), Error> {
+        if let Some(tls) = &self.tls {
+            let (client, connection) = config.connect(tls.clone()).await?;
+            Ok((client, tokio::spawn(drive(connection))))
+        } else {
+            let (client, connection) = config.connect(NoTls).await?;
+            Ok((client, tokio::spawn(drive(connection))))
+        }
+    }
+}
+
+impl Connect for Connector {
+    fn connect(
+        &self,
+        _: &Config,
+    ) -> Pin<Box<dyn Future<Output = Result<(Client, JoinHandle<()>), Error>> + Send + '_>> {
+        Box::pin(self.open())
+    }
+}
+
+/// Runs a connection until it ends.
+async fn drive(connection: impl Future<Output = Result<(), Error>>) {
+    if let Err(error) = connection.await {
+        tracing::warn!(error = %DbError::Statement(error), "database connection lost");
+    }
+}
+
+/// `PgBouncer`: "unsupported startup parameter", with the SQLSTATE of a protocol violation.
+fn is_refused_option(error: &Error) -> bool {
+    error.code() == Some(&SqlState::PROTOCOL_VIOLATION)
+        && error
+            .as_db_error()
+            .is_some_and(|db| db.message().contains("startup parameter"))
+}
+
+/// Why the driver does not like the URL.
+fn reason(error: &Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
+}

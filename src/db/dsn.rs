@@ -1,0 +1,140 @@
+//! Takes `sslmode` and `sslrootcert` out of the URL: the driver does not know `verify-ca`, `verify-full` and
+//! `sslrootcert`, though managed Postgres services hand out URLs with them.
+
+use std::path::PathBuf;
+
+use percent_encoding::percent_decode_str;
+
+use super::DbError;
+
+/// How much TLS the URL asks for, in the words of libpq.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum SslMode {
+    /// Never.
+    Disable,
+    /// If the server offers it; without a CA the certificate is not checked, as with libpq: whoever can forge it
+    /// could as well strip TLS.
+    Prefer,
+    /// Always, chain checked, name not.
+    VerifyCa,
+    /// Always, chain and name checked. `require` means this too: encryption to nobody in particular is none.
+    VerifyFull,
+}
+
+/// A URL without its TLS parameters, and those.
+pub(super) struct Dsn {
+    /// What the driver may read.
+    pub(super) url: String,
+    /// `sslmode`, if given.
+    pub(super) mode: Option<SslMode>,
+    /// `sslrootcert`, if given and not `system`.
+    pub(super) root_cert: Option<PathBuf>,
+}
+
+impl Dsn {
+    /// Splits a `postgres://` URL.
+    pub(super) fn parse(url: &str) -> Result<Self, DbError> {
+        if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
+            return Err(DbError::Url(
+                "must begin with postgres:// or postgresql://".into(),
+            ));
+        }
+        // The password may hold a question mark, as the driver is as lenient as libpq: look behind the last `@`.
+        let host = url.rfind('@').unwrap_or(0);
+        let Some(query_at) = url[host..].find('?').map(|at| host + at) else {
+            return Ok(Self {
+                url: url.into(),
+                mode: None,
+                root_cert: None,
+            });
+        };
+        let (base, query) = (&url[..query_at], &url[query_at + 1..]);
+        let (mut mode, mut root_cert, mut kept) = (None, None, Vec::new());
+        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+            match pair.split_once('=') {
+                Some(("sslmode", value)) => mode = Some(ssl_mode(value)?),
+                Some(("sslrootcert", "system")) => {}
+                Some(("sslrootcert", value)) => {
+                    root_cert = Some(PathBuf::from(
+                        percent_decode_str(value).decode_utf8_lossy().as_ref(),
+                    ));
+                }
+                Some(("sslcert" | "sslkey" | "sslpassword", _)) => {
+                    return Err(DbError::Url(
+                        "client certificates are not supported; use a password".into(),
+                    ));
+                }
+                _ => kept.push(pair),
+            }
+        }
+        let separator = if kept.is_empty() { "" } else { "?" };
+        Ok(Self {
+            url: format!("{base}{separator}{}", kept.join("&")),
+            mode,
+            root_cert,
+        })
+    }
+}
+
+fn ssl_mode(value: &str) -> Result<SslMode, DbError> {
+    match value {
+        "disable" => Ok(SslMode::Disable),
+        "allow" | "prefer" => Ok(SslMode::Prefer),
+        "verify-ca" => Ok(SslMode::VerifyCa),
+        "require" | "verify-full" => Ok(SslMode::VerifyFull),
+        _ => Err(DbError::Url(
+            "sslmode must be disable, prefer, require, verify-ca or verify-full".into(),
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(url: &str) -> Dsn {
+        Dsn::parse(url).unwrap()
+    }
+
+    #[test]
+    fn tls_parameters_are_taken_out_and_the_rest_is_kept() {
+        let dsn =
+            parse("postgres://u:p@h/db?sslmode=verify-ca&connect_timeout=3&sslrootcert=%2Fetc%2Fca.pem");
+        assert_eq!(dsn.url, "postgres://u:p@h/db?connect_timeout=3");
+        assert_eq!(dsn.mode, Some(SslMode::VerifyCa));
+        assert_eq!(dsn.root_cert, Some("/etc/ca.pem".into()));
+        assert_eq!(parse("postgres://h/db?sslmode=require").url, "postgres://h/db");
+    }
+
+    #[test]
+    fn require_verifies() {
+        assert_eq!(
+            parse("postgres://h/?sslmode=require").mode,
+            Some(SslMode::VerifyFull)
+        );
+    }
+
+    #[test]
+    fn the_system_store_is_no_file() {
+        assert_eq!(parse("postgres://h/?sslrootcert=system").root_cert, None);
+    }
+
+    #[test]
+    fn a_password_with_a_question_mark_is_left_alone() {
+        let dsn = parse("postgres://u:a?sslmode=disable@h/db");
+        assert_eq!(dsn.url, "postgres://u:a?sslmode=disable@h/db");
+        assert_eq!(dsn.mode, None);
+    }
+
+    #[test]
+    fn what_is_refused_does_not_show_the_password() {
+        for url in [
+            "mysql://u:hunter2@h/",
+            "postgres://u:hunter2@h/?sslmode=on",
+            "postgres://u:hunter2@h/?sslkey=k",
+        ] {
+            let error = Dsn::parse(url).err().unwrap().to_string();
+            assert!(!error.contains("hunter2"), "{error}");
+        }
+    }
+}

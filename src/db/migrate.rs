@@ -1,0 +1,196 @@
+//! Brings the schema up to date. Everything happens in one transaction: it is all or nothing, two runs at once are
+//! safe, and a `PgBouncer` in transaction mode cannot spread it over several sessions (which is why refinery only
+//! embeds and numbers the files here; its own runner uses several transactions and a session's `search_path`).
+
+use std::time::Duration;
+
+use refinery::Migration;
+use tokio_postgres::{Client, Transaction};
+
+use super::connect::Connector;
+use super::{DbError, quote};
+use crate::config;
+
+mod embedded {
+    refinery::embed_migrations!("schema/migrations");
+}
+
+/// A migration takes as long as it takes, within reason: it may have to rewrite a large table, or wait for another.
+const LIMIT: Duration = Duration::from_hours(1);
+
+/// What a run of [`migrate`] did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Migrated {
+    /// Version before; 0 if there was nothing.
+    pub from: i32,
+    /// Version after.
+    pub to: i32,
+    /// Names of the migrations applied, in order.
+    pub applied: Vec<String>,
+}
+
+/// Version of the newest embedded migration: what this program needs.
+#[must_use]
+pub fn newest_version() -> i32 {
+    migrations().last().map_or(0, Migration::version)
+}
+
+/// Creates the schema if need be and applies what is missing, in order.
+///
+/// # Errors
+/// If the server cannot be reached, a statement fails, or the history does not fit: then nothing was changed.
+pub async fn migrate(config: &config::Database) -> Result<Migrated, DbError> {
+    let (mut client, _connection) = super::within(super::CREATE, Connector::new(config)?.open())
+        .await?
+        .map_err(DbError::Connect)?;
+    super::within(LIMIT, run(&mut client, &config.schema)).await?
+}
+
+/// Version the schema is at; `None` if there is none.
+pub(super) async fn version(client: &Client, quoted: &str) -> Result<Option<i32>, DbError> {
+    let history = format!("{quoted}.refinery_schema_history");
+    let row = client
+        .query_one("SELECT to_regclass($1) IS NOT NULL", &[&history])
+        .await?;
+    if !row.try_get::<_, bool>(0)? {
+        return Ok(None);
+    }
+    let row = client
+        .query_one(&format!("SELECT max(version) FROM {history}"), &[])
+        .await?;
+    Ok(row.try_get(0)?)
+}
+
+async fn run(client: &mut Client, schema: &str) -> Result<Migrated, DbError> {
+    let quoted = quote(schema);
+    let transaction = client.transaction().await?;
+    transaction
+        .batch_execute("SET LOCAL statement_timeout = 0")
+        .await?;
+    transaction
+        .execute(
+            "SELECT pg_advisory_xact_lock(hashtextextended('postroom migrate ' || $1, 0))",
+            &[&schema],
+        )
+        .await?;
+    create_schema(&transaction, schema, &quoted).await?;
+    transaction
+        .batch_execute(&format!("SET LOCAL search_path TO {quoted}"))
+        .await?;
+    let done = history(&transaction).await?;
+    let missing = missing(schema, &done, migrations())?;
+    let from = done.iter().map(|done| done.version).max().unwrap_or(0);
+    let mut migrated = Migrated {
+        from,
+        to: from,
+        applied: Vec::new(),
+    };
+    for migration in missing {
+        apply(&transaction, schema, &migration).await?;
+        migrated.to = migration.version();
+        migrated.applied.push(migration.to_string());
+    }
+    transaction.commit().await?;
+    Ok(migrated)
+}
+
+/// `CREATE SCHEMA IF NOT EXISTS` wants the right to create schemas even if it exists; so look first.
+async fn create_schema(transaction: &Transaction<'_>, schema: &str, quoted: &str) -> Result<(), DbError> {
+    let found = transaction
+        .query_opt("SELECT FROM pg_namespace WHERE nspname = $1", &[&schema])
+        .await?;
+    if found.is_none() {
+        transaction
+            .batch_execute(&format!("CREATE SCHEMA {quoted}"))
+            .await?;
+    }
+    Ok(())
+}
+
+/// A migration the schema has had, with the checksum of its text then.
+struct Done {
+    version: i32,
+    name: String,
+    checksum: String,
+}
+
+/// The history in refinery's own form.
+async fn history(transaction: &Transaction<'_>) -> Result<Vec<Done>, DbError> {
+    transaction
+        .batch_execute(
+            "CREATE TABLE IF NOT EXISTS refinery_schema_history (
+                 version int4 PRIMARY KEY, name varchar(255), applied_on varchar(255), checksum varchar(255))",
+        )
+        .await?;
+    let rows = transaction
+        .query(
+            "SELECT version, name, checksum FROM refinery_schema_history ORDER BY version",
+            &[],
+        )
+        .await?;
+    rows.iter()
+        .map(|row| {
+            Ok(Done {
+                version: row.try_get(0)?,
+                name: row.try_get(1)?,
+                checksum: row.try_get(2)?,
+            })
+        })
+        .collect()
+}
+
+/// What is still to be applied. A migration that was changed after it had been applied is an error; one that this
+/// program does not know is not: a newer program has been here.
+fn missing(schema: &str, done: &[Done], all: Vec<Migration>) -> Result<Vec<Migration>, DbError> {
+    let mut missing = Vec::new();
+    for migration in all {
+        match done.iter().find(|done| done.version == migration.version()) {
+            None => missing.push(migration),
+            Some(done) if done.checksum == migration.checksum().to_string() => {}
+            Some(done) => {
+                return Err(DbError::Migration {
+                    schema: schema.into(),
+                    reason: format!(
+                        "migration V{}__{} was applied in another form than {migration} of this program; \
+                         restore the original file, or begin with an empty schema",
+                        done.version, done.name
+                    ),
+                });
+            }
+        }
+    }
+    Ok(missing)
+}
+
+async fn apply(transaction: &Transaction<'_>, schema: &str, migration: &Migration) -> Result<(), DbError> {
+    tracing::info!(schema, %migration, "applying migration");
+    transaction
+        .batch_execute(migration.sql().unwrap_or_default())
+        .await
+        .map_err(|error| DbError::Migration {
+            schema: schema.into(),
+            reason: format!(
+                "{migration} failed, nothing was changed: {}",
+                DbError::from(error)
+            ),
+        })?;
+    // A migration may have changed it; the next one relies on it.
+    transaction
+        .batch_execute(&format!("SET LOCAL search_path TO {}", quote(schema)))
+        .await?;
+    transaction
+        .execute(
+            "INSERT INTO refinery_schema_history (version, name, applied_on, checksum)
+             VALUES ($1, $2, to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"'), $3)",
+            &[&migration.version(), &migration.name(), &migration.checksum().to_string()],
+        )
+        .await?;
+    Ok(())
+}
+
+/// The embedded migrations by version.
+fn migrations() -> Vec<Migration> {
+    let mut all = embedded::migrations::runner().get_migrations().clone();
+    all.sort_by_key(Migration::version);
+    all
+}

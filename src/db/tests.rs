@@ -1,0 +1,255 @@
+//! Against a real server: `POSTROOM_TEST_DATABASE_URL`. Every test has a schema of its own.
+
+use secrecy::{ExposeSecret, SecretString};
+
+use super::*;
+
+/// A schema that is dropped at the end.
+struct Scratch {
+    config: config::Database,
+}
+
+impl Scratch {
+    fn new() -> Self {
+        let url = std::env::var("POSTROOM_TEST_DATABASE_URL")
+            .expect("POSTROOM_TEST_DATABASE_URL must name a Postgres server for tests: run `make test`");
+        let schema = format!("t_db_{}", uuid::Uuid::new_v4().simple());
+        Self {
+            config: config(&url, &schema),
+        }
+    }
+
+    fn database(&self) -> Database {
+        Database::connect(&self.config).unwrap()
+    }
+
+    fn with_url(&self, change: impl FnOnce(&str) -> String) -> config::Database {
+        config(&change(self.config.url.expose_secret()), &self.config.schema)
+    }
+
+    async fn drop_schema(self) {
+        let database = self.database();
+        let drop = database.sql("DROP SCHEMA IF EXISTS {s} CASCADE");
+        database
+            .client()
+            .await
+            .unwrap()
+            .batch_execute(&drop)
+            .await
+            .unwrap();
+    }
+}
+
+fn config(url: &str, schema: &str) -> config::Database {
+    config::Database {
+        url: SecretString::from(url),
+        schema: schema.into(),
+        ca_file: None,
+        pool_size: 2,
+    }
+}
+
+fn with_option(url: &str, option: &str) -> String {
+    let separator = if url.contains('?') { '&' } else { '?' };
+    format!("{url}{separator}{option}")
+}
+
+#[test]
+fn statements_name_the_schema() {
+    let database = Database::connect(&config("postgres://h/d", "mine")).unwrap();
+    assert_eq!(
+        database.sql("SELECT {s}.f() FROM {s}.t"),
+        r#"SELECT "mine".f() FROM "mine".t"#
+    );
+    assert_eq!(quote(r#"a"b"#), r#""a""b""#);
+}
+
+#[test]
+fn neither_debug_nor_errors_show_the_password() {
+    let config = config("postgres://u:hunter2@h/d?port=x", "s");
+    let error = Database::connect(&config).unwrap_err();
+    assert!(!format!("{error} {error:?} {config:?}").contains("hunter2"));
+    let fine = Database::connect(&self::config("postgres://u:hunter2@h/d", "s")).unwrap();
+    assert!(!format!("{fine:?}").contains("hunter2"));
+}
+
+#[tokio::test]
+async fn a_server_that_is_away_is_worth_a_retry() {
+    let database = Database::connect(&config("postgres://127.0.0.1:1/d", "s")).unwrap();
+    let error = database.client().await.unwrap_err();
+    assert!(error.is_retryable(), "{error}");
+    assert_eq!(error.class(), "connection");
+}
+
+#[tokio::test]
+async fn a_schema_is_created_once_and_a_second_run_does_nothing() {
+    let scratch = Scratch::new();
+    let database = scratch.database();
+    let error = database.check().await.unwrap_err();
+    assert!(error.to_string().contains("run `postroom migrate`"), "{error}");
+
+    let first = migrate(&scratch.config).await.unwrap();
+    assert_eq!((first.from, first.to), (0, newest_version()));
+    assert!(!first.applied.is_empty());
+    database.check().await.unwrap();
+
+    let second = migrate(&scratch.config).await.unwrap();
+    assert_eq!(second.applied, Vec::<String>::new());
+    assert_eq!(second.from, newest_version());
+    scratch.drop_schema().await;
+}
+
+#[tokio::test]
+async fn runs_at_the_same_time_do_not_collide() {
+    let scratch = Scratch::new();
+    let (a, b, c) = tokio::join!(
+        migrate(&scratch.config),
+        migrate(&scratch.config),
+        migrate(&scratch.config)
+    );
+    let mut applied = [a, b, c].map(|run| run.unwrap().applied.len());
+    applied.sort_unstable();
+    assert_eq!(applied[..2], [0, 0]);
+    assert!(applied[2] > 0);
+    scratch.drop_schema().await;
+}
+
+#[tokio::test]
+async fn a_changed_migration_is_refused_and_a_newer_schema_is_not() {
+    let scratch = Scratch::new();
+    migrate(&scratch.config).await.unwrap();
+    let database = scratch.database();
+    let client = database.client().await.unwrap();
+    let newer = database.sql("INSERT INTO {s}.refinery_schema_history VALUES (9999, 'later', 'now', '1')");
+    client.batch_execute(&newer).await.unwrap();
+    database.check().await.unwrap();
+    assert_eq!(
+        migrate(&scratch.config).await.unwrap().applied,
+        Vec::<String>::new()
+    );
+
+    let other = database.sql("UPDATE {s}.refinery_schema_history SET checksum = '1' WHERE version = 1");
+    client.batch_execute(&other).await.unwrap();
+    let error = migrate(&scratch.config).await.unwrap_err();
+    assert!(matches!(error, DbError::Migration { .. }), "{error}");
+    drop(client);
+    scratch.drop_schema().await;
+}
+
+#[tokio::test]
+async fn an_older_schema_asks_for_a_migration() {
+    let scratch = Scratch::new();
+    migrate(&scratch.config).await.unwrap();
+    let database = scratch.database();
+    let back = database.sql("UPDATE {s}.refinery_schema_history SET version = version - 1000");
+    database
+        .client()
+        .await
+        .unwrap()
+        .batch_execute(&back)
+        .await
+        .unwrap();
+    let error = database.check_schema_version().await.unwrap_err();
+    assert!(matches!(error, DbError::SchemaVersion { .. }), "{error}");
+    scratch.drop_schema().await;
+}
+
+#[tokio::test]
+async fn a_server_that_forgets_commits_is_refused() {
+    let scratch = Scratch::new();
+    migrate(&scratch.config).await.unwrap();
+    let config = scratch.with_url(|url| with_option(url, "options=-c%20synchronous_commit%3Doff"));
+    let error = Database::connect(&config).unwrap().check().await.unwrap_err();
+    assert!(matches!(error, DbError::NotDurable), "{error}");
+    scratch.drop_schema().await;
+}
+
+#[tokio::test]
+async fn every_connection_has_a_time_limit_and_a_name() {
+    let scratch = Scratch::new();
+    let client = scratch.database().client().await.unwrap();
+    let show = "SELECT current_setting('statement_timeout'), current_setting('application_name')";
+    let row = client.query_one(show, &[]).await.unwrap();
+    assert_eq!(
+        (row.get::<_, &str>(0), row.get::<_, &str>(1)),
+        ("30s", "postroom")
+    );
+}
+
+#[tokio::test]
+async fn sqlstates_say_who_is_to_blame() {
+    let scratch = Scratch::new();
+    let client = scratch.database().client().await.unwrap();
+    for (sql, retryable, row_fault, class) in [
+        ("SELECT 1/0", false, true, "data"),
+        ("SELECT 'x'::int4", false, true, "data"),
+        (
+            "DO $$ BEGIN RAISE unique_violation; END $$",
+            false,
+            true,
+            "constraint",
+        ),
+        (
+            "DO $$ BEGIN RAISE serialization_failure; END $$",
+            true,
+            false,
+            "conflict",
+        ),
+        (
+            "DO $$ BEGIN RAISE deadlock_detected; END $$",
+            true,
+            false,
+            "conflict",
+        ),
+        (
+            "DO $$ BEGIN RAISE lock_not_available; END $$",
+            true,
+            false,
+            "conflict",
+        ),
+        ("DO $$ BEGIN RAISE disk_full; END $$", true, false, "resources"),
+        (
+            "DO $$ BEGIN RAISE read_only_sql_transaction; END $$",
+            true,
+            false,
+            "other",
+        ),
+        (
+            "SET statement_timeout = 1; SELECT pg_sleep(5)",
+            true,
+            false,
+            "timeout",
+        ),
+        (
+            "SET statement_timeout = 0; SELECT * FROM no_such_table",
+            false,
+            false,
+            "schema",
+        ),
+        (
+            "SELECT pg_terminate_backend(pg_backend_pid())",
+            true,
+            false,
+            "server",
+        ),
+    ] {
+        let error = DbError::from(client.batch_execute(sql).await.unwrap_err());
+        let found = (error.is_retryable(), error.is_row_fault(), error.class());
+        assert_eq!(found, (retryable, row_fault, class), "{sql}: {error}");
+    }
+    // The connection is gone now.
+    let error = DbError::from(client.batch_execute("SELECT 1").await.unwrap_err());
+    assert!(error.is_retryable(), "{error}");
+    assert_eq!(error.class(), "connection");
+}
+
+#[tokio::test]
+async fn a_full_pool_times_out_instead_of_waiting_for_ever() {
+    let scratch = Scratch::new();
+    let database = Database::connect_with(&scratch.config, Duration::from_millis(20)).unwrap();
+    let held = (database.client().await.unwrap(), database.client().await.unwrap());
+    let error = database.client().await.unwrap_err();
+    assert!(matches!(error, DbError::PoolTimeout(_)), "{error}");
+    assert!(error.is_retryable());
+    drop(held);
+}
