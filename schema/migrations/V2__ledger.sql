@@ -1,0 +1,911 @@
+-- The ledger: one row per job, the waiting room, the rolling limits, the workers and their leases.
+-- Life of a job and the reasons behind each rule: docs/guarantees.md.
+-- Lock order everywhere: rate rows, connection caps, lanes of a release (never waited for), jobs, lanes; each by key.
+
+CREATE TABLE worker (
+    epoch        bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    name         text NOT NULL,
+    version      text NOT NULL,
+    started_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    heartbeat_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    -- Since when the heartbeats have come without a gap: only a steady worker may take over from others.
+    steady_since timestamptz NOT NULL DEFAULT clock_timestamp(),
+    -- For ever: a worker that finds its epoch dead must not act on it again.
+    dead         boolean NOT NULL DEFAULT false
+);
+
+CREATE TABLE job (
+    tenant          text COLLATE "C" NOT NULL,
+    id              text COLLATE "C" NOT NULL,
+    -- 0 open: RabbitMQ owns the body; 1 leased; 2 waiting; 3 done; 4 uncertain, held; 5 cancelled before it came
+    state           smallint NOT NULL,
+    level           smallint NOT NULL,
+    account         text COLLATE "C" NOT NULL,
+    digest          bytea NOT NULL,
+    -- Reports are numbered from here: birth second * 1000, so that numbers rise over incarnations of an id too.
+    born            bigint NOT NULL,
+    seq             bigint NOT NULL,
+    -- The lease: who may act. Kept after settling, so that a repeated settle recognises itself.
+    epoch           bigint,
+    claim           bigint,
+    leased_at       timestamptz,
+    -- 1: committed before the write that may end the message, for jobs with on_uncertain = hold.
+    phase           smallint NOT NULL DEFAULT 0,
+    -- The rate slot in use: when it was granted (µs) and for how many recipients.
+    slot_at         bigint,
+    slot_cost       integer,
+    attempt         integer NOT NULL DEFAULT 0,
+    uncertain       integer NOT NULL DEFAULT 0,
+    cancel          boolean NOT NULL DEFAULT false,
+    -- The waiting room: as received, with plain overrides sealed.
+    body            bytea,
+    body_size       integer,
+    properties      jsonb,
+    due_at          timestamptz,
+    reason          smallint,
+    -- Cumulative results per recipient, as in reports; those still open are the envelope of the next attempt.
+    recipients      jsonb,
+    message_id      text,
+    batch           text,
+    created_at      timestamptz NOT NULL,
+    updated_at      timestamptz NOT NULL,
+    finished_at     timestamptz,
+    outcome         text,
+    last_error      text,
+    -- Reports owed to the exchange, each removed by its own number once confirmed.
+    outbox          text[],
+    outbox_seq      bigint[],
+    outbox_at       timestamptz,
+    PRIMARY KEY (tenant, id)
+) WITH (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
+ALTER TABLE job ALTER body SET STORAGE EXTERNAL;
+
+CREATE INDEX job_leased ON job (epoch) WHERE state = 1;
+CREATE INDEX job_waiting ON job (account, level, tenant, due_at) WHERE state = 2;
+CREATE INDEX job_outbox ON job (outbox_at) WHERE outbox IS NOT NULL;
+CREATE INDEX job_finished ON job USING brin (finished_at) WITH (pages_per_range = 32);
+
+-- One row per (account, level, tenant) that has waiting jobs: who is to be looked at, and when.
+CREATE TABLE lane (
+    account text COLLATE "C" NOT NULL,
+    level   smallint NOT NULL,
+    tenant  text COLLATE "C" NOT NULL,
+    next_at timestamptz NOT NULL,
+    -- Waiting jobs that keep their order (over a limit, or no connection free); later ones queue behind them.
+    fifo    bigint NOT NULL DEFAULT 0,
+    PRIMARY KEY (account, level, tenant)
+) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
+CREATE INDEX lane_next ON lane (level, next_at);
+
+-- Rolling limits: per key one ring of counters for each limit. A ring covers the window and the time a slot may be
+-- used after it was granted, in buckets of 1/120 window; the sum over the whole ring never exceeds the limit.
+CREATE TABLE rate (
+    key     text COLLATE "C" PRIMARY KEY,   -- 'acme/' the tenant, 'acme/main' an account
+    per     bigint[] NOT NULL,              -- window, µs
+    unit    smallint[] NOT NULL,            -- 0 messages, 1 recipients
+    lim     integer[] NOT NULL,
+    width   bigint[] NOT NULL,              -- bucket, µs
+    size    integer[] NOT NULL,             -- buckets in the ring
+    base    integer[] NOT NULL,             -- where the ring begins in "ring"
+    ring    integer[] NOT NULL,
+    used    integer[] NOT NULL,
+    head    bigint[] NOT NULL,              -- newest bucket number
+    last    bigint NOT NULL DEFAULT 0,      -- µs; time never runs backwards for a key
+    next_at bigint NOT NULL DEFAULT 0       -- µs; nothing can be granted before
+) WITH (fillfactor = 20, autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_cost_delay = 0);
+ALTER TABLE rate ALTER ring SET STORAGE PLAIN;
+
+CREATE TABLE connection_cap (
+    account   text COLLATE "C" PRIMARY KEY,
+    cap       integer NOT NULL CHECK (cap > 0),
+    -- When a worker last asked in vain: holders give up idle connections then.
+    wanted_at timestamptz
+);
+CREATE TABLE connection_lease (
+    account text COLLATE "C" NOT NULL,
+    epoch   bigint NOT NULL,
+    held    integer NOT NULL,
+    PRIMARY KEY (account, epoch)
+);
+
+CREATE FUNCTION micros(t timestamptz) RETURNS bigint LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN (extract(epoch FROM t) * 1000000)::bigint;
+
+CREATE FUNCTION instant(us bigint) RETURNS timestamptz LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN timestamptz 'epoch' + us * interval '1 microsecond';
+
+-- The limits a send counts against: the tenant's, the owner's of a borrowed account, the account's.
+CREATE FUNCTION charged_keys(p_tenant text, p_account text) RETURNS text[] LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN CASE WHEN split_part(p_account, '/', 1) = p_tenant THEN ARRAY[p_tenant || '/', p_account]
+                ELSE ARRAY[p_tenant || '/', split_part(p_account, '/', 1) || '/', p_account] END;
+
+-- ── Limits ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+-- Replaces the limits of a key. What has been sent under a limit of the same window and unit still counts;
+-- a new window starts empty.
+CREATE FUNCTION set_limits_v1(p_key text, p_limits jsonb) RETURNS void
+LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+DECLARE
+    old rate; n integer; l integer; o integer; e jsonb; w bigint; d bigint;
+    a_per bigint[] := '{}'; a_unit smallint[] := '{}'; a_lim integer[] := '{}'; a_width bigint[] := '{}';
+    a_size integer[] := '{}'; a_base integer[] := '{}'; a_ring integer[] := '{}'; a_used integer[] := '{}';
+    a_head bigint[] := '{}'; keep integer[];
+BEGIN
+    IF p_limits IS NULL OR jsonb_array_length(p_limits) = 0 THEN
+        DELETE FROM rate WHERE key = p_key;
+        RETURN;
+    END IF;
+    IF jsonb_array_length(p_limits) > 8 THEN
+        RAISE EXCEPTION 'at most 8 limits' USING ERRCODE = '23514';
+    END IF;
+    SELECT * INTO old FROM rate WHERE key = p_key FOR UPDATE;
+    FOR e IN SELECT * FROM jsonb_array_elements(p_limits) LOOP
+        w := (e ->> 'per')::bigint;
+        d := greatest(w / 120, 250000);
+        l := coalesce(array_length(a_per, 1), 0) + 1;
+        a_per[l] := w;
+        a_unit[l] := CASE WHEN e ->> 'unit' = 'recipients' THEN 1 ELSE 0 END;
+        a_lim[l] := (e ->> 'limit')::integer;
+        a_width[l] := greatest(w / 120, 1);
+        n := ((w + d) / a_width[l])::integer + 2;
+        a_size[l] := n;
+        a_base[l] := coalesce(array_length(a_ring, 1), 0);
+        keep := array_fill(0, ARRAY[n]);
+        a_used[l] := 0;
+        a_head[l] := 0;
+        FOR o IN 1 .. coalesce(array_length(old.per, 1), 0) LOOP
+            IF old.per[o] = w AND old.unit[o] = a_unit[l] THEN
+                keep := old.ring[old.base[o] + 1 : old.base[o] + old.size[o]];
+                a_used[l] := old.used[o];
+                a_head[l] := old.head[o];
+            END IF;
+        END LOOP;
+        a_ring := a_ring || keep;
+    END LOOP;
+    INSERT INTO rate (key, per, unit, lim, width, size, base, ring, used, head)
+        VALUES (p_key, a_per, a_unit, a_lim, a_width, a_size, a_base, a_ring, a_used, a_head)
+    ON CONFLICT (key) DO UPDATE SET per = excluded.per, unit = excluded.unit, lim = excluded.lim,
+        width = excluded.width, size = excluded.size, base = excluded.base, ring = excluded.ring,
+        used = excluded.used, head = excluded.head, next_at = 0;
+    -- Jobs that wait for the old limit look again at once.
+    UPDATE lane SET next_at = clock_timestamp()
+        WHERE fifo > 0 AND next_at > clock_timestamp() AND (account = p_key OR tenant || '/' = p_key);
+END $$;
+
+-- What is left under the limits of one row at time t (µs): messages, recipients, and the largest envelope that can
+-- ever pass.
+CREATE FUNCTION rate_room(r rate, t bigint, OUT messages integer, OUT recipients integer, OUT largest integer,
+                          OUT valid bigint)
+LANGUAGE plpgsql STABLE SET search_path FROM CURRENT AS $$
+DECLARE
+    l integer; g bigint; i bigint; u integer;
+BEGIN
+    messages := 2147483647; recipients := 2147483647; largest := 2147483647; valid := 9223372036854775807;
+    FOR l IN 1 .. array_length(r.lim, 1) LOOP
+        g := t / r.width[l];
+        u := r.used[l];
+        IF g - r.head[l] >= r.size[l] THEN
+            u := 0;
+        ELSE
+            i := r.head[l] + 1;
+            WHILE i <= g LOOP
+                u := u - r.ring[r.base[l] + (i % r.size[l])::integer + 1];
+                i := i + 1;
+            END LOOP;
+        END IF;
+        valid := least(valid, greatest(r.per[l] / 120, 250000));
+        IF r.unit[l] = 0 THEN
+            messages := least(messages, r.lim[l] - u);
+        ELSE
+            recipients := least(recipients, r.lim[l] - u);
+            largest := least(largest, r.lim[l]);
+        END IF;
+    END LOOP;
+END $$;
+
+-- Advances the rings of one locked row to time t, counts what was granted, and notes when more can be had if
+-- something was denied that needed so much.
+CREATE FUNCTION rate_count(p_key text, t bigint, p_messages integer, p_recipients integer,
+                           p_denied boolean, p_need_recipients integer) RETURNS bigint
+LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+DECLARE
+    r rate; l integer; g bigint; i bigint; k integer; need integer; acc integer; free_at bigint := 0;
+    v_ring integer[]; v_used integer[]; v_head bigint[];
+BEGIN
+    SELECT * INTO r FROM rate WHERE key = p_key;
+    v_ring := r.ring; v_used := r.used; v_head := r.head;
+    FOR l IN 1 .. array_length(r.lim, 1) LOOP
+        g := t / r.width[l];
+        IF g - v_head[l] >= r.size[l] THEN
+            FOR k IN 1 .. r.size[l] LOOP v_ring[r.base[l] + k] := 0; END LOOP;
+            v_used[l] := 0;
+        ELSE
+            i := v_head[l] + 1;
+            WHILE i <= g LOOP
+                k := r.base[l] + (i % r.size[l])::integer + 1;
+                v_used[l] := v_used[l] - v_ring[k];
+                v_ring[k] := 0;
+                i := i + 1;
+            END LOOP;
+        END IF;
+        v_head[l] := greatest(g, v_head[l]);
+        k := r.base[l] + (v_head[l] % r.size[l])::integer + 1;
+        v_ring[k] := v_ring[k] + CASE WHEN r.unit[l] = 0 THEN p_messages ELSE p_recipients END;
+        v_used[l] := v_used[l] + CASE WHEN r.unit[l] = 0 THEN p_messages ELSE p_recipients END;
+        IF p_denied THEN
+            need := v_used[l] + CASE WHEN r.unit[l] = 0 THEN 1 ELSE p_need_recipients END - r.lim[l];
+            acc := 0;
+            i := v_head[l] - r.size[l] + 1;
+            WHILE acc < need AND i <= v_head[l] LOOP
+                acc := acc + v_ring[r.base[l] + (((i % r.size[l]) + r.size[l]) % r.size[l])::integer + 1];
+                IF acc >= need THEN
+                    free_at := greatest(free_at, (i + r.size[l]) * r.width[l]);
+                END IF;
+                i := i + 1;
+            END LOOP;
+            IF need > acc THEN  -- the limit is lower than what is asked: nothing to wait for but a change
+                free_at := greatest(free_at, t + 60000000);
+            END IF;
+        END IF;
+    END LOOP;
+    UPDATE rate SET ring = v_ring, used = v_used, head = v_head,
+        last = t, next_at = free_at WHERE key = p_key;
+    RETURN free_at;
+END $$;
+
+-- Grants slots in the order given. granted: recipients covered, 0 if denied; slot_us: null if nothing limits it.
+-- The locks come first and the clock is read after them, so that waiting for a lock cannot reopen a window.
+CREATE FUNCTION take_slots(p_tenants text[], p_accounts text[], p_costs integer[])
+RETURNS TABLE (granted integer[], slot_us bigint, valid_us bigint[], next_us bigint[])
+LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+DECLARE
+    n integer := coalesce(array_length(p_tenants, 1), 0);
+    v_keys text[]; v_names text[] := '{}'; v_next bigint[] := '{}'; v_m integer[] := '{}'; v_r integer[] := '{}';
+    v_largest integer[] := '{}'; v_valid bigint[] := '{}'; v_gm integer[]; v_gr integer[]; v_need integer[];
+    v_denied boolean[]; v_shut boolean[] := '{}';
+    rec rate; room record; i integer; k integer; p integer; c integer; t bigint; shut bigint; ok boolean;
+    v_pos integer[]; key text; free_at bigint;
+BEGIN
+    granted := p_costs; slot_us := NULL;
+    valid_us := array_fill(NULL::bigint, ARRAY[n]); next_us := array_fill(NULL::bigint, ARRAY[n]);
+    SELECT array_agg(DISTINCT u.k ORDER BY u.k) INTO v_keys
+        FROM unnest(p_tenants, p_accounts) j(t, a), unnest(charged_keys(j.t, j.a)) u(k);
+    t := micros(clock_timestamp());
+    -- A key known to be shut is read without its lock: a stale answer errs on the safe side.
+    PERFORM 1 FROM rate r WHERE r.key = ANY (v_keys) AND r.next_at <= t ORDER BY r.key FOR UPDATE;
+    t := micros(clock_timestamp());
+    FOR rec IN SELECT * FROM rate r WHERE r.key = ANY (v_keys) ORDER BY r.key LOOP
+        p := coalesce(array_length(v_names, 1), 0) + 1;
+        v_names[p] := rec.key; v_next[p] := rec.next_at; v_shut[p] := rec.next_at > t;
+        t := greatest(t, rec.last);
+    END LOOP;
+    IF coalesce(array_length(v_names, 1), 0) = 0 THEN
+        RETURN NEXT;
+        RETURN;
+    END IF;
+    slot_us := t;
+    p := 0;
+    FOR rec IN SELECT * FROM rate r WHERE r.key = ANY (v_keys) ORDER BY r.key LOOP
+        p := p + 1;
+        SELECT * INTO room FROM rate_room(rec, t);
+        v_m[p] := room.messages; v_r[p] := room.recipients; v_largest[p] := room.largest; v_valid[p] := room.valid;
+    END LOOP;
+    v_gm := array_fill(0, ARRAY[p]); v_gr := array_fill(0, ARRAY[p]); v_need := array_fill(1, ARRAY[p]);
+    v_denied := array_fill(false, ARRAY[p]);
+    FOR i IN 1 .. n LOOP
+        v_pos := '{}'; ok := true; shut := NULL; c := p_costs[i];
+        FOREACH key IN ARRAY charged_keys(p_tenants[i], p_accounts[i]) LOOP
+            p := array_position(v_names, key);
+            CONTINUE WHEN p IS NULL;
+            v_pos := v_pos || p;
+            c := least(c, v_largest[p]);
+            valid_us[i] := least(valid_us[i], v_valid[p]);
+        END LOOP;
+        FOREACH p IN ARRAY v_pos LOOP
+            IF v_shut[p] THEN
+                ok := false; shut := greatest(shut, v_next[p]);
+            ELSIF v_m[p] < 1 OR v_r[p] < c THEN
+                ok := false; v_denied[p] := true; v_need[p] := greatest(v_need[p], c);
+                -- Nothing smaller overtakes: what does not fit blocks its key for the rest of this call.
+                v_m[p] := 0;
+            END IF;
+        END LOOP;
+        IF ok THEN
+            granted[i] := c;
+            FOREACH p IN ARRAY v_pos LOOP
+                v_m[p] := v_m[p] - 1; v_r[p] := v_r[p] - c; v_gm[p] := v_gm[p] + 1; v_gr[p] := v_gr[p] + c;
+            END LOOP;
+        ELSE
+            granted[i] := 0; next_us[i] := shut;
+        END IF;
+    END LOOP;
+    FOR p IN 1 .. array_length(v_names, 1) LOOP
+        CONTINUE WHEN v_shut[p] OR (v_gm[p] = 0 AND NOT v_denied[p]);
+        free_at := rate_count(v_names[p], t, v_gm[p], v_gr[p], v_denied[p], v_need[p]);
+        v_next[p] := free_at;
+    END LOOP;
+    FOR i IN 1 .. n LOOP
+        CONTINUE WHEN granted[i] > 0;
+        FOREACH key IN ARRAY charged_keys(p_tenants[i], p_accounts[i]) LOOP
+            p := array_position(v_names, key);
+            CONTINUE WHEN p IS NULL OR NOT (v_denied[p] OR v_shut[p]);
+            next_us[i] := greatest(next_us[i], v_next[p]);
+        END LOOP;
+    END LOOP;
+    RETURN NEXT;
+END $$;
+
+-- Gives slots back that never reached MAIL FROM: out of the very bucket they were counted in, if it still counts.
+CREATE FUNCTION refund_slots(p_tenants text[], p_accounts text[], p_costs integer[], p_slots bigint[]) RETURNS void
+LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+DECLARE
+    j record; r rate; l integer; b bigint; k integer; c integer;
+BEGIN
+    PERFORM 1 FROM rate WHERE key IN (
+        SELECT u.k FROM unnest(p_tenants, p_accounts, p_slots) x(t, a, s), unnest(charged_keys(x.t, x.a)) u(k)
+        WHERE x.s IS NOT NULL) ORDER BY key FOR UPDATE;
+    FOR j IN SELECT u.k AS key, x.c AS cost, x.s AS slot
+             FROM unnest(p_tenants, p_accounts, p_costs, p_slots) x(t, a, c, s), unnest(charged_keys(x.t, x.a)) u(k)
+             WHERE x.s IS NOT NULL ORDER BY u.k LOOP
+        SELECT * INTO r FROM rate WHERE key = j.key;
+        CONTINUE WHEN NOT FOUND;
+        FOR l IN 1 .. array_length(r.lim, 1) LOOP
+            b := j.slot / r.width[l];
+            CONTINUE WHEN b > r.head[l] OR b <= r.head[l] - r.size[l];
+            k := r.base[l] + (b % r.size[l])::integer + 1;
+            c := least(CASE WHEN r.unit[l] = 0 THEN 1 ELSE j.cost END, r.ring[k]);
+            r.ring[k] := r.ring[k] - c;
+            r.used[l] := r.used[l] - c;
+        END LOOP;
+        UPDATE rate SET ring = r.ring, used = r.used, next_at = 0 WHERE key = j.key;
+    END LOOP;
+END $$;
+
+-- ── Admission ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+-- verdict: 1 go, 2 wait (leased, to be parked with its body), 3 in flight elsewhere, 4 waiting already, 5 done,
+--          6 other content under this id, 7 held as uncertain, 8 go, but others wait in front, 9 expired, 10 cancelled
+-- granted = 0 with verdict 1 or 8: the slot is still to be taken.
+-- p_want: 0 claim only, 1 with a slot, 2 to be parked because its account is busy
+CREATE FUNCTION admit_v1(
+    p_epoch bigint, p_claims bigint[], p_tenants text[], p_ids text[], p_levels smallint[], p_accounts text[],
+    p_costs integer[], p_digests bytea[], p_send_at timestamptz[], p_expires_at timestamptz[], p_want smallint[],
+    p_batches text[])
+RETURNS TABLE (idx integer, verdict smallint, born bigint, seq bigint, attempt integer, created_us bigint,
+               granted integer, slot_us bigint, valid_us bigint, wait_us bigint, reason smallint,
+               recipients jsonb, message_id text, uncertain integer, owed boolean)
+LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+DECLARE
+    n integer := coalesce(array_length(p_ids, 1), 0);
+    v_now timestamptz := clock_timestamp();
+    v_known boolean[]; v_behind boolean[]; v_shut bigint[]; v_pick integer[] := '{}';
+    v_granted integer[] := array_fill(0, ARRAY[n]); v_slot bigint[] := array_fill(NULL::bigint, ARRAY[n]);
+    v_valid bigint[] := array_fill(NULL::bigint, ARRAY[n]); v_wait bigint[] := array_fill(NULL::bigint, ARRAY[n]);
+    v_verdict smallint[] := array_fill(1::smallint, ARRAY[n]); v_reason smallint[] := array_fill(NULL::smallint, ARRAY[n]);
+    v_new boolean[] := array_fill(false, ARRAY[n]); s record; j record; i integer; k integer; lost integer[];
+BEGIN
+    SELECT array_agg(e.known ORDER BY e.o), array_agg(e.behind ORDER BY e.o), array_agg(e.shut ORDER BY e.o)
+        INTO v_known, v_behind, v_shut
+    FROM (SELECT u.o,
+                 EXISTS (SELECT FROM job x WHERE x.tenant = u.t AND x.id = u.id) AS known,
+                 EXISTS (SELECT FROM lane y WHERE y.account = u.a AND y.level <= u.l AND y.fifo > 0) AS behind,
+                 (SELECT max(z.next_at) FROM rate z WHERE z.key = ANY (charged_keys(u.t, u.a))) AS shut
+          FROM unnest(p_tenants, p_ids, p_accounts, p_levels) WITH ORDINALITY u(t, id, a, l, o)) e;
+    FOR i IN 1 .. n LOOP
+        CONTINUE WHEN v_known[i];
+        IF p_expires_at[i] <= v_now THEN
+            v_verdict[i] := 9;
+        ELSIF p_send_at[i] > v_now THEN
+            v_verdict[i] := 2; v_reason[i] := 3; v_wait[i] := micros(p_send_at[i]) - micros(v_now);
+        ELSIF v_shut[i] > micros(v_now) THEN
+            v_verdict[i] := 2; v_reason[i] := 1; v_wait[i] := v_shut[i] - micros(v_now);
+        ELSIF p_want[i] = 2 THEN
+            v_verdict[i] := 2; v_reason[i] := 4; v_wait[i] := 0;
+        ELSIF v_behind[i] THEN
+            v_verdict[i] := 8;
+        ELSIF p_want[i] = 1 THEN
+            v_pick := v_pick || i;
+        END IF;
+    END LOOP;
+    IF array_length(v_pick, 1) > 0 THEN
+        SELECT * INTO s FROM take_slots(
+            (SELECT array_agg(p_tenants[q.p] ORDER BY q.o) FROM unnest(v_pick) WITH ORDINALITY q(p, o)),
+            (SELECT array_agg(p_accounts[q.p] ORDER BY q.o) FROM unnest(v_pick) WITH ORDINALITY q(p, o)),
+            (SELECT array_agg(p_costs[q.p] ORDER BY q.o) FROM unnest(v_pick) WITH ORDINALITY q(p, o)));
+        FOR k IN 1 .. array_length(v_pick, 1) LOOP
+            i := v_pick[k];
+            v_granted[i] := s.granted[k];
+            IF s.granted[k] > 0 THEN
+                IF s.valid_us[k] IS NOT NULL THEN
+                    v_slot[i] := s.slot_us; v_valid[i] := s.valid_us[k];
+                END IF;
+            ELSE
+                v_verdict[i] := 2; v_reason[i] := 1;
+                v_wait[i] := greatest(s.next_us[k] - s.slot_us, 0);
+            END IF;
+        END LOOP;
+    END IF;
+    v_now := clock_timestamp();
+    FOR j IN
+        INSERT INTO job AS x (tenant, id, state, level, account, digest, born, seq, epoch, claim, leased_at,
+                              slot_at, slot_cost, batch, created_at, updated_at)
+        SELECT u.t, u.id, 1, u.l, u.a, u.d, floor(extract(epoch FROM v_now))::bigint * 1000,
+               floor(extract(epoch FROM v_now))::bigint * 1000, p_epoch, u.c, v_now, u.s,
+               CASE WHEN u.s IS NULL THEN NULL ELSE u.g END, u.b, v_now, v_now
+        FROM unnest(p_tenants, p_ids, p_levels, p_accounts, p_digests, p_claims, v_slot, v_granted, v_known, p_batches)
+             u(t, id, l, a, d, c, s, g, k, b)
+        WHERE NOT u.k
+        ORDER BY u.t, u.id
+        ON CONFLICT ON CONSTRAINT job_pkey DO NOTHING
+        RETURNING x.tenant, x.id, x.claim
+    LOOP
+        v_new[array_position(p_claims, j.claim)] := true;
+    END LOOP;
+    -- Somebody else was faster: what was granted goes back.
+    SELECT array_agg(q.o::integer) INTO lost FROM unnest(v_new, v_slot) WITH ORDINALITY q(w, s, o)
+        WHERE NOT q.w AND q.s IS NOT NULL;
+    IF lost IS NOT NULL THEN
+        PERFORM refund_slots((SELECT array_agg(p_tenants[l]) FROM unnest(lost) l),
+                             (SELECT array_agg(p_accounts[l]) FROM unnest(lost) l),
+                             (SELECT array_agg(v_granted[l]) FROM unnest(lost) l),
+                             (SELECT array_agg(v_slot[l]) FROM unnest(lost) l));
+    END IF;
+    FOR i IN 1 .. n LOOP
+        CONTINUE WHEN NOT v_new[i];
+        idx := i - 1; verdict := v_verdict[i]; born := floor(extract(epoch FROM v_now))::bigint * 1000; seq := born;
+        attempt := 0; created_us := micros(v_now); granted := v_granted[i]; slot_us := v_slot[i];
+        valid_us := v_valid[i]; wait_us := v_wait[i]; reason := v_reason[i]; recipients := NULL; message_id := NULL;
+        uncertain := 0; owed := false;
+        RETURN NEXT;
+    END LOOP;
+    FOR j IN
+        SELECT x.*, (u.o - 1)::integer AS idx0, u.c AS my_claim, u.d AS my_digest, u.sa, u.ea
+        FROM job x JOIN unnest(p_tenants, p_ids, p_claims, p_digests, v_new, p_send_at, p_expires_at)
+             WITH ORDINALITY u(t, id, c, d, w, sa, ea, o) ON x.tenant = u.t AND x.id = u.id
+        WHERE NOT u.w
+        ORDER BY x.tenant, x.id
+        FOR UPDATE OF x
+    LOOP
+        idx := j.idx0; born := j.born; seq := j.seq; attempt := j.attempt; created_us := micros(j.created_at);
+        granted := 0; slot_us := NULL; valid_us := NULL; wait_us := NULL; reason := NULL; recipients := j.recipients;
+        message_id := j.message_id; uncertain := j.uncertain; owed := j.outbox IS NOT NULL;
+        IF j.state = 1 AND j.epoch = p_epoch AND j.claim = j.my_claim THEN
+            verdict := 1;    -- this very statement, repeated after a lost COMMIT; its slot is taken anew
+        ELSIF j.state = 5 THEN
+            verdict := 10;
+        ELSIF j.digest <> j.my_digest THEN
+            verdict := 6;
+        ELSIF j.state = 0 THEN
+            verdict := CASE WHEN j.ea <= v_now THEN 9 WHEN j.sa > v_now THEN 2 WHEN j.cancel THEN 10 ELSE 1 END;
+            IF verdict = 2 THEN
+                reason := 3; wait_us := micros(j.sa) - micros(v_now);
+            END IF;
+        ELSE
+            verdict := CASE j.state WHEN 1 THEN 3 WHEN 2 THEN 4 WHEN 3 THEN 5 ELSE 7 END;
+        END IF;
+        IF verdict IN (1, 2, 9, 10) THEN
+            UPDATE job x SET state = 1, epoch = p_epoch, claim = j.my_claim, leased_at = v_now, phase = 0,
+                digest = j.my_digest, account = p_accounts[j.idx0 + 1], level = p_levels[j.idx0 + 1],
+                slot_at = NULL, slot_cost = NULL, updated_at = v_now
+                WHERE x.tenant = j.tenant AND x.id = j.id;
+        END IF;
+        RETURN NEXT;
+    END LOOP;
+END $$;
+
+-- Takes (or takes anew) the slots of jobs that are leased, on the account that will really send; an older slot of the
+-- same job is given back first. granted = 0: denied, next_us says when to come again; -1: the lease is lost.
+CREATE FUNCTION slots_v1(p_epoch bigint, p_tenants text[], p_ids text[], p_claims bigint[], p_accounts text[],
+                         p_costs integer[])
+RETURNS TABLE (idx integer, granted integer, valid_us bigint, wait_us bigint)
+LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+DECLARE
+    s record; o record; i integer; v_done integer;
+BEGIN
+    SELECT array_agg(x.tenant) AS t, array_agg(x.account) AS a, array_agg(x.slot_cost) AS c, array_agg(x.slot_at) AS s
+        INTO o
+        FROM job x JOIN unnest(p_tenants, p_ids, p_claims) u(t, id, c) ON x.tenant = u.t AND x.id = u.id
+        WHERE x.state = 1 AND x.epoch = p_epoch AND x.claim = u.c AND x.slot_at IS NOT NULL;
+    -- All keys of the old and the new slots in one go, in order.
+    PERFORM 1 FROM rate WHERE key IN (
+        SELECT unnest(charged_keys(u.t, u.a)) FROM unnest(o.t, o.a) u(t, a)
+        UNION SELECT unnest(charged_keys(u.t, u.a)) FROM unnest(p_tenants, p_accounts) u(t, a))
+        ORDER BY key FOR UPDATE;
+    IF o.t IS NOT NULL THEN
+        PERFORM refund_slots(o.t, o.a, o.c, o.s);
+    END IF;
+    SELECT * INTO s FROM take_slots(p_tenants, p_accounts, p_costs);
+    FOR i IN 1 .. array_length(p_ids, 1) LOOP
+        idx := i - 1; granted := s.granted[i]; valid_us := s.valid_us[i];
+        wait_us := CASE WHEN granted > 0 THEN NULL ELSE greatest(s.next_us[i] - s.slot_us, 0) END;
+        UPDATE job x SET account = p_accounts[i],
+            slot_at = CASE WHEN s.granted[i] > 0 AND s.valid_us[i] IS NOT NULL THEN s.slot_us END,
+            slot_cost = CASE WHEN s.granted[i] > 0 AND s.valid_us[i] IS NOT NULL THEN s.granted[i] END
+            WHERE x.tenant = p_tenants[i] AND x.id = p_ids[i] AND x.state = 1 AND x.epoch = p_epoch
+              AND x.claim = p_claims[i];
+        GET DIAGNOSTICS v_done = ROW_COUNT;
+        IF v_done = 0 THEN
+            granted := -1;
+            IF s.granted[i] > 0 AND s.valid_us[i] IS NOT NULL THEN
+                PERFORM refund_slots(ARRAY[p_tenants[i]], ARRAY[p_accounts[i]], ARRAY[s.granted[i]], ARRAY[s.slot_us]);
+            END IF;
+        END IF;
+        RETURN NEXT;
+    END LOOP;
+END $$;
+
+-- Marks, for jobs with on_uncertain = hold, that the write that may end the message begins now. Returns whose lease
+-- still stands.
+CREATE FUNCTION mark_data_v1(p_epoch bigint, p_tenants text[], p_ids text[], p_claims bigint[])
+RETURNS TABLE (idx integer)
+LANGUAGE sql SET search_path FROM CURRENT AS $$
+    UPDATE job x SET phase = 1, leased_at = clock_timestamp()
+    FROM unnest(p_tenants, p_ids, p_claims) WITH ORDINALITY u(t, id, c, o)
+    WHERE x.tenant = u.t AND x.id = u.id AND x.state = 1 AND x.epoch = p_epoch AND x.claim = u.c
+    RETURNING (u.o - 1)::integer
+$$;
+
+-- Stores the body of jobs that are in flight elsewhere, so that their delivery can be acknowledged. Fills only what
+-- is missing; a row that went on meanwhile needs nothing. Returns the jobs whose body is now safe (or not needed).
+CREATE FUNCTION absorb_v1(p_tenants text[], p_ids text[], p_bodies bytea[], p_properties text[])
+RETURNS TABLE (idx integer)
+LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+DECLARE
+    j record;
+BEGIN
+    FOR j IN
+        SELECT x.tenant, x.id, x.state, x.body IS NULL AS empty, u.b, u.p, (u.o - 1)::integer AS i
+        FROM job x JOIN unnest(p_tenants, p_ids, p_bodies, p_properties) WITH ORDINALITY u(t, id, b, p, o)
+             ON x.tenant = u.t AND x.id = u.id
+        ORDER BY x.tenant, x.id FOR UPDATE OF x
+    LOOP
+        IF j.state = 0 THEN
+            CONTINUE;   -- given back meanwhile: the delivery in hand is the job
+        END IF;
+        IF j.state IN (1, 4) AND j.empty THEN
+            UPDATE job x SET body = j.b, body_size = octet_length(j.b), properties = j.p::jsonb
+                WHERE x.tenant = j.tenant AND x.id = j.id;
+        END IF;
+        idx := j.i;
+        RETURN NEXT;
+    END LOOP;
+END $$;
+
+-- ── Settlement ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+-- kind: 1 done, 2 park, 3 give back, 4 hold as uncertain
+-- answer: 1 written, 2 lease lost, 3 a cancel came in between: settle it as cancelled
+-- p_reason: 1 rate, 2 retry, 3 schedule, 4 busy, 5 contract (a newer one), 6 key
+CREATE FUNCTION settle_v1(
+    p_epoch bigint, p_tenants text[], p_ids text[], p_claims bigint[], p_kinds smallint[], p_outcomes text[],
+    p_attempts integer[], p_recipients text[], p_message_ids text[], p_reports text[], p_seqs bigint[],
+    p_refund boolean[], p_delay_us bigint[], p_reasons smallint[], p_bodies bytea[], p_properties text[],
+    p_errors text[])
+RETURNS TABLE (idx integer, answer smallint)
+LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+DECLARE
+    v_now timestamptz; o record; v_hit boolean[] := array_fill(false, ARRAY[array_length(p_ids, 1)]); j record;
+    i integer; v_lanes boolean := false;
+BEGIN
+    IF true = ANY (p_refund) THEN
+        SELECT array_agg(x.tenant) AS t, array_agg(x.account) AS a, array_agg(x.slot_cost) AS c,
+               array_agg(x.slot_at) AS s INTO o
+            FROM job x JOIN unnest(p_tenants, p_ids, p_claims, p_refund) u(t, id, c, r)
+                 ON x.tenant = u.t AND x.id = u.id
+            WHERE u.r AND x.state = 1 AND x.epoch = p_epoch AND x.claim = u.c AND x.slot_at IS NOT NULL;
+        IF o.t IS NOT NULL THEN
+            PERFORM refund_slots(o.t, o.a, o.c, o.s);
+        END IF;
+    END IF;
+    v_now := clock_timestamp();
+    FOR j IN
+        UPDATE job x SET
+            state = CASE u.k WHEN 1 THEN 3 WHEN 2 THEN 2 WHEN 4 THEN 4
+                             ELSE CASE WHEN coalesce(x.body, u.body) IS NULL THEN 0 ELSE 2 END END,
+            phase = 0, slot_at = NULL, slot_cost = NULL,
+            attempt = coalesce(u.at, x.attempt),
+            seq = coalesce(u.sq, x.seq),
+            recipients = coalesce(u.rc::jsonb, x.recipients),
+            message_id = coalesce(u.mid, x.message_id),
+            body = CASE WHEN u.k = 1 THEN NULL ELSE coalesce(x.body, u.body) END,
+            body_size = CASE WHEN u.k = 1 THEN NULL ELSE coalesce(x.body_size, octet_length(u.body)) END,
+            properties = coalesce(x.properties, u.pr::jsonb),
+            -- over a limit it may go at any time: the lane knows when to look
+            due_at = CASE WHEN u.k = 1 THEN NULL WHEN u.rs = 1 THEN v_now
+                          ELSE v_now + coalesce(u.dl, 0) * interval '1 microsecond' END,
+            reason = CASE WHEN u.k = 2 THEN u.rs WHEN u.k = 3 THEN coalesce(x.reason, 4::smallint) END,
+            outcome = CASE WHEN u.k = 1 THEN u.oc END,
+            last_error = coalesce(u.er, x.last_error),
+            finished_at = CASE WHEN u.k = 1 THEN v_now END,
+            updated_at = v_now,
+            outbox = CASE WHEN u.rp IS NULL THEN x.outbox ELSE coalesce(x.outbox, '{}') || u.rp END,
+            outbox_seq = CASE WHEN u.rp IS NULL THEN x.outbox_seq ELSE coalesce(x.outbox_seq, '{}') || u.sq END,
+            outbox_at = CASE WHEN u.rp IS NULL THEN x.outbox_at ELSE v_now + interval '30 seconds' END
+        FROM unnest(p_tenants, p_ids, p_claims, p_kinds, p_outcomes, p_attempts, p_recipients, p_message_ids,
+                    p_reports, p_seqs, p_delay_us, p_reasons, p_bodies, p_properties, p_errors)
+             WITH ORDINALITY u(t, id, c, k, oc, at, rc, mid, rp, sq, dl, rs, body, pr, er, o)
+        WHERE x.tenant = u.t AND x.id = u.id AND x.state = 1 AND x.epoch = p_epoch AND x.claim = u.c
+          AND NOT (x.cancel AND u.k <> 1)
+        RETURNING u.o::integer AS o, x.state
+    LOOP
+        v_hit[j.o] := true;
+        v_lanes := v_lanes OR j.state = 2;
+        idx := j.o - 1; answer := 1;
+        RETURN NEXT;
+    END LOOP;
+    IF v_lanes THEN
+        PERFORM touch_lanes(
+            (SELECT array_agg(p_tenants[q.o]) FROM unnest(v_hit) WITH ORDINALITY q(h, o) WHERE q.h AND p_kinds[q.o] IN (2, 3)),
+            (SELECT array_agg(p_ids[q.o]) FROM unnest(v_hit) WITH ORDINALITY q(h, o) WHERE q.h AND p_kinds[q.o] IN (2, 3)),
+            (SELECT array_agg(CASE WHEN p_reasons[q.o] = 1 THEN coalesce(p_delay_us[q.o], 0) ELSE 0 END)
+             FROM unnest(v_hit) WITH ORDINALITY q(h, o) WHERE q.h AND p_kinds[q.o] IN (2, 3)));
+    END IF;
+    FOR i IN 1 .. array_length(p_ids, 1) LOOP
+        CONTINUE WHEN v_hit[i];
+        idx := i - 1;
+        SELECT CASE WHEN x.state = 1 AND x.epoch = p_epoch AND x.claim = p_claims[i] THEN 3
+                    -- this very settlement, repeated after a lost COMMIT
+                    WHEN x.epoch = p_epoch AND x.claim = p_claims[i] AND x.state <> 1
+                         AND x.seq >= coalesce(p_seqs[i], x.seq) THEN 1
+                    ELSE 2 END INTO answer
+            FROM job x WHERE x.tenant = p_tenants[i] AND x.id = p_ids[i];
+        answer := coalesce(answer, 2);
+        RETURN NEXT;
+    END LOOP;
+END $$;
+
+-- Enters jobs that have just become waiting into their lanes. p_blocked_us: for how long the account's limit is known
+-- to be shut; the lane is not looked at before.
+CREATE FUNCTION touch_lanes(p_tenants text[], p_ids text[], p_blocked_us bigint[]) RETURNS void
+LANGUAGE sql SET search_path FROM CURRENT AS $$
+    INSERT INTO lane AS l (account, level, tenant, next_at, fifo)
+    SELECT x.account, x.level, x.tenant,
+           min(greatest(x.due_at, clock_timestamp() + u.b * interval '1 microsecond')),
+           count(*) FILTER (WHERE x.reason IN (1, 4))
+    FROM job x JOIN unnest(p_tenants, p_ids, p_blocked_us) u(t, id, b) ON x.tenant = u.t AND x.id = u.id
+    WHERE x.state = 2
+    GROUP BY x.account, x.level, x.tenant
+    ORDER BY x.account, x.level, x.tenant
+    ON CONFLICT (account, level, tenant) DO UPDATE
+        SET next_at = least(l.next_at, excluded.next_at), fifo = l.fifo + excluded.fifo
+        WHERE l.next_at > excluded.next_at OR excluded.fifo > 0
+$$;
+
+-- ── Release ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+-- Leases up to p_max due jobs of a level to a worker that has permits for them, lanes in turn, oldest first, with their
+-- slots. Skips what others are working on; never waits for a lock. p_account: only this account.
+CREATE FUNCTION release_v1(p_epoch bigint, p_level smallint, p_max integer, p_max_bytes bigint, p_claim_base bigint,
+                           p_exclude text[], p_account text)
+RETURNS TABLE (tenant text, id text, level smallint, account text, claim bigint, born bigint, seq bigint,
+               attempt integer, created_us bigint, granted integer, valid_us bigint, reason smallint,
+               recipients jsonb, message_id text, uncertain integer, body bytea, properties jsonb)
+LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+DECLARE
+    v_lanes record; c record; s record; v_now timestamptz := clock_timestamp(); v_left integer := p_max;
+    v_bytes bigint := p_max_bytes; v_quantum integer; v_keys text[]; v_ids text[]; v_costs integer[]; v_reasons smallint[];
+    v_claim bigint := p_claim_base; k integer; v_denied boolean; v_next timestamptz; v_claims bigint[] := '{}';
+    v_valid bigint[] := '{}'; v_granted integer[] := '{}'; v_shut bigint; v_fifo integer; v_more timestamptz;
+    v_tenants text[] := '{}'; v_done text[] := '{}'; v_limited integer;
+BEGIN
+    SELECT array_agg(y.account) AS a, array_agg(y.tenant) AS t, array_agg(y.level) AS l, count(*)::integer AS n
+        INTO v_lanes
+        FROM (SELECT z.account, z.tenant, z.level FROM lane z
+              WHERE (z.level = p_level OR (p_account IS NOT NULL AND z.level <= p_level)) AND z.next_at <= v_now
+                AND z.account <> ALL (p_exclude) AND (p_account IS NULL OR z.account = p_account)
+              ORDER BY z.level, z.next_at LIMIT 64) y;
+    IF v_lanes.n = 0 THEN
+        RETURN;
+    END IF;
+    v_quantum := greatest(1, (p_max + v_lanes.n - 1) / v_lanes.n);
+    FOR k IN 1 .. v_lanes.n LOOP
+        EXIT WHEN v_left <= 0 OR v_bytes <= 0;
+        v_keys := charged_keys(v_lanes.t[k], v_lanes.a[k]);
+        SELECT count(*), max(r.next_at) INTO v_limited, v_shut FROM rate r WHERE r.key = ANY (v_keys);
+        IF v_limited > 0 AND v_shut <= micros(clock_timestamp()) THEN
+            CONTINUE WHEN v_limited > (SELECT count(*) FROM (SELECT 1 FROM rate r WHERE r.key = ANY (v_keys)
+                                       ORDER BY r.key FOR UPDATE SKIP LOCKED) q);
+        END IF;
+        PERFORM 1 FROM lane z WHERE z.account = v_lanes.a[k] AND z.level = v_lanes.l[k] AND z.tenant = v_lanes.t[k]
+            AND z.next_at <= v_now FOR UPDATE SKIP LOCKED;
+        CONTINUE WHEN NOT FOUND;
+        IF v_limited > 0 AND v_shut > micros(clock_timestamp()) THEN
+            UPDATE lane z SET next_at = instant(v_shut)
+                WHERE z.account = v_lanes.a[k] AND z.level = v_lanes.l[k] AND z.tenant = v_lanes.t[k];
+            CONTINUE;
+        END IF;
+        v_ids := '{}'; v_costs := '{}'; v_reasons := '{}'; v_denied := false; v_next := NULL;
+        FOR c IN
+            SELECT x.id, x.reason, coalesce(x.body_size, 0) AS size,
+                   greatest(coalesce(jsonb_array_length(jsonb_path_query_array(x.recipients,
+                       '$[*] ? (@.status == "pending" || @.status == "deferred")')),
+                       (x.properties ->> 'recipients')::integer, 1), 1) AS cost
+            FROM job x
+            WHERE x.account = v_lanes.a[k] AND x.level = v_lanes.l[k] AND x.tenant = v_lanes.t[k] AND x.state = 2
+              AND x.due_at <= v_now
+            ORDER BY x.due_at LIMIT least(v_left, v_quantum) FOR UPDATE SKIP LOCKED
+        LOOP
+            EXIT WHEN v_bytes <= 0;
+            v_ids := v_ids || c.id; v_costs := v_costs || c.cost; v_reasons := v_reasons || c.reason;
+            v_bytes := v_bytes - c.size;
+        END LOOP;
+        IF array_length(v_ids, 1) > 0 THEN
+            SELECT * INTO s FROM take_slots(array_fill(v_lanes.t[k], ARRAY[array_length(v_ids, 1)]),
+                                            array_fill(v_lanes.a[k], ARRAY[array_length(v_ids, 1)]), v_costs);
+            v_fifo := 0;
+            FOR i IN 1 .. array_length(v_ids, 1) LOOP
+                IF s.granted[i] = 0 THEN
+                    v_denied := true;
+                    v_next := instant(coalesce(s.next_us[i], micros(v_now)));
+                    EXIT;
+                END IF;
+                v_tenants := v_tenants || v_lanes.t[k]; v_done := v_done || v_ids[i];
+                v_claims := v_claims || v_claim; v_valid := v_valid || s.valid_us[i];
+                v_granted := v_granted || s.granted[i];
+                UPDATE job x SET state = 1, epoch = p_epoch, claim = v_claim, leased_at = clock_timestamp(), phase = 0,
+                    slot_at = CASE WHEN s.valid_us[i] IS NULL THEN NULL ELSE s.slot_us END,
+                    slot_cost = CASE WHEN s.valid_us[i] IS NULL THEN NULL ELSE s.granted[i] END,
+                    updated_at = clock_timestamp()
+                    WHERE x.tenant = v_lanes.t[k] AND x.id = v_ids[i];
+                v_claim := v_claim + 1;
+                v_left := v_left - 1;
+                v_fifo := v_fifo + CASE WHEN v_reasons[i] IN (1, 4) THEN 1 ELSE 0 END;
+            END LOOP;
+        ELSE
+            v_fifo := 0;
+        END IF;
+        SELECT min(x.due_at) INTO v_more FROM job x
+            WHERE x.account = v_lanes.a[k] AND x.level = v_lanes.l[k] AND x.tenant = v_lanes.t[k] AND x.state = 2;
+        IF v_more IS NULL THEN
+            DELETE FROM lane z
+                WHERE z.account = v_lanes.a[k] AND z.level = v_lanes.l[k] AND z.tenant = v_lanes.t[k];
+        ELSE
+            -- Its turn is over: behind all lanes that are due now, unless it has nothing to do before.
+            UPDATE lane z SET fifo = greatest(z.fifo - v_fifo, 0),
+                next_at = CASE WHEN v_denied THEN greatest(v_next, v_now) ELSE greatest(v_more, clock_timestamp()) END
+                WHERE z.account = v_lanes.a[k] AND z.level = v_lanes.l[k] AND z.tenant = v_lanes.t[k];
+        END IF;
+    END LOOP;
+    RETURN QUERY
+        SELECT x.tenant, x.id, x.level, x.account, x.claim, x.born, x.seq, x.attempt, micros(x.created_at),
+               u.g, u.v, x.reason, x.recipients, x.message_id, x.uncertain, x.body, x.properties
+        FROM unnest(v_tenants, v_done, v_claims, v_granted, v_valid) u(t, id, c, g, v)
+        JOIN job x ON x.tenant = u.t AND x.id = u.id;
+END $$;
+
+-- ── Outbox ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+-- Removes exactly the reports that were confirmed.
+CREATE FUNCTION clear_outbox_v1(p_tenants text[], p_ids text[], p_seqs bigint[]) RETURNS void
+LANGUAGE sql SET search_path FROM CURRENT AS $$
+    UPDATE job x SET
+        outbox = CASE WHEN x.outbox_seq <@ u.s THEN NULL ELSE
+            (SELECT array_agg(e.r ORDER BY e.o) FROM unnest(x.outbox, x.outbox_seq) WITH ORDINALITY e(r, s, o) WHERE e.s <> ALL (u.s)) END,
+        outbox_seq = CASE WHEN x.outbox_seq <@ u.s THEN NULL ELSE
+            (SELECT array_agg(e.s ORDER BY e.o) FROM unnest(x.outbox_seq) WITH ORDINALITY e(s, o) WHERE e.s <> ALL (u.s)) END,
+        outbox_at = CASE WHEN x.outbox_seq <@ u.s THEN NULL ELSE x.outbox_at END
+    FROM (SELECT q.t, q.id, array_agg(q.s) AS s FROM unnest(p_tenants, p_ids, p_seqs) q(t, id, s) GROUP BY q.t, q.id) u
+    WHERE x.tenant = u.t AND x.id = u.id AND x.outbox IS NOT NULL
+$$;
+
+-- Reports that should have been published long ago, leased to the caller for a while.
+CREATE FUNCTION owed_reports_v1(p_max integer, p_hold interval)
+RETURNS TABLE (tenant text, id text, reports text[], seqs bigint[], waiting_us bigint)
+LANGUAGE sql SET search_path FROM CURRENT AS $$
+    UPDATE job x SET outbox_at = clock_timestamp() + p_hold
+    FROM (SELECT y.tenant, y.id, y.outbox_at AS since FROM job y WHERE y.outbox IS NOT NULL AND y.outbox_at <= clock_timestamp()
+          ORDER BY y.outbox_at LIMIT p_max FOR UPDATE SKIP LOCKED) o
+    WHERE x.tenant = o.tenant AND x.id = o.id
+    RETURNING x.tenant, x.id, x.outbox, x.outbox_seq, micros(clock_timestamp()) - micros(x.updated_at)
+$$;
+
+-- ── Workers ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+-- Heartbeat; no row means: this epoch is dead, abandon everything not yet written.
+CREATE FUNCTION heartbeat_v1(p_epoch bigint, p_gap interval) RETURNS TABLE (steady_us bigint)
+LANGUAGE sql SET search_path FROM CURRENT AS $$
+    UPDATE worker SET heartbeat_at = clock_timestamp(),
+        steady_since = CASE WHEN heartbeat_at < clock_timestamp() - p_gap THEN clock_timestamp() ELSE steady_since END
+    WHERE epoch = p_epoch AND NOT dead
+    RETURNING micros(clock_timestamp()) - micros(steady_since)
+$$;
+
+-- Takes over from workers that are dead: marks their epoch first, for ever, then moves their jobs. Jobs whose body is
+-- here wait again; those whose body RabbitMQ has are open for its redelivery; those marked in their final write stay
+-- until p_deadline has passed and are then returned, to be settled as uncertain.
+CREATE FUNCTION takeover_v1(p_epoch bigint, p_lease interval, p_deadline interval, p_max integer)
+RETURNS TABLE (moved integer, opened integer, tenant text, id text)
+LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+DECLARE
+    v_now timestamptz := clock_timestamp(); v_t text[]; v_i text[]; v_s smallint[]; d bigint[];
+BEGIN
+    PERFORM 1 FROM worker w WHERE w.epoch = p_epoch AND NOT w.dead AND w.heartbeat_at > v_now - p_lease
+        AND w.steady_since <= v_now - p_lease;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
+    UPDATE worker w SET dead = true
+        WHERE w.epoch IN (SELECT z.epoch FROM worker z WHERE z.epoch <> p_epoch AND NOT z.dead
+                          AND z.heartbeat_at < v_now - p_lease ORDER BY z.epoch FOR UPDATE SKIP LOCKED)
+          AND w.heartbeat_at < v_now - p_lease;
+    SELECT array_agg(w.epoch) INTO d FROM worker w WHERE w.dead;
+    moved := 0; opened := 0;
+    IF d IS NOT NULL THEN
+        WITH gone AS (
+            SELECT x.tenant, x.id FROM job x
+            WHERE x.state = 1 AND x.epoch = ANY (d) AND x.phase = 0
+            ORDER BY x.tenant, x.id LIMIT p_max FOR UPDATE SKIP LOCKED
+        ), done AS (
+            UPDATE job x SET state = CASE WHEN x.body IS NULL THEN 0 ELSE 2 END, due_at = v_now, reason = 2,
+                uncertain = x.uncertain + 1, slot_at = NULL, slot_cost = NULL, updated_at = v_now
+            FROM gone g WHERE x.tenant = g.tenant AND x.id = g.id
+            RETURNING x.tenant, x.id, x.state
+        )
+        SELECT array_agg(n.tenant) FILTER (WHERE n.state = 2), array_agg(n.id) FILTER (WHERE n.state = 2),
+               count(*) FILTER (WHERE n.state = 2), count(*) FILTER (WHERE n.state = 0)
+            INTO v_t, v_i, moved, opened FROM done n;
+        IF v_t IS NOT NULL THEN
+            PERFORM touch_lanes(v_t, v_i, array_fill(0::bigint, ARRAY[array_length(v_t, 1)]));
+        END IF;
+        DELETE FROM connection_lease c WHERE c.epoch = ANY (d)
+            AND NOT EXISTS (SELECT FROM job x WHERE x.state = 1 AND x.epoch = c.epoch AND x.phase = 1);
+        DELETE FROM worker w WHERE w.dead AND w.heartbeat_at < v_now - interval '1 day'
+            AND NOT EXISTS (SELECT FROM job x WHERE x.state = 1 AND x.epoch = w.epoch);
+    END IF;
+    RETURN NEXT;
+    IF d IS NOT NULL THEN
+        RETURN QUERY SELECT 0, 0, x.tenant, x.id FROM job x
+            WHERE x.state = 1 AND x.epoch = ANY (d) AND x.phase = 1 AND x.leased_at < v_now - p_deadline LIMIT p_max;
+    END IF;
+END $$;
+
+-- ── Connection caps ──────────────────────────────────────────────────────────────────────────────────────────────
+
+CREATE FUNCTION set_connection_cap_v1(p_account text, p_cap integer) RETURNS void
+LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+BEGIN
+    IF coalesce(p_cap, 0) = 0 THEN
+        DELETE FROM connection_cap WHERE account = p_account;
+    ELSE
+        INSERT INTO connection_cap (account, cap) VALUES (p_account, p_cap)
+        ON CONFLICT (account) DO UPDATE SET cap = excluded.cap;
+    END IF;
+END $$;
+
+-- One more connection of this account for this worker? Leases end with the worker's epoch.
+CREATE FUNCTION acquire_connection_v1(p_epoch bigint, p_account text) RETURNS boolean
+LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+DECLARE
+    v_cap integer;
+BEGIN
+    SELECT c.cap INTO v_cap FROM connection_cap c WHERE c.account = p_account FOR UPDATE;
+    IF v_cap IS NOT NULL AND v_cap <= (SELECT coalesce(sum(l.held), 0) FROM connection_lease l
+                                       JOIN worker w USING (epoch)
+                                       WHERE l.account = p_account) THEN
+        UPDATE connection_cap SET wanted_at = clock_timestamp() WHERE account = p_account;
+        RETURN false;
+    END IF;
+    INSERT INTO connection_lease AS l (account, epoch, held) VALUES (p_account, p_epoch, 1)
+        ON CONFLICT (account, epoch) DO UPDATE SET held = l.held + 1;
+    RETURN true;
+END $$;
+
+CREATE FUNCTION release_connection_v1(p_epoch bigint, p_account text) RETURNS void
+LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+BEGIN
+    PERFORM 1 FROM connection_cap c WHERE c.account = p_account FOR UPDATE;
+    UPDATE connection_lease SET held = held - 1 WHERE account = p_account AND epoch = p_epoch AND held > 0;
+    DELETE FROM connection_lease WHERE account = p_account AND epoch = p_epoch AND held <= 0;
+END $$;
+
+-- Accounts of which this worker holds connections and others lately asked in vain.
+CREATE FUNCTION wanted_connections_v1(p_epoch bigint) RETURNS TABLE (account text)
+LANGUAGE sql STABLE SET search_path FROM CURRENT AS $$
+    SELECT c.account FROM connection_cap c JOIN connection_lease l USING (account)
+    WHERE l.epoch = p_epoch AND c.wanted_at > clock_timestamp() - interval '3 seconds'
+$$;
+
+-- Waiting jobs that could run now, for autoscaling and dashboards.
+CREATE VIEW runnable_jobs AS
+    SELECT l.level, count(*) AS lanes, sum(l.fifo) AS fifo FROM lane l
+    WHERE l.next_at <= clock_timestamp() GROUP BY l.level;
