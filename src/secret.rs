@@ -5,6 +5,6 @@
 
 pub mod jwe;
 pub mod keyring;
-//pub mod stored;
+pub mod stored;
 
 pub use keyring::{KeyError, Keyring, SecretError};
