@@ -8,7 +8,21 @@ use secrecy::SecretString;
 use crate::address::{Address, Mailbox};
 use crate::id::{AccountId, JobId, TenantId};
 
+mod address;
+mod attachments;
+pub mod bounds;
 pub mod decode;
+mod digest;
+mod errors;
+mod fields;
+mod headers;
+mod inflate;
+mod json;
+mod object;
+mod smtp_override;
+#[cfg(test)]
+mod tests;
+mod values;
 
 /// A valid job (contract `mail.job.v1`). Fields as in `schema/mail-job.v1.json`.
 #[derive(Debug, Clone)]
