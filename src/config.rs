@@ -1,5 +1,14 @@
 //! Configuration, one struct per concern. [`load`] reads flags, environment and secret files, checks everything and
-//! reports every error at once; it opens nothing.
+//! reports every error at once; it opens nothing. A command asks for the sections that it needs by their types:
+//! `let (broker, database): (Broker, Database) = load(&sources)?`.
+
+mod load;
+mod parse;
+mod sections;
+pub mod settings;
+
+#[cfg(test)]
+mod tests;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -9,6 +18,8 @@ use ipnet::IpNet;
 use secrecy::SecretString;
 
 use crate::level::Level;
+
+pub use load::{ConfigError, FromSettings, Reader, Sources, load};
 
 /// `RabbitMQ`.
 #[derive(Debug, Clone)]
@@ -24,6 +35,10 @@ pub struct Broker {
     /// Dedicated queues to consume besides the shared four (`POSTROOM_QUEUES`, `level:queue,…`).
     pub extra_queues: Vec<(Level, String)>,
 }
+
+/// The broker's section for commands that never connect (`topology print`): the URL is not asked for, and empty.
+#[derive(Debug, Clone)]
+pub struct BrokerNames(pub Broker);
 
 /// `POSTROOM_TOPOLOGY`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -219,6 +234,13 @@ pub struct Webhook {
 pub struct Egress {
     /// Allowed beyond public addresses.
     pub allow: Vec<IpNet>,
+}
+
+/// How a process ends.
+#[derive(Debug, Clone, Copy)]
+pub struct Process {
+    /// How long SIGTERM waits for work in flight (`POSTROOM_GRACE_PERIOD`, default 60 s).
+    pub grace_period: Duration,
 }
 
 /// Logs and the HTTP port.

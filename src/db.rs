@@ -20,7 +20,7 @@ use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, RecyclingMethod, R
 use crate::config;
 
 pub use error::DbError;
-pub use migrate::{Migrated, migrate, newest_version};
+pub use migrate::{Migrated, grant, migrate, newest_version};
 
 /// Oldest supported server: what [`Database::check`] wants `server_version_num` to be at least.
 pub const MIN_SERVER_VERSION: i32 = 13_00_00;

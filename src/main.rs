@@ -1,3 +1,22 @@
-//! The `postroom` binary.
+//! The `postroom` binary: cryptography, arguments, logs, then the command.
 
-fn main() {}
+use std::process::ExitCode;
+
+use postroom::cli::Invocation;
+
+fn main() -> ExitCode {
+    // One provider for every TLS connection. It fails only if there is one already, and nothing ran before this.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let invocation = match Invocation::parse(std::env::args_os()) {
+        Ok(invocation) => invocation,
+        Err(exit_code) => return exit_code,
+    };
+    invocation.start_logging();
+    match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime.block_on(invocation.run()),
+        Err(error) => {
+            tracing::error!(%error, "cannot start the runtime");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -169,7 +169,7 @@ fn state_label(code: &SqlState) -> &'static str {
 fn is_broken(error: &tokio_postgres::Error) -> bool {
     error.is_closed()
         || std::iter::successors(std::error::Error::source(error), |error| error.source())
-            .any(<(dyn std::error::Error + 'static)>::is::<std::io::Error>)
+            .any(<dyn std::error::Error>::is::<std::io::Error>)
 }
 
 /// The server's message with its SQLSTATE, else the error and its causes. No detail and no hint: the detail quotes

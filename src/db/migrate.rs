@@ -40,10 +40,35 @@ pub fn newest_version() -> i32 {
 /// # Errors
 /// If the server cannot be reached, a statement fails, or the history does not fit: then nothing was changed.
 pub async fn migrate(config: &config::Database) -> Result<Migrated, DbError> {
-    let (mut client, _connection) = super::within(super::CREATE, Connector::new(config)?.open())
+    let mut client = connect(config).await?;
+    super::within(LIMIT, run(&mut client, &config.schema)).await?
+}
+
+/// Lets a role work with the schema as it is now, without the right to change it. Run it after every migration.
+///
+/// # Errors
+/// If the server cannot be reached, or there is no such role, or the caller may not grant.
+pub async fn grant(config: &config::Database, role: &str) -> Result<(), DbError> {
+    let client = connect(config).await?;
+    let (schema, role) = (quote(&config.schema), quote(role));
+    let statements = format!(
+        "GRANT USAGE ON SCHEMA {schema} TO {role};
+         GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO {role};
+         GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA {schema} TO {role};
+         GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA {schema} TO {role};
+         REVOKE INSERT, UPDATE, DELETE ON {schema}.refinery_schema_history FROM {role};"
+    );
+    super::within(super::CREATE, client.batch_execute(&statements))
+        .await?
+        .map_err(DbError::from)
+}
+
+/// A connection of its own, outside any pool.
+async fn connect(config: &config::Database) -> Result<Client, DbError> {
+    let (client, _detached) = super::within(super::CREATE, Connector::new(config)?.open())
         .await?
         .map_err(DbError::Connect)?;
-    super::within(LIMIT, run(&mut client, &config.schema)).await?
+    Ok(client)
 }
 
 /// Version the schema is at; `None` if there is none.

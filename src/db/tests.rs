@@ -1,5 +1,7 @@
 //! Against a real server: `POSTROOM_TEST_DATABASE_URL`. Every test has a schema of its own.
 
+mod front;
+
 use secrecy::{ExposeSecret, SecretString};
 
 use super::*;
@@ -252,4 +254,39 @@ async fn a_full_pool_times_out_instead_of_waiting_for_ever() {
     assert!(matches!(error, DbError::PoolTimeout(_)), "{error}");
     assert!(error.is_retryable());
     drop(held);
+}
+
+#[tokio::test]
+async fn a_role_without_rights_on_the_schema_works_once_it_is_granted() {
+    let scratch = Scratch::new();
+    migrate(&scratch.config).await.unwrap();
+    let admin = scratch.database().client().await.unwrap();
+    let role = format!("r{}", scratch.config.schema);
+    admin
+        .batch_execute(&format!("CREATE ROLE {role} LOGIN PASSWORD 'p'"))
+        .await
+        .unwrap();
+    let as_role = scratch.with_url(|url| {
+        let rest = url.split_once('@').map_or(url, |(_, rest)| rest);
+        format!("postgres://{role}:p@{rest}")
+    });
+    let database = Database::connect(&as_role).unwrap();
+    assert_eq!(database.check().await.unwrap_err().class(), "schema");
+
+    grant(&scratch.config, &role).await.unwrap();
+    database.check().await.unwrap();
+    let client = database.client().await.unwrap();
+    client
+        .batch_execute(&database.sql("UPDATE {s}.tenant SET name = 'x'"))
+        .await
+        .unwrap();
+    for refused in ["CREATE TABLE {s}.t ()", "DELETE FROM {s}.refinery_schema_history"] {
+        let error = client.batch_execute(&database.sql(refused)).await.unwrap_err();
+        assert_eq!(error.code().unwrap().code(), "42501", "{refused}");
+    }
+    drop(client);
+    let end = scratch
+        .database()
+        .sql(&format!("DROP SCHEMA {{s}} CASCADE; DROP ROLE {role}"));
+    admin.batch_execute(&end).await.unwrap();
 }

@@ -1,0 +1,126 @@
+//! The command line: parsing, what each command needs from the settings, exit codes.
+//!
+//! To mount a command: a variant in [`Command`] and an arm in [`Invocation::dispatch`]. Its settings are in
+//! [`settings::sections`] already.
+
+mod error;
+mod healthcheck;
+mod migrate;
+mod settings;
+
+#[cfg(test)]
+mod tests;
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::{FromArgMatches as _, Parser, Subcommand};
+
+use crate::config::{self, FromSettings, Sources};
+use crate::telemetry;
+
+pub use error::CliError;
+
+/// Outbound mail worker for `RabbitMQ` and Postgres.
+#[derive(Debug, Parser)]
+#[command(
+    name = "postroom",
+    version,
+    propagate_version = true,
+    arg_required_else_help = true
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// What can be done.
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Create the database schema, or bring it up to date.
+    Migrate(migrate::Args),
+    /// Ask a running process whether it is ready; for containers without curl.
+    Healthcheck,
+}
+
+/// Done.
+const DONE: u8 = 0;
+/// Tried and failed.
+const FAILED: u8 = 1;
+/// Wrong use: arguments or settings.
+const WRONG_USE: u8 = 2;
+
+/// A parsed command line with the settings it comes with.
+#[derive(Debug)]
+pub struct Invocation {
+    command: Command,
+    sources: Sources,
+}
+
+impl Invocation {
+    /// Parses arguments, the program's name first.
+    ///
+    /// # Errors
+    /// With the exit code, if there is nothing to run: help was asked for (and printed), or the arguments are wrong
+    /// (and it was said why).
+    pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Self, ExitCode> {
+        Self::try_parse(args).map_err(|error| {
+            // Nobody to tell if even that fails.
+            let _ = error.print();
+            ExitCode::from(if error.use_stderr() { WRONG_USE } else { DONE })
+        })
+    }
+
+    fn try_parse(args: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
+        let matches = settings::command().try_get_matches_from(args)?;
+        let cli = Cli::from_arg_matches(&matches)?;
+        Ok(Self {
+            command: cli.command,
+            sources: Sources::of_process(settings::flags(&matches)),
+        })
+    }
+
+    /// Starts logging. If the settings for it are wrong, with the defaults: the command tells all wrong settings.
+    pub fn start_logging(&self) {
+        let wanted = config::load(&self.sources).or_else(|_| config::load(&Sources::default()));
+        // It fails only if somebody else has started it.
+        let _ = wanted.map(|wanted| telemetry::init(&wanted));
+    }
+
+    /// Runs the command, prints its error if it has one, and gives the exit code.
+    pub async fn run(self) -> ExitCode {
+        for warning in self.sources.unknown() {
+            tracing::warn!("{warning}");
+        }
+        let mut out = std::io::stdout();
+        let result = self
+            .dispatch(&mut out)
+            .await
+            .and_then(|()| out.flush().map_err(CliError::from));
+        match result {
+            Ok(()) => ExitCode::from(DONE),
+            // `postroom job list | head`: who reads has seen enough.
+            Err(error) if error.is_broken_pipe() => ExitCode::from(DONE),
+            Err(error) => {
+                let _ = writeln!(std::io::stderr(), "postroom: {error}");
+                ExitCode::from(error.exit_code())
+            }
+        }
+    }
+
+    async fn dispatch(self, out: &mut dyn Write) -> Result<(), CliError> {
+        let sources = self.sources;
+        match self.command {
+            Command::Migrate(args) => migrate::run(&args, &load(&sources)?, out).await,
+            Command::Healthcheck => healthcheck::run(&load(&sources)?, out).await,
+        }
+    }
+}
+
+/// The sections that a command needs; `T` is one or a tuple. The settings of the log are checked with them.
+fn load<T: FromSettings>(sources: &Sources) -> Result<T, CliError> {
+    config::load::<(config::Telemetry, T)>(sources)
+        .map(|(_, wanted)| wanted)
+        .map_err(CliError::Config)
+}

@@ -1,0 +1,246 @@
+use std::collections::BTreeMap;
+
+use super::*;
+use crate::config::settings::SETTINGS;
+
+fn parse(args: &[&str]) -> Result<Invocation, clap::Error> {
+    Invocation::try_parse(["postroom"].iter().chain(args).map(OsString::from))
+}
+
+fn sources(env: &[(&str, &str)]) -> Sources {
+    let env = env
+        .iter()
+        .map(|(name, value)| ((*name).into(), (*value).into()))
+        .collect();
+    Sources {
+        env,
+        flags: BTreeMap::new(),
+        hostname: "box".into(),
+        terminal: false,
+    }
+}
+
+async fn run(args: &[&str], env: &[(&str, &str)]) -> (Result<(), CliError>, String) {
+    let mut invocation = parse(args).unwrap();
+    invocation.sources = Sources {
+        flags: invocation.sources.flags,
+        ..sources(env)
+    };
+    let mut out = Vec::new();
+    let result = invocation.dispatch(&mut out).await;
+    (result, String::from_utf8(out).unwrap())
+}
+
+#[test]
+fn the_command_line_is_sound() {
+    settings::command().debug_assert();
+}
+
+#[test]
+fn help_and_documentation_name_every_variable() {
+    let help = settings::command().render_long_help().to_string();
+    let documentation = include_str!("../../docs/configuration.md");
+    for setting in SETTINGS {
+        assert!(help.contains(setting.name), "--help lacks {}", setting.name);
+        assert!(
+            documentation.contains(setting.name),
+            "docs/configuration.md lacks {}",
+            setting.name
+        );
+        assert!(
+            documentation.contains(&format!("`--{}`", setting.flag())),
+            "docs lack --{}",
+            setting.flag()
+        );
+        if setting.secret {
+            assert!(
+                help.contains(&setting.file_variable()) && documentation.contains(&setting.file_variable())
+            );
+        }
+    }
+}
+
+#[test]
+fn documentation_is_what_the_table_says() {
+    let documentation = include_str!("../../docs/configuration.md");
+    for setting in SETTINGS {
+        let default = setting
+            .default
+            .map_or_else(|| "–".into(), |default| format!("`{default}`"));
+        let (form, help) = (setting.form.replace('|', "\\|"), setting.help.replace('|', "\\|"));
+        let row = format!(
+            "| `{}` | `--{}` | `{form}` | {default} | {help} |",
+            setting.name,
+            setting.flag()
+        );
+        assert!(
+            documentation.contains(&row),
+            "docs/configuration.md should have this row:\n{row}"
+        );
+    }
+}
+
+#[test]
+fn every_command_shows_its_settings() {
+    for command in settings::command().get_subcommands_mut() {
+        let name = command.get_name().to_owned();
+        let help = command.render_long_help().to_string();
+        for setting in SETTINGS {
+            let wanted = setting
+                .sections
+                .iter()
+                .any(|section| settings::sections(&name).contains(section));
+            assert!(
+                !wanted || help.contains(&format!("--{} ", setting.flag())),
+                "{name} --help lacks {}",
+                setting.name
+            );
+        }
+        assert!(help.contains("Examples:"), "{name} --help has no example");
+    }
+}
+
+#[test]
+fn flags_stand_for_variables_at_any_place() {
+    for args in [["--log", "debug", "migrate"], ["migrate", "--log", "debug"]] {
+        assert_eq!(
+            parse(&args).unwrap().sources.flags,
+            BTreeMap::from([("POSTROOM_LOG".into(), "debug".into())])
+        );
+    }
+    let flags = parse(&["migrate", "--database-url-file", "/run/url"])
+        .unwrap()
+        .sources
+        .flags;
+    assert_eq!(
+        flags,
+        BTreeMap::from([("POSTROOM_DATABASE_URL_FILE".into(), "/run/url".into())])
+    );
+}
+
+#[test]
+fn secrets_and_urls_with_passwords_are_no_flags() {
+    for flag in [
+        "--amqp-url",
+        "--database-url",
+        "--encryption-keys",
+        "--override-keys",
+    ] {
+        assert!(parse(&["migrate", flag, "x"]).is_err(), "{flag}");
+        assert!(parse(&["worker", flag, "x"]).is_err(), "{flag}");
+    }
+}
+
+#[test]
+fn version_and_help_are_no_errors_and_wrong_arguments_are() {
+    for (args, stderr) in [
+        (vec!["--version"], false),
+        (vec!["--help"], false),
+        (vec!["migrat"], true),
+        (vec![], true),
+    ] {
+        assert_eq!(parse(&args).unwrap_err().use_stderr(), stderr, "{args:?}");
+    }
+    assert!(
+        parse(&["--version"])
+            .unwrap_err()
+            .to_string()
+            .contains(env!("CARGO_PKG_VERSION"))
+    );
+}
+
+#[tokio::test]
+async fn wrong_settings_are_wrong_use_and_all_are_named() {
+    let env = [
+        ("POSTROOM_DATABASE_SCHEMA", "A b"),
+        ("POSTROOM_LOG_FORMAT", "xml"),
+    ];
+    let error = run(&["migrate"], &env).await.0.unwrap_err();
+    assert_eq!(error.exit_code(), WRONG_USE);
+    let text = error.to_string();
+    for name in [
+        "POSTROOM_DATABASE_URL",
+        "POSTROOM_DATABASE_SCHEMA",
+        "POSTROOM_LOG_FORMAT",
+    ] {
+        assert!(text.contains(name), "{text}");
+    }
+    let error = run(&["healthcheck"], &[("POSTROOM_HTTP_ADDR", "off")])
+        .await
+        .0
+        .unwrap_err();
+    assert_eq!(error.exit_code(), WRONG_USE);
+}
+
+#[tokio::test]
+async fn a_database_that_is_away_is_a_failure_and_its_password_is_not_shown() {
+    let env = [("POSTROOM_DATABASE_URL", "postgres://u:hunter2@127.0.0.1:1/d")];
+    let error = run(&["migrate"], &env).await.0.unwrap_err();
+    assert_eq!(error.exit_code(), FAILED);
+    assert!(
+        error.to_string().contains("cannot connect") && !error.to_string().contains("hunter2"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_reader_that_has_gone_is_no_failure() {
+    #[derive(Debug, thiserror::Error)]
+    #[error("listing")]
+    struct Listing(#[source] std::io::Error);
+    let gone = || std::io::Error::from(std::io::ErrorKind::BrokenPipe);
+    assert!(CliError::from(gone()).is_broken_pipe());
+    assert!(CliError::from(Listing(gone())).is_broken_pipe());
+    assert!(!CliError::from(std::io::Error::other("x")).is_broken_pipe());
+}
+
+#[tokio::test]
+async fn migrate_says_what_it_did() {
+    let url = std::env::var("POSTROOM_TEST_DATABASE_URL")
+        .expect("POSTROOM_TEST_DATABASE_URL must name a Postgres server for tests: run `make test`");
+    let schema = format!("t_cli_{}", uuid::Uuid::new_v4().simple());
+    let env = [("POSTROOM_DATABASE_URL", url.as_str())];
+    let (result, first) = run(&["migrate", "--database-schema", &schema], &env).await;
+    result.unwrap();
+    assert!(
+        first.starts_with(&format!("schema {schema}: version 0 -> ")),
+        "{first}"
+    );
+    let (result, second) = run(&["migrate", "--database-schema", &schema], &env).await;
+    result.unwrap();
+    assert!(second.contains("up to date"), "{second}");
+
+    let config = config::load(&sources(&[env[0], ("POSTROOM_DATABASE_SCHEMA", &schema)])).unwrap();
+    let database = crate::db::Database::connect(&config).unwrap();
+    let drop = database.sql("DROP SCHEMA {s} CASCADE");
+    database
+        .client()
+        .await
+        .unwrap()
+        .batch_execute(&drop)
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn healthcheck_passes_readiness_on() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let readiness = crate::health::Readiness::default();
+    let metrics = std::sync::Arc::new(crate::telemetry::metrics::Metrics::new().unwrap());
+    let addr = "127.0.0.1:0".parse().unwrap();
+    let server = crate::health::Server::bind(addr, readiness.clone(), metrics)
+        .await
+        .unwrap();
+    let addr = server.addr().to_string();
+    tokio::spawn(server.run(tokio_util::sync::CancellationToken::new()));
+
+    let amqp = readiness.component("amqp");
+    let (result, _) = run(&["healthcheck", "--http-addr", &addr], &[]).await;
+    let error = result.unwrap_err();
+    assert_eq!(error.exit_code(), FAILED);
+    assert!(error.to_string().contains("[-] amqp: starting"), "{error}");
+    amqp.ready();
+    let (result, out) = run(&["healthcheck"], &[("POSTROOM_HTTP_ADDR", &addr)]).await;
+    result.unwrap();
+    assert!(out.contains("[+] amqp ok"), "{out}");
+}

@@ -1,0 +1,340 @@
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+use secrecy::ExposeSecret;
+
+use super::settings::{SETTINGS, Section, find};
+use super::*;
+
+fn sources(env: &[(&str, &str)]) -> Sources {
+    let env = env
+        .iter()
+        .map(|(name, value)| ((*name).into(), (*value).into()))
+        .collect();
+    Sources {
+        env,
+        flags: BTreeMap::new(),
+        hostname: "box.example".into(),
+        terminal: false,
+    }
+}
+
+fn errors<T: FromSettings>(env: &[(&str, &str)]) -> Vec<String> {
+    match load::<T>(&sources(env)) {
+        Ok(_) => Vec::new(),
+        Err(errors) => errors.iter().map(ToString::to_string).collect(),
+    }
+}
+
+const DATABASE: (&str, &str) = ("POSTROOM_DATABASE_URL", "postgres://u:hunter2@h/d");
+const AMQP: (&str, &str) = ("POSTROOM_AMQP_URL", "amqp://u:hunter2@h:5672/%2f");
+
+#[test]
+fn defaults_of_the_table_are_those_of_the_types() {
+    let nothing = sources(&[]);
+    assert_eq!(
+        format!("{:?}", load::<Fetch>(&nothing).unwrap()),
+        format!("{:?}", Fetch::default())
+    );
+    assert_eq!(
+        format!("{:?}", load::<JobLimits>(&nothing).unwrap()),
+        format!("{:?}", JobLimits::default())
+    );
+    let smtp = load::<Smtp>(&nothing).unwrap();
+    assert_eq!(
+        format!("{:?}", smtp.timeouts),
+        format!("{:?}", SmtpTimeouts::default())
+    );
+    assert_eq!(
+        (smtp.ehlo_name.as_str(), smtp.pool_size, smtp.max_messages),
+        ("box.example", 16, 1000)
+    );
+    let worker = load::<Worker>(&nothing).unwrap();
+    assert_eq!(
+        (worker.concurrency, worker.lease, worker.grace_period),
+        (64, secs(45), secs(60))
+    );
+    assert_eq!(
+        (worker.retention, worker.deferred_report_after),
+        (secs(30 * 86_400), secs(60))
+    );
+    assert_eq!(worker.unknown_tenant, UnknownTenant::default());
+    let webhook = load::<Webhook>(&nothing).unwrap();
+    assert_eq!(
+        (webhook.timeout, webhook.disable_after),
+        (secs(15), secs(5 * 86_400))
+    );
+    assert!(load::<Option<Storage>>(&nothing).unwrap().is_none());
+    let telemetry = load::<Telemetry>(&nothing).unwrap();
+    assert_eq!((telemetry.log.as_str(), telemetry.json), ("info", true));
+    assert_eq!(telemetry.http_addr, Some("0.0.0.0:9090".parse().unwrap()));
+}
+
+fn secs(secs: u64) -> Duration {
+    Duration::from_secs(secs)
+}
+
+#[test]
+fn a_flag_beats_the_environment_and_an_empty_variable_is_none() {
+    let mut sources = sources(&[("POSTROOM_PREFIX", "env"), ("POSTROOM_TOPOLOGY", ""), AMQP]);
+    assert_eq!(load::<Broker>(&sources).unwrap().prefix, "env");
+    sources.flags.insert("POSTROOM_PREFIX".into(), "flag".into());
+    let broker = load::<Broker>(&sources).unwrap();
+    assert_eq!(
+        (broker.prefix.as_str(), broker.topology),
+        ("flag", TopologyMode::Apply)
+    );
+    assert_eq!(broker.url.expose_secret(), AMQP.1);
+}
+
+#[test]
+fn every_error_is_told_at_once_and_only_once() {
+    type All = (Broker, Database, Keys, Smtp, Worker, Webhook);
+    let found = errors::<All>(&[
+        ("POSTROOM_AMQP_URL", "http://u:hunter2@h"),
+        ("POSTROOM_PREFIX", "a b"),
+        ("POSTROOM_LEASE", "45"),
+        ("POSTROOM_RETENTION", "1h"),
+        ("POSTROOM_POOL_SIZE", "0"),
+    ]);
+    let names: Vec<_> = found.iter().map(|text| text.split(':').next().unwrap()).collect();
+    let expected = [
+        "POSTROOM_AMQP_URL",
+        "POSTROOM_PREFIX",
+        "POSTROOM_DATABASE_URL",
+        "POSTROOM_ENCRYPTION_KEYS",
+        "POSTROOM_POOL_SIZE",
+        "POSTROOM_LEASE",
+        "POSTROOM_RETENTION",
+    ];
+    assert_eq!(names, expected);
+    assert!(!found.join("\n").contains("hunter2"));
+    assert!(
+        found[5].contains("`45` cannot be used") && found[5].contains("from 1s to 10m"),
+        "{}",
+        found[5]
+    );
+    assert!(
+        found[2].contains("is not set") && found[2].contains("POSTROOM_DATABASE_URL_FILE"),
+        "{}",
+        found[2]
+    );
+}
+
+#[test]
+fn names_can_be_read_without_a_broker() {
+    let BrokerNames(broker) = load(&sources(&[("POSTROOM_QUEUES", "high:mail.jobs.acme,low:x:y")])).unwrap();
+    assert_eq!(
+        broker.extra_queues,
+        [(Level::High, "mail.jobs.acme".into()), (Level::Low, "x:y".into())]
+    );
+}
+
+#[test]
+fn a_secret_comes_from_its_file_but_not_from_both() {
+    let path = std::env::temp_dir().join(format!("postroom-secret-{}", std::process::id()));
+    std::fs::write(&path, "postgres://u:hunter2@h/d\n").unwrap();
+    let file = ("POSTROOM_DATABASE_URL_FILE", path.to_str().unwrap());
+    let database = load::<Database>(&sources(&[file])).unwrap();
+    assert_eq!(database.url.expose_secret(), "postgres://u:hunter2@h/d");
+    assert_eq!(errors::<Database>(&[file, DATABASE]).len(), 1);
+    std::fs::write(&path, " \n").unwrap();
+    assert!(errors::<Database>(&[file])[0].contains("is empty"));
+    std::fs::remove_file(&path).unwrap();
+    assert!(errors::<Database>(&[file])[0].starts_with("POSTROOM_DATABASE_URL_FILE: cannot open"));
+}
+
+#[test]
+fn secrets_are_not_shown_by_debug() {
+    let sources = sources(&[DATABASE, AMQP]);
+    let loaded: (Broker, Database) = load(&sources).unwrap();
+    assert!(!format!("{loaded:?} {sources:?}").contains("hunter2"));
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    type All = (
+        Broker,
+        Database,
+        Smtp,
+        JobLimits,
+        Fetch,
+        Option<Storage>,
+        Egress,
+        Webhook,
+        Telemetry,
+    );
+    let wrong = [
+        ("POSTROOM_DATABASE_SCHEMA", "Mail"),
+        ("POSTROOM_DATABASE_SCHEMA", "pg_mail"),
+        ("POSTROOM_DATABASE_SCHEMA", "1x"),
+        ("POSTROOM_DATABASE_SCHEMA", "a\"b"),
+        ("POSTROOM_DATABASE_CA_FILE", "/no/such/file"),
+        ("POSTROOM_PREFIX", "mail."),
+        ("POSTROOM_PREFIX", "amq.mail"),
+        ("POSTROOM_TOPOLOGY", "maybe"),
+        ("POSTROOM_QUEUES", "mail.jobs.acme"),
+        ("POSTROOM_QUEUES", "urgent:q"),
+        ("POSTROOM_QUEUES", "high:q,low:q"),
+        ("POSTROOM_JOB_MAX_BYTES", "16MiB"),
+        ("POSTROOM_JOB_MAX_INFLATED_BYTES", "1MiB"),
+        ("POSTROOM_STORAGE_URL", "ftp://x/y"),
+        ("POSTROOM_STORAGE_URL", "s3://key:secret@bucket"),
+        ("POSTROOM_STORAGE_URL", "file:///srv/files"),
+        ("POSTROOM_STORAGE_PUBLIC_URL", "files.example.com"),
+        ("POSTROOM_LINK_LIFETIME", "8d"),
+        ("POSTROOM_EGRESS_ALLOW", "10.0.0.0/33"),
+        ("POSTROOM_EGRESS_ALLOW", "localhost"),
+        ("POSTROOM_HTTP_ADDR", "localhost"),
+        ("POSTROOM_LOG", "loud"),
+        ("POSTROOM_LOG_FORMAT", "xml"),
+        ("POSTROOM_EHLO_NAME", "under_score"),
+        ("POSTROOM_WEBHOOK_RETRY_SCALE", "0"),
+        ("POSTROOM_ATTACHMENT_MEMORY", "2MiB"),
+    ];
+    for setting in wrong {
+        let found = errors::<All>(&[DATABASE, AMQP, setting]);
+        assert_eq!(found.len(), 1, "{setting:?}: {found:?}");
+        assert!(
+            found[0].contains("give ") || found[0].contains("no such file"),
+            "{}",
+            found[0]
+        );
+    }
+    for setting in [
+        ("POSTROOM_QUEUES", " high:a , low:b "),
+        ("POSTROOM_EGRESS_ALLOW", "127.0.0.1, 10.0.0.0/8,fd00::/8"),
+        ("POSTROOM_HTTP_ADDR", ":8080"),
+        ("POSTROOM_HTTP_ADDR", "off"),
+        ("POSTROOM_LOG", "info,postroom::smtp=debug"),
+        ("POSTROOM_EHLO_NAME", "[192.0.2.1]"),
+        ("POSTROOM_STORAGE_URL", "s3://bucket/prefix"),
+    ] {
+        assert_eq!(
+            errors::<All>(&[DATABASE, AMQP, setting]),
+            Vec::<String>::new(),
+            "{setting:?}"
+        );
+    }
+}
+
+#[test]
+fn a_local_folder_needs_a_public_url() {
+    let env = [
+        ("POSTROOM_STORAGE_URL", "file:///srv/f"),
+        ("POSTROOM_STORAGE_PUBLIC_URL", "https://f.example/x/"),
+    ];
+    let storage = load::<Option<Storage>>(&sources(&env)).unwrap().unwrap();
+    assert_eq!(storage.public_url.as_deref(), Some("https://f.example/x"));
+    assert_eq!(storage.url, "file:///srv/f");
+}
+
+#[test]
+fn misspelt_variables_are_told_with_the_nearest_name() {
+    let unknown = sources(&[
+        ("POSTROOM_CONCURENCY", "5"),
+        ("POSTROOM_SOMETHING_ELSE", "5"),
+        ("POSTROOM_TEST_AMQP_URL", "x"),
+        ("POSTROOM_DATABASE_URL_FILE", "x"),
+        ("POSTROOM_SERVICE_HOST", "10.0.0.1"),
+        ("POSTROOM_PORT_9090_TCP_ADDR", "10.0.0.1"),
+        ("POSTROOM_LOG", "info"),
+        ("PATH", "/bin"),
+    ])
+    .unknown();
+    assert_eq!(unknown.len(), 2, "{unknown:?}");
+    assert!(
+        unknown[0].contains("did you mean POSTROOM_CONCURRENCY?"),
+        "{unknown:?}"
+    );
+    assert!(unknown[1].contains("`postroom --help`"), "{unknown:?}");
+}
+
+#[test]
+fn every_setting_is_named_once_and_has_a_section() {
+    for (at, setting) in SETTINGS.iter().enumerate() {
+        assert!(setting.name.starts_with("POSTROOM_"), "{}", setting.name);
+        assert!(
+            !setting.sections.is_empty() && !setting.help.is_empty(),
+            "{}",
+            setting.name
+        );
+        assert!(setting.help.ends_with('.'), "{}", setting.name);
+        assert!(
+            SETTINGS[..at].iter().all(|other| other.name != setting.name),
+            "{} twice",
+            setting.name
+        );
+    }
+    assert!(find("POSTROOM_LOG").is_some());
+    assert!(
+        Section::ALL
+            .iter()
+            .all(|section| SETTINGS.iter().any(|s| s.sections.contains(section)))
+    );
+}
+
+#[test]
+fn durations_add_up() {
+    for (text, millis) in [
+        ("45s", 45_000),
+        ("1h30m", 5_400_000),
+        ("500ms", 500),
+        ("30d", 2_592_000_000),
+        ("0s", 0),
+    ] {
+        assert_eq!(
+            parse::duration(text, Duration::ZERO..=secs(1 << 32)).unwrap(),
+            Duration::from_millis(millis)
+        );
+    }
+    for text in [
+        "",
+        "s",
+        "5",
+        "5x",
+        "-5s",
+        "5 s",
+        "1.5h",
+        "99999999999999999999d",
+        "18446744073709551615d",
+    ] {
+        assert!(
+            parse::duration(text, Duration::ZERO..=Duration::MAX).is_err(),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn sizes_have_units() {
+    for (text, bytes) in [
+        ("8MiB", 8 << 20),
+        ("8388608", 8 << 20),
+        ("10 MB", 10_000_000),
+        ("1KiB", 1024),
+        ("7B", 7),
+    ] {
+        assert_eq!(parse::size(text, 0..=u64::MAX).unwrap(), bytes);
+    }
+    for text in ["", "MiB", "8mib", "8.5MiB", "-1", "18446744073709551615GiB"] {
+        assert!(parse::size(text, 0..=u64::MAX).is_err(), "{text}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_shown_duration_reads_back(millis in 0_u64..10_000_000_000) {
+        let duration = Duration::from_millis(millis);
+        let text = parse::show_duration(duration);
+        prop_assert_eq!(parse::duration(&text, Duration::ZERO..=Duration::MAX).unwrap(), duration);
+    }
+
+    #[test]
+    fn no_text_makes_a_parser_panic(text in "\\PC*") {
+        let _ = parse::duration(&text, Duration::ZERO..=Duration::MAX);
+        let _ = parse::size(&text, 0..=u64::MAX);
+        let _ = (parse::queues(&text).is_ok(), parse::networks(&text).is_ok(), parse::http_addr(&text).is_ok());
+        let _ = (parse::storage_url(&text).is_ok(), parse::ehlo_name(&text).is_ok(), parse::prefix(&text).is_ok());
+    }
+}
