@@ -1,10 +1,11 @@
 //! Postroom: the mail room for teams that run `RabbitMQ` and Postgres.
 pub mod address;
 pub mod attachment;
-pub mod compose;
 pub mod cli;
+pub mod compose;
 pub mod config;
 pub mod db;
+pub mod directory;
 pub mod egress;
 pub mod failure;
 pub mod health;
@@ -13,5 +14,8 @@ pub mod job;
 pub mod ledger;
 pub mod level;
 pub mod report;
+pub mod retry;
+pub mod secret;
 pub mod shutdown;
+pub mod smtp;
 pub mod telemetry;

@@ -1,0 +1,361 @@
+//! Accounts: set, show, list, remove.
+
+use std::time::Duration;
+
+use deadpool_postgres::Transaction;
+use secrecy::{ExposeSecret, SecretString};
+use tokio_postgres::types::Type;
+
+use super::{Store, StoredAccount, check_text, limits, optional_number, within};
+use crate::address::Mailbox;
+use crate::directory::limits::LimitChanges;
+use crate::directory::{DirectoryError, row};
+use crate::id::{AccountId, AccountKey, TenantId};
+use crate::job::TlsMode;
+use crate::secret::stored::{account_password_aad, verify_keys};
+
+/// What is to be changed about an account; what is `None` stays.
+#[derive(Debug, Clone, Default)]
+pub struct AccountChange {
+    /// SMTP host.
+    pub host: Option<String>,
+    /// SMTP port.
+    pub port: Option<u16>,
+    /// How connections are protected.
+    pub tls: Option<TlsMode>,
+    /// User name; empty removes user name and password.
+    pub username: Option<String>,
+    /// Password, in clear; it is sealed before it leaves this process.
+    pub password: Option<SecretString>,
+    /// Whether the password may be sent over an unencrypted connection.
+    pub allow_plaintext_auth: Option<bool>,
+    /// Certificate authorities, PEM; empty removes them.
+    pub ca_pem: Option<String>,
+    /// Author of mails whose job names none; `Some(None)` removes it.
+    pub from: Option<Option<Mailbox>>,
+    /// Rate limits.
+    pub limits: LimitChanges,
+    /// Connections at once, over all workers; 0 removes the cap.
+    pub max_connections: Option<u32>,
+    /// Attempts before a job fails; 0 for the installation's default.
+    pub max_attempts: Option<u32>,
+    /// Age at which a job fails; 0 for the installation's default.
+    pub max_age: Option<Duration>,
+    /// Makes it the tenant's default instead of the one that was.
+    pub make_default: bool,
+}
+
+impl AccountChange {
+    /// A new account, before the change is applied to it.
+    fn blank(&self, tenant: &TenantId, id: &AccountId) -> Result<StoredAccount, DirectoryError> {
+        let (Some(host), Some(port), Some(tls)) = (self.host.clone(), self.port, self.tls) else {
+            let flags = [
+                ("--host", self.host.is_none()),
+                ("--port", self.port.is_none()),
+                ("--tls", self.tls.is_none()),
+            ];
+            let missing: Vec<_> = flags
+                .iter()
+                .filter(|(_, missing)| *missing)
+                .map(|(flag, _)| *flag)
+                .collect();
+            return Err(DirectoryError::Incomplete {
+                key: AccountKey::new(tenant, id),
+                missing: missing.join(", "),
+            });
+        };
+        Ok(StoredAccount {
+            tenant: tenant.clone(),
+            id: id.clone(),
+            host,
+            port,
+            tls,
+            username: None,
+            password: None,
+            allow_plaintext_auth: false,
+            ca_pem: None,
+            from: None,
+            limits: Vec::new(),
+            max_connections: None,
+            max_attempts: None,
+            max_age: None,
+            is_default: false,
+            version: 0,
+        })
+    }
+
+    /// Everything but the password.
+    fn apply(&self, account: &StoredAccount) -> Result<StoredAccount, DirectoryError> {
+        let mut next = account.clone();
+        if let Some(host) = &self.host {
+            check_host(host)?;
+            next.host.clone_from(host);
+        }
+        if self.port == Some(0) {
+            return Err(DirectoryError::Invalid("the port must be 1 to 65535".to_owned()));
+        }
+        next.port = self.port.unwrap_or(next.port);
+        next.tls = self.tls.unwrap_or(next.tls);
+        if let Some(username) = &self.username {
+            check_text("the user name", username)?;
+            next.username = (!username.is_empty()).then(|| username.clone());
+        }
+        next.allow_plaintext_auth = self.allow_plaintext_auth.unwrap_or(next.allow_plaintext_auth);
+        if let Some(pem) = &self.ca_pem {
+            next.ca_pem = (!pem.is_empty()).then(|| pem.clone());
+        }
+        if let Some(from) = &self.from {
+            next.from.clone_from(from);
+        }
+        next.limits = self
+            .limits
+            .apply(&account.limits)
+            .map_err(DirectoryError::Invalid)?;
+        if let Some(cap) = self.max_connections {
+            next.max_connections = optional_number("the number of connections", cap)?;
+        }
+        if let Some(attempts) = self.max_attempts {
+            next.max_attempts = optional_number("the number of attempts", attempts)?;
+        }
+        if let Some(age) = self.max_age {
+            next.max_age = (age.as_secs() > 0).then_some(age);
+        }
+        next.is_default |= self.make_default;
+        Ok(next)
+    }
+}
+
+/// Whether connections made with the one must not be used for the other.
+fn connects_differently(a: &StoredAccount, b: &StoredAccount) -> bool {
+    (&a.host, a.port, a.tls) != (&b.host, b.port, b.tls)
+        || (&a.username, &a.password, &a.ca_pem) != (&b.username, &b.password, &b.ca_pem)
+}
+
+fn check_host(host: &str) -> Result<(), DirectoryError> {
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_' | b':' | b'[' | b']');
+    if host.is_empty() || host.len() > 253 || !host.bytes().all(allowed) {
+        return Err(DirectoryError::Invalid(
+            "the host must be a host name (international ones in their xn-- form) or an address".to_owned(),
+        ));
+    }
+    Ok(())
+}
+
+impl Store {
+    /// Creates the account if it is missing and changes what is named. The first account of a tenant becomes its
+    /// default.
+    ///
+    /// # Errors
+    /// [`DirectoryError::NoTenant`], [`DirectoryError::Incomplete`] for a new account without host, port or TLS mode,
+    /// if a value makes no sense, or the database fails; then nothing was changed.
+    pub async fn set_account(
+        &self,
+        tenant: &TenantId,
+        id: &AccountId,
+        change: &AccountChange,
+    ) -> Result<StoredAccount, DirectoryError> {
+        if change.password.is_some() {
+            let keys = self.keys.as_ref().ok_or(DirectoryError::NoKeys)?;
+            // A password sealed with a wrong key would be lost to every worker.
+            verify_keys(&self.db, keys).await?;
+        }
+        within(self.set_account_now(tenant, id, change)).await
+    }
+
+    async fn set_account_now(
+        &self,
+        tenant: &TenantId,
+        id: &AccountId,
+        change: &AccountChange,
+    ) -> Result<StoredAccount, DirectoryError> {
+        let mut client = self.db.client().await?;
+        let tx = client.transaction().await?;
+        self.lock_tenant(&tx, tenant).await?;
+        let siblings = self.read_accounts(&tx, tenant).await?;
+        let stored = siblings.iter().find(|account| account.id == *id);
+        let current = stored.map_or_else(|| change.blank(tenant, id), |account| Ok(account.clone()))?;
+        let mut next = change.apply(&current)?;
+        self.apply_password(change, &mut next)?;
+        next.is_default |= siblings.is_empty();
+        if stored.is_none() {
+            self.write_account(&tx, &next).await?;
+        } else if next != current {
+            next.version += i64::from(connects_differently(&current, &next));
+            self.write_account(&tx, &next).await?;
+        }
+        let key = next.key();
+        if next.limits != current.limits {
+            self.set_limits(&tx, key.as_str(), &next.limits).await?;
+        }
+        if next.max_connections != current.max_connections {
+            self.set_cap(&tx, key.as_str(), next.max_connections).await?;
+        }
+        let written = self.read_accounts(&tx, tenant).await?;
+        tx.commit().await?;
+        written
+            .into_iter()
+            .find(|account| account.id == *id)
+            .ok_or(DirectoryError::NoAccount(key))
+    }
+
+    /// Seals a new password; the same one again changes nothing.
+    fn apply_password(&self, change: &AccountChange, next: &mut StoredAccount) -> Result<(), DirectoryError> {
+        if next.username.is_none() {
+            next.password = None;
+            return match &change.password {
+                Some(_) => Err(DirectoryError::Invalid(
+                    "a password needs a user name: add --username".to_owned(),
+                )),
+                None => Ok(()),
+            };
+        }
+        if let Some(password) = &change.password {
+            let keys = self.keys.as_ref().ok_or(DirectoryError::NoKeys)?;
+            let aad = account_password_aad(&next.tenant, &next.id);
+            let same = next.password.as_ref().is_some_and(|sealed| {
+                keys.open(sealed, &aad)
+                    .is_ok_and(|old| old.expose_secret() == password.expose_secret())
+            });
+            if password.expose_secret().is_empty() {
+                return Err(DirectoryError::Invalid("the password is empty".to_owned()));
+            }
+            if password.expose_secret().len() > 4_096 || password.expose_secret().contains('\0') {
+                return Err(DirectoryError::Invalid(
+                    "the password is too long, or contains a NUL".to_owned(),
+                ));
+            }
+            if !same {
+                next.password = Some(keys.seal(password.expose_secret().as_bytes(), &aad));
+            }
+        }
+        if next.password.is_none() {
+            return Err(DirectoryError::Invalid(
+                "a user name needs a password: add --password-stdin".to_owned(),
+            ));
+        }
+        Ok(())
+    }
+
+    async fn write_account(
+        &self,
+        tx: &Transaction<'_>,
+        account: &StoredAccount,
+    ) -> Result<(), DirectoryError> {
+        let (tenant, id) = (account.tenant.as_str(), account.id.as_str());
+        if account.is_default {
+            let sql = self.db.sql(
+                "UPDATE {s}.account SET is_default = false, updated_at = clock_timestamp() \
+                 WHERE tenant = $1 AND id <> $2 AND is_default",
+            );
+            tx.execute_typed(&sql, &[(&tenant, Type::TEXT), (&id, Type::TEXT)])
+                .await?;
+        }
+        // A new account begins at the time in microseconds: above every version that a removed one of its name had.
+        let sql = self.db.sql(
+            "INSERT INTO {s}.account AS a (tenant, id, host, port, tls, username, password, allow_plaintext_auth, \
+             ca_pem, from_address, limits, max_connections, max_attempts, max_age_seconds, is_default, version) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, \
+             (extract(epoch FROM clock_timestamp()) * 1000000)::bigint) \
+             ON CONFLICT (tenant, id) DO UPDATE SET host = $3, port = $4, tls = $5, username = $6, password = $7, \
+             allow_plaintext_auth = $8, ca_pem = $9, from_address = $10, limits = $11, max_connections = $12, \
+             max_attempts = $13, max_age_seconds = $14, is_default = $15, version = $16, \
+             updated_at = clock_timestamp()",
+        );
+        let number = |n: Option<u32>| n.map(|n| n as i32);
+        let age = account.max_age.map(|age| age.as_secs() as i64);
+        tx.execute_typed(
+            &sql,
+            &[
+                (&tenant, Type::TEXT),
+                (&id, Type::TEXT),
+                (&account.host, Type::TEXT),
+                (&i32::from(account.port), Type::INT4),
+                (&account.tls.as_str(), Type::TEXT),
+                (&account.username, Type::TEXT),
+                (&account.password, Type::TEXT),
+                (&account.allow_plaintext_auth, Type::BOOL),
+                (&account.ca_pem, Type::TEXT),
+                (&account.from.as_ref().map(ToString::to_string), Type::TEXT),
+                (&limits::to_json(&account.limits), Type::JSONB),
+                (&number(account.max_connections), Type::INT4),
+                (&number(account.max_attempts), Type::INT4),
+                (&age, Type::INT8),
+                (&account.is_default, Type::BOOL),
+                (&account.version, Type::INT8),
+            ],
+        )
+        .await?;
+        Ok(())
+    }
+
+    async fn read_accounts(
+        &self,
+        tx: &Transaction<'_>,
+        tenant: &TenantId,
+    ) -> Result<Vec<StoredAccount>, DirectoryError> {
+        let columns = row::ACCOUNT_COLUMNS;
+        let sql = self.db.sql(&format!(
+            "SELECT {columns} FROM {{s}}.account a WHERE tenant = $1 ORDER BY id"
+        ));
+        let rows = tx.query_typed(&sql, &[(&tenant.as_str(), Type::TEXT)]).await?;
+        rows.iter()
+            .filter_map(|row| row::account(row, 0).transpose())
+            .collect()
+    }
+
+    /// The accounts of a tenant by name.
+    ///
+    /// # Errors
+    /// [`DirectoryError::NoTenant`], or if the database fails.
+    pub async fn accounts(&self, tenant: &TenantId) -> Result<Vec<StoredAccount>, DirectoryError> {
+        within(async {
+            let mut client = self.db.client().await?;
+            let tx = client.transaction().await?;
+            let accounts = self.read_accounts(&tx, tenant).await?;
+            if accounts.is_empty() {
+                self.lock_tenant(&tx, tenant).await?;
+            }
+            tx.rollback().await?;
+            Ok(accounts)
+        })
+        .await
+    }
+
+    /// One account.
+    ///
+    /// # Errors
+    /// [`DirectoryError::NoTenant`], [`DirectoryError::NoAccount`], or if the database fails.
+    pub async fn account(&self, tenant: &TenantId, id: &AccountId) -> Result<StoredAccount, DirectoryError> {
+        let accounts = self.accounts(tenant).await?;
+        accounts
+            .into_iter()
+            .find(|account| account.id == *id)
+            .ok_or_else(|| DirectoryError::NoAccount(AccountKey::new(tenant, id)))
+    }
+
+    /// Removes an account and its limits. If it was the default, the tenant has none until another is made it.
+    ///
+    /// # Errors
+    /// [`DirectoryError::NoTenant`], [`DirectoryError::NoAccount`], or if the database fails.
+    pub async fn remove_account(&self, tenant: &TenantId, id: &AccountId) -> Result<(), DirectoryError> {
+        within(async {
+            let key = AccountKey::new(tenant, id);
+            let mut client = self.db.client().await?;
+            let tx = client.transaction().await?;
+            self.lock_tenant(&tx, tenant).await?;
+            let sql = self
+                .db
+                .sql("DELETE FROM {s}.account WHERE tenant = $1 AND id = $2");
+            let parameters: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 2] =
+                [(&tenant.as_str(), Type::TEXT), (&id.as_str(), Type::TEXT)];
+            if tx.execute_typed(&sql, &parameters).await? == 0 {
+                return Err(DirectoryError::NoAccount(key));
+            }
+            self.set_limits(&tx, key.as_str(), &[]).await?;
+            self.set_cap(&tx, key.as_str(), None).await?;
+            tx.commit().await?;
+            Ok(())
+        })
+        .await
+    }
+}

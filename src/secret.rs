@@ -1,0 +1,10 @@
+//! Secrets: sealed at rest with AES-256-GCM under named keys, opened only where they are used.
+//!
+//! [`keyring`] seals and opens stored values, [`jwe`] opens what producers sealed, [`stored`] knows every column that
+//! holds a sealed value: for the check at start and for rotation.
+
+pub mod jwe;
+pub mod keyring;
+pub mod stored;
+
+pub use keyring::{KeyError, Keyring, SecretError};

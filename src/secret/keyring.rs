@@ -1,0 +1,310 @@
+//! Named AES-256-GCM keys, one of them active, and the form in which values sealed with them are stored.
+
+use std::fmt;
+
+use aes_gcm::aead::{Aead, Generate, Nonce, Payload};
+use aes_gcm::{Aes256Gcm, KeyInit};
+use base64::Engine;
+use base64::alphabet;
+use base64::engine::DecodePaddingMode;
+use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig, STANDARD};
+use secrecy::{ExposeSecret, SecretString};
+use zeroize::Zeroizing;
+
+/// Standard alphabet; `=` at the end may be missing, as some secret stores strip it.
+const BASE64: GeneralPurpose = GeneralPurpose::new(
+    &alphabet::STANDARD,
+    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+);
+
+const KEY_BYTES: usize = 32;
+/// 96 bits, drawn at random for every seal (NIST SP 800-38D §8.2.2: good for 2^32 values per key).
+const NONCE_BYTES: usize = 12;
+const TAG_BYTES: usize = 16;
+const VERSION: &str = "v1";
+const MAX_KEYS: usize = 32;
+/// Longest sealed value that is looked at, in bytes.
+const MAX_SEALED: usize = 64 << 10;
+
+/// What a key id may be, for error messages.
+pub const KID_RULE: &str = "1 to 64 characters of A-Z a-z 0-9 _ . -";
+
+/// Why the text of a key ring was refused. Never holds any of that text but a valid key id.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum KeyError {
+    /// Nothing there.
+    #[error("no key: expected `kid:base64` with 32 bytes of key (`postroom key generate` prints one)")]
+    Empty,
+    /// No colon.
+    #[error(
+        "entry {entry}: expected `kid:base64`; entries are separated by commas, the first key is the active one"
+    )]
+    Shape {
+        /// Position, from 1.
+        entry: usize,
+    },
+    /// The key id is not one.
+    #[error("entry {entry}: the key id must be {KID_RULE}")]
+    Kid {
+        /// Position, from 1.
+        entry: usize,
+    },
+    /// The key is not base64.
+    #[error("entry {entry} (`{kid}`): the key must be standard base64")]
+    Base64 {
+        /// Position, from 1.
+        entry: usize,
+        /// Its key id.
+        kid: String,
+    },
+    /// The key has the wrong length.
+    #[error("entry {entry} (`{kid}`): the key must be 32 bytes, not {bytes}")]
+    Length {
+        /// Position, from 1.
+        entry: usize,
+        /// Its key id.
+        kid: String,
+        /// Bytes found.
+        bytes: usize,
+    },
+    /// The key id was there before.
+    #[error("entry {entry}: the key id `{kid}` is used twice; every key needs an id of its own")]
+    Duplicate {
+        /// Position, from 1.
+        entry: usize,
+        /// The repeated key id.
+        kid: String,
+    },
+    /// More keys than rotation can need.
+    #[error("more than {MAX_KEYS} keys; remove those that `postroom key rotate` has made unnecessary")]
+    TooMany,
+}
+
+/// Why a sealed value could not be opened. The texts are constant but for the key id: nothing of the value is told.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SecretError {
+    /// Sealed with a key that is not in the ring. Passes when the key is added: jobs wait for it.
+    #[error("sealed with key `{kid}`, which is not among the configured keys")]
+    UnknownKey {
+        /// Id of the missing key.
+        kid: String,
+    },
+    /// Wrong key under the right id, a value moved from another row, or damage.
+    #[error("does not open: another key under the same id, or the value was changed")]
+    Corrupt,
+    /// Not a sealed value.
+    #[error("not a sealed value")]
+    Format,
+}
+
+/// Whether the text can be a key id.
+#[must_use]
+pub fn is_kid(text: &str) -> bool {
+    (1..=64).contains(&text.len())
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
+}
+
+struct Key {
+    kid: String,
+    // Boxed, so that a growing vector leaves no copies of key schedules behind; zeroized on drop.
+    cipher: Box<Aes256Gcm>,
+}
+
+/// Named keys, the first active. Its keys are zeroized on drop and never shown.
+pub struct Keyring {
+    keys: Vec<Key>,
+}
+
+impl fmt::Debug for Keyring {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kids = self.keys.iter().map(|key| &key.kid);
+        f.debug_list().entries(kids).finish()
+    }
+}
+
+impl Keyring {
+    /// Reads `kid:base64,kid2:base64`; the first key is the active one.
+    ///
+    /// # Errors
+    /// Says which entry is wrong and what is allowed, never what stands there.
+    pub fn parse(text: &SecretString) -> Result<Self, KeyError> {
+        let text = text.expose_secret().trim();
+        if text.is_empty() {
+            return Err(KeyError::Empty);
+        }
+        let mut keys: Vec<Key> = Vec::new();
+        for (index, part) in text.split(',').enumerate() {
+            if index == MAX_KEYS {
+                return Err(KeyError::TooMany);
+            }
+            let key = parse_entry(index + 1, part.trim())?;
+            if keys.iter().any(|known| known.kid == key.kid) {
+                let (entry, kid) = (index + 1, key.kid);
+                return Err(KeyError::Duplicate { entry, kid });
+            }
+            keys.push(key);
+        }
+        Ok(Self { keys })
+    }
+
+    /// A fresh random key as one `kid:base64` entry.
+    ///
+    /// # Errors
+    /// If the key id is not one ([`KID_RULE`]).
+    pub fn generate_entry(kid: &str) -> Result<SecretString, KeyError> {
+        if !is_kid(kid) {
+            return Err(KeyError::Kid { entry: 1 });
+        }
+        let key = Zeroizing::new(<[u8; KEY_BYTES]>::generate());
+        let text = Zeroizing::new(STANDARD.encode(key.as_slice()));
+        Ok(format!("{kid}:{}", *text).into())
+    }
+
+    /// Id of the key that seals.
+    #[must_use]
+    pub fn active(&self) -> &str {
+        self.keys.first().map_or("", |key| &key.kid)
+    }
+
+    /// Whether a key of this id is there.
+    #[must_use]
+    pub fn knows(&self, kid: &str) -> bool {
+        self.cipher(kid).is_some()
+    }
+
+    pub(super) fn cipher(&self, kid: &str) -> Option<&Aes256Gcm> {
+        self.keys
+            .iter()
+            .find(|key| key.kid == kid)
+            .map(|key| &*key.cipher)
+    }
+
+    /// Seals with the active key under a fresh random nonce: `v1:kid:base64(nonce ‖ ciphertext ‖ tag)`. `aad` says where
+    /// the value belongs, so that it opens nowhere else.
+    #[must_use]
+    pub fn seal(&self, plaintext: &[u8], aad: &str) -> String {
+        #[expect(clippy::expect_used, reason = "parse never makes an empty ring")]
+        let key = self.keys.first().expect("a key ring has at least one key");
+        let nonce = Nonce::<Aes256Gcm>::generate();
+        let payload = Payload {
+            msg: plaintext,
+            aad: aad.as_bytes(),
+        };
+        #[expect(clippy::expect_used, reason = "AES-GCM refuses only plaintexts beyond 64 GiB")]
+        let sealed = key
+            .cipher
+            .encrypt(&nonce, payload)
+            .expect("a secret is shorter than 64 GiB");
+        let bytes = [nonce.as_slice(), &sealed].concat();
+        format!("{VERSION}:{}:{}", key.kid, STANDARD.encode(bytes))
+    }
+
+    /// Opens what [`Keyring::seal`] made, with the same `aad`.
+    ///
+    /// # Errors
+    /// [`SecretError::UnknownKey`] may pass when the configuration changes; the others do not.
+    pub fn open(&self, sealed: &str, aad: &str) -> Result<SecretString, SecretError> {
+        let plain = self.open_bytes(sealed, aad)?;
+        let text = str::from_utf8(&plain).map_err(|_| SecretError::Corrupt)?;
+        Ok(SecretString::from(text))
+    }
+
+    /// As [`Keyring::open`], for values that need not be text.
+    ///
+    /// # Errors
+    /// As [`Keyring::open`].
+    pub fn open_bytes(&self, sealed: &str, aad: &str) -> Result<Zeroizing<Vec<u8>>, SecretError> {
+        let (kid, body) = split(sealed)?;
+        let cipher = self
+            .cipher(kid)
+            .ok_or_else(|| SecretError::UnknownKey { kid: kid.to_owned() })?;
+        let bytes = BASE64.decode(body).map_err(|_| SecretError::Format)?;
+        if bytes.len() < NONCE_BYTES + TAG_BYTES {
+            return Err(SecretError::Format);
+        }
+        decrypt(
+            cipher,
+            &bytes[..NONCE_BYTES],
+            &bytes[NONCE_BYTES..],
+            aad.as_bytes(),
+        )
+    }
+
+    /// Id of the key a stored value was sealed with.
+    ///
+    /// # Errors
+    /// [`SecretError::Format`] if it is not a sealed value.
+    pub fn kid_of(sealed: &str) -> Result<&str, SecretError> {
+        split(sealed).map(|(kid, _)| kid)
+    }
+
+    /// Whether the value was sealed with a key that is not the active one.
+    ///
+    /// # Errors
+    /// [`SecretError::Format`] if it is not a sealed value.
+    pub fn needs_rotation(&self, sealed: &str) -> Result<bool, SecretError> {
+        Self::kid_of(sealed).map(|kid| kid != self.active())
+    }
+
+    /// The same secret sealed with the active key.
+    ///
+    /// # Errors
+    /// If the value does not open.
+    pub fn reseal(&self, sealed: &str, aad: &str) -> Result<String, SecretError> {
+        let plain = self.open_bytes(sealed, aad)?;
+        Ok(self.seal(&plain, aad))
+    }
+}
+
+/// Decrypts with a nonce of the right length.
+pub(super) fn decrypt(
+    cipher: &Aes256Gcm,
+    nonce: &[u8],
+    sealed: &[u8],
+    aad: &[u8],
+) -> Result<Zeroizing<Vec<u8>>, SecretError> {
+    let nonce = Nonce::<Aes256Gcm>::try_from(nonce).map_err(|_| SecretError::Format)?;
+    cipher
+        .decrypt(&nonce, Payload { msg: sealed, aad })
+        .map(Zeroizing::new)
+        .map_err(|_| SecretError::Corrupt)
+}
+
+fn parse_entry(entry: usize, text: &str) -> Result<Key, KeyError> {
+    let (kid, encoded) = text.split_once(':').ok_or(KeyError::Shape { entry })?;
+    if !is_kid(kid) {
+        return Err(KeyError::Kid { entry });
+    }
+    let bytes = BASE64
+        .decode(encoded.trim())
+        .map(Zeroizing::new)
+        .map_err(|_| KeyError::Base64 {
+            entry,
+            kid: kid.to_owned(),
+        })?;
+    let cipher = Aes256Gcm::new_from_slice(&bytes).map_err(|_| KeyError::Length {
+        entry,
+        kid: kid.to_owned(),
+        bytes: bytes.len(),
+    })?;
+    Ok(Key {
+        kid: kid.to_owned(),
+        cipher: Box::new(cipher),
+    })
+}
+
+fn split(sealed: &str) -> Result<(&str, &str), SecretError> {
+    if sealed.len() > MAX_SEALED {
+        return Err(SecretError::Format);
+    }
+    let mut parts = sealed.splitn(3, ':');
+    match (parts.next(), parts.next(), parts.next()) {
+        (Some(VERSION), Some(kid), Some(body)) if is_kid(kid) => Ok((kid, body)),
+        _ => Err(SecretError::Format),
+    }
+}
+
+#[cfg(test)]
+mod tests;
