@@ -24,10 +24,10 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::task::TaskTracker;
 
-use crate::broker::Broker;
+use crate::broker::{Publisher, Topology};
 use crate::config::JobLimits;
 use crate::db::DbError;
 use crate::health;
@@ -60,8 +60,12 @@ pub struct Worker {
     pub batches: Batches,
     /// Attempts.
     pub pipeline: Pipeline,
-    /// Publishing.
-    pub broker: Broker,
+    /// Publishing, over all sessions.
+    pub publisher: Publisher,
+    /// Names of exchanges and queues.
+    pub topology: Topology,
+    /// Whether there is a session with the broker.
+    pub connected: watch::Receiver<bool>,
     /// Reports on their way.
     pub reporter: reporter::Reporter,
     /// Sends in flight.
@@ -91,7 +95,7 @@ pub struct Worker {
     /// Something may be due in the waiting room.
     pub nudge: Notify,
     /// Readiness of the database.
-    pub database: health::Component,
+    pub database: health::Handle,
     epoch: RwLock<Arc<Epoch>>,
     claims: Mutex<Claims>,
     arrivals: mpsc::Sender<arrival::Arrival>,
@@ -187,7 +191,7 @@ impl Worker {
     /// Puts an arrival (again) before admission.
     pub async fn arrive(&self, arrival: arrival::Arrival) {
         if let Err(closed) = self.arrivals.send(arrival).await {
-            closed.0.delivery.requeue();
+            closed.0.give_back();
         }
     }
 
@@ -195,7 +199,7 @@ impl Worker {
     pub fn database_trouble(&self, what: &str, error: &DbError) {
         self.metrics.sql_errors.with_label_values(&[error.class()]).inc();
         if error.is_retryable() {
-            self.database.not_ready(&error.to_string());
+            self.database.not_ready(error.to_string());
         }
         tracing::warn!(statement = what, %error, "trouble with the database");
     }

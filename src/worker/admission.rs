@@ -5,7 +5,7 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -80,7 +80,7 @@ impl Admission {
             self.take(arrival);
         }
         for arrival in self.levels.into_iter().flatten() {
-            arrival.delivery.requeue();
+            arrival.give_back();
         }
     }
 
@@ -113,7 +113,7 @@ impl Admission {
             let queue = &mut self.levels[level.index()];
             let mut left = VecDeque::with_capacity(queue.len());
             while let Some(arrival) = queue.pop_front() {
-                if arrival.delivery.is_stale() {
+                if arrival.is_stale() {
                     continue;
                 }
                 let key = (arrival.job.tenant.clone(), arrival.job.id.clone());
@@ -240,10 +240,4 @@ async fn release_first(
     for (picked, row) in jobs {
         worker.follow(picked, Admitted::Go(row));
     }
-}
-
-/// How long an arrival has been in hand, for metrics.
-#[must_use]
-pub fn dwell(since: Instant) -> f64 {
-    since.elapsed().as_secs_f64()
 }

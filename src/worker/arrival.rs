@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use tokio_util::sync::CancellationToken;
 
 use super::Worker;
 use super::delivery::Properties;
@@ -34,34 +35,57 @@ pub struct Arrival {
     pub properties: Properties,
     /// When it came.
     pub since: Instant,
+    /// Cancelled when its session with the broker is over: it will be delivered again.
+    pub ended: CancellationToken,
+}
+
+impl Arrival {
+    /// Whether the broker has taken it back.
+    #[must_use]
+    pub fn is_stale(&self) -> bool {
+        self.ended.is_cancelled()
+    }
+
+    /// Leaves it to the broker to deliver it again.
+    pub fn give_back(self) {
+        self.delivery.receipt.give_back();
+    }
+
+    /// It has a durable owner: the broker may forget it.
+    pub fn ack(self) {
+        self.delivery.receipt.ack();
+    }
 }
 
 impl Worker {
     /// Turns a delivery into an arrival. `None`: it was dealt with.
-    pub async fn receive(self: &Arc<Self>, delivery: Delivery) -> Option<Arrival> {
+    pub async fn receive(
+        self: &Arc<Self>,
+        delivery: Delivery,
+        level: Level,
+        ended: &CancellationToken,
+    ) -> Option<Arrival> {
         let since = Instant::now();
-        let redelivered = if delivery.redelivered { "true" } else { "false" };
-        self.metrics.deliveries.with_label_values(&[delivery.level.as_str(), redelivered]).inc();
         let decoded = decode::decode(&incoming(&delivery), &self.limits);
         self.metrics.stage.with_label_values(&["decode"]).observe(since.elapsed().as_secs_f64());
         let job = match decoded {
             Ok(job) => job,
             Err(rejection) => {
-                self.reject(delivery, rejection).await;
+                self.reject(delivery, rejection, ended).await;
                 return None;
             }
         };
         let properties = properties(&delivery, &job);
-        self.observe_age(&delivery);
+        self.observe_age(&delivery, level);
         let (account, connections) = match self.expected_account(&job).await {
             Ok(found) => found,
             Err(failure) => {
-                self.reject(delivery, rejected(&job, &failure)).await;
+                self.reject(delivery, rejected(&job, &failure), ended).await;
                 return None;
             }
         };
-        let level = delivery.level;
-        Some(Arrival { delivery, job: Arc::new(job), account, connections, level, properties, since })
+        let ended = ended.clone();
+        Some(Arrival { delivery, job: Arc::new(job), account, connections, level, properties, since, ended })
     }
 
     /// The account whose limits the job counts against, and its connections here. An account that cannot send today
@@ -90,19 +114,19 @@ impl Worker {
         }
     }
 
-    fn observe_age(&self, delivery: &Delivery) {
-        let Some(sent) = delivery.timestamp else { return };
+    fn observe_age(&self, delivery: &Delivery, level: Level) {
+        let Some(sent) = delivery.timestamp() else { return };
         let now = self.clock.now().as_second();
         let age = now.saturating_sub(i64::try_from(sent).unwrap_or(now)).max(0);
-        self.metrics.queue_age.with_label_values(&[delivery.level.as_str()]).observe(age as f64);
+        self.metrics.queue_age.with_label_values(&[level.as_str()]).observe(age as f64);
     }
 
     /// Dead-letters a delivery that is no valid job and tells its tenant, then acknowledges it.
-    async fn reject(self: &Arc<Self>, delivery: Delivery, rejection: Rejection) {
+    async fn reject(&self, delivery: Delivery, rejection: Rejection, ended: &CancellationToken) {
         if rejection.reason == RejectReason::ContractTooNew {
             // A newer worker understands it; this one must not be the judge.
             tokio::time::sleep(Duration::from_secs(1)).await;
-            delivery.requeue();
+            delivery.receipt.give_back();
             return;
         }
         tracing::warn!(
@@ -112,7 +136,7 @@ impl Worker {
             "dead-lettered: {rejection}"
         );
         self.metrics.jobs.with_label_values(&["rejected"]).inc();
-        self.bury_rejected(delivery, rejection).await;
+        self.bury_rejected(delivery, rejection, ended).await;
     }
 }
 
@@ -120,13 +144,21 @@ impl Worker {
 pub(super) fn incoming(delivery: &Delivery) -> Incoming<'_> {
     Incoming {
         body: &delivery.body,
-        content_type: delivery.content_type.as_deref(),
-        content_encoding: delivery.content_encoding.as_deref(),
-        message_type: delivery.message_type.as_deref(),
+        content_type: delivery.content_type(),
+        content_encoding: delivery.content_encoding(),
+        message_type: delivery.kind(),
         compression: delivery.header("compression"),
         contract: delivery.header("x-contract"),
-        key_tenant: delivery.key_tenant(),
+        key_tenant: key_tenant(delivery),
     }
+}
+
+/// The tenant in the routing key `<level>.<tenant>`; what came through the default exchange names the queue there.
+fn key_tenant(delivery: &Delivery) -> Option<&str> {
+    if delivery.came_through_default_exchange() {
+        return None;
+    }
+    delivery.routing_key.split_once('.').map(|(_, tenant)| tenant)
 }
 
 /// The body as plain JSON. A body that decoded once inflates again.
@@ -139,7 +171,7 @@ pub(super) fn plain(delivery: &Delivery, limits: &crate::config::JobLimits) -> O
 
 fn properties(delivery: &Delivery, job: &MailJob) -> Properties {
     Properties {
-        correlation_id: delivery.correlation_id.clone(),
+        correlation_id: delivery.correlation_id().map(str::to_owned),
         traceparent: delivery.header("traceparent").map(str::to_owned),
         contract: delivery.header("x-contract").map(str::to_owned),
         recipients: job.recipients().count(),

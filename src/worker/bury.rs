@@ -1,15 +1,19 @@
 //! Dead letters: what cannot be a job goes there with the reason, and its tenant is told. Dead letter confirmed, report
 //! confirmed, then the acknowledgement: nothing is dropped on the way.
 
+use std::borrow::Cow;
+use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
+use tokio_util::sync::CancellationToken;
 
 use super::Worker;
-use super::arrival::{Arrival, plain, told};
-use crate::broker::{DeadLetter, Delivery};
+use super::arrival::{Arrival, incoming, told};
+use crate::broker::{DeadLetter, Delivery, PublishError};
+use crate::id::TenantId;
 use crate::job::decode::{self, Rejection};
 use crate::ledger::batches::pauses;
 use crate::report::{FieldError, Report, ReportData, ReportType, event_id};
@@ -19,71 +23,98 @@ impl Worker {
     pub fn bury(self: &Arc<Self>, arrival: Arrival, reason: &'static str, detail: &str) {
         let worker = Arc::clone(self);
         let detail = detail.to_owned();
-        let buried = async move {
+        self.tasks.spawn(async move {
             let job = &arrival.job;
             tracing::warn!(job = %job.id, tenant = %job.tenant, reason, "dead-lettered: {detail}");
             let (tenant, id) = (job.tenant.clone(), job.id.clone());
             let errors = vec![FieldError { pointer: "/id".to_owned(), message: detail.clone() }];
             // Not final: the first job under this id stands, and has its own reports.
             let report = rejection_report(&tenant, Some(&id), reason, errors, &arrival.delivery, false);
-            worker.bury_with(arrival.delivery, reason, &detail, Some(report)).await;
-        };
-        self.tasks.spawn(buried);
+            let death = Death { reason, detail: &detail, tenant: Some(tenant.as_str()), report: Some(report) };
+            worker.bury_with(arrival.delivery, death, &arrival.ended).await;
+        });
     }
 
-    pub(super) async fn bury_rejected(&self, delivery: Delivery, rejection: Rejection) {
+    pub(super) async fn bury_rejected(&self, delivery: Delivery, rejection: Rejection, ended: &CancellationToken) {
         let reason = rejection.reason.as_str();
         let detail = rejection.to_string();
-        let report = told(&rejection).map(|tenant| {
+        let tenant = told(&rejection);
+        let report = tenant.map(|tenant| {
             let errors = rejection.errors.clone();
             rejection_report(tenant, rejection.id.as_ref(), reason, errors, &delivery, true)
         });
-        self.bury_with(delivery, reason, &detail, report).await;
+        let death = Death { reason, detail: &detail, tenant: tenant.map(TenantId::as_str), report };
+        self.bury_with(delivery, death, ended).await;
     }
 
-    async fn bury_with(&self, delivery: Delivery, reason: &str, detail: &str, report: Option<Report>) {
+    /// Dead letter, report, acknowledgement; each only when the one before is confirmed.
+    async fn bury_with(&self, delivery: Delivery, death: Death<'_>, ended: &CancellationToken) {
         let (body, sealed) = self.harmless_body(&delivery);
-        let letter = DeadLetter { reason, detail, body: body.as_deref(), sealed };
+        let letter = DeadLetter {
+            reason: death.reason,
+            detail: death.detail,
+            tenant: death.tenant,
+            body: body.as_deref(),
+            sealed,
+        };
         let mut waits = pauses();
-        while let Err(error) = self.broker.dead_letter(&delivery, &letter).await {
-            if delivery.is_stale() {
+        while let Err(error) = self.publisher.dead_letter(&self.topology, &delivery, &letter).await {
+            if wait_again(&error, &mut waits, ended).await {
                 return;
             }
-            tracing::warn!(%error, "a dead letter was not confirmed; trying again");
-            tokio::time::sleep(waits.next().unwrap_or(Duration::from_secs(5))).await;
         }
-        self.metrics.dead_lettered.with_label_values(&[reason]).inc();
-        if let Some(report) = report {
-            let json = serde_json::to_string(&report).unwrap_or_default();
-            while let Err(error) = self.broker.publish_report(&report.id, report.data.tenant.as_str(), report.kind, None, &json).await {
-                if delivery.is_stale() {
+        if let Some(report) = death.report {
+            while let Err(error) = self.publish_report(&report).await {
+                if wait_again(&error, &mut waits, ended).await {
                     return;
                 }
-                tracing::warn!(%error, "a report was not confirmed; trying again");
-                tokio::time::sleep(waits.next().unwrap_or(Duration::from_secs(5))).await;
             }
         }
-        delivery.ack();
+        delivery.receipt.ack();
     }
 
-    /// What of the body may lie in a queue: a plain override sealed; the whole sealed if it cannot be read and may
-    /// hold a secret. `None`: as it came.
+    /// What of the body may lie in a queue: a plain override sealed; the whole sealed if it cannot be read, or changed
+    /// without unpacking it, and may hold a secret. `None`: as it came.
     fn harmless_body(&self, delivery: &Delivery) -> (Option<Vec<u8>>, bool) {
-        let Some(plain) = plain(delivery, &self.limits) else {
-            // Not even inflated: what cannot be looked into is kept closed.
-            return (Some(self.seal_whole(&delivery.body)), true);
-        };
-        let sealed = decode::seal_override(&plain, |secret| self.pipeline.keys.seal(secret, DEAD_OVERRIDE));
-        match sealed {
-            Ok(std::borrow::Cow::Borrowed(same)) if !decode::may_hold_secret(same) => (None, false),
-            Ok(std::borrow::Cow::Owned(changed)) if !decode::may_hold_secret_besides_override(&changed) => (Some(changed), false),
-            _ => (Some(self.seal_whole(&delivery.body)), true),
+        let whole = || (Some(self.pipeline.keys.seal(&delivery.body, super::DEAD_BODY).into_bytes()), true);
+        let Ok(plain) = decode::inflate(&incoming(delivery), &self.limits) else { return whole() };
+        if !decode::may_hold_secret(&plain) {
+            return (None, false);
+        }
+        match decode::seal_override(&plain, |secret| self.pipeline.keys.seal(secret, DEAD_OVERRIDE)) {
+            Ok(Cow::Owned(changed)) if matches!(plain, Cow::Borrowed(_)) && !has_password(&changed) => {
+                (Some(changed), false)
+            }
+            _ => whole(),
         }
     }
+}
 
-    fn seal_whole(&self, body: &[u8]) -> Vec<u8> {
-        self.pipeline.keys.seal(body, super::DEAD_BODY).into_bytes()
+/// Why something is buried, and who is told.
+struct Death<'a> {
+    reason: &'static str,
+    detail: &'a str,
+    tenant: Option<&'a str>,
+    report: Option<Report>,
+}
+
+/// Waits before the next try; whether to give up, because the broker has taken the delivery back.
+async fn wait_again(
+    error: &PublishError,
+    waits: &mut (impl Iterator<Item = Duration> + Send),
+    ended: &CancellationToken,
+) -> bool {
+    tracing::warn!(%error, "a dead letter or its report was not confirmed; trying again");
+    tokio::select! {
+        () = ended.cancelled() => true,
+        () = tokio::time::sleep(waits.next().unwrap_or(Duration::from_secs(5))) => false,
     }
+}
+
+/// Whether something besides a sealed override may still be a password.
+fn has_password(body: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(body).to_ascii_lowercase();
+    ["password", "passwd", "secret", "token"].iter().any(|word| text.contains(word))
 }
 
 /// Additional data of overrides sealed in dead letters whose job could not be read.
@@ -100,10 +131,10 @@ fn rejection_report(
     let digest = Sha256::digest(&delivery.body);
     let mut number = "r".to_owned();
     for byte in &digest[..8] {
-        number.push_str(&format!("{byte:02x}"));
+        let _ = write!(number, "{byte:02x}");
     }
     let subject = id.map_or("-", crate::id::JobId::as_str);
-    let correlation = delivery.correlation_id.clone().or_else(|| id.map(ToString::to_string));
+    let correlation = delivery.correlation_id().map(str::to_owned).or_else(|| id.map(ToString::to_string));
     Report {
         id: event_id(tenant.as_str(), "job", subject, &number),
         kind: ReportType::Rejected.as_str(),

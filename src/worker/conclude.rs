@@ -54,7 +54,7 @@ impl Worker {
             Admitted::Waiting | Admitted::Done { .. } => {
                 // Answered from the ledger; a report still owed is the sweeper's.
                 self.metrics.jobs.with_label_values(&["duplicate"]).inc();
-                arrival.delivery.ack();
+                arrival.ack();
             }
             Admitted::Conflict => self.bury(
                 arrival,
@@ -158,15 +158,19 @@ impl Worker {
             jitter: rand::random(),
         };
         self.log_attempt(&task, &attempt);
-        let settlement = plan(&at, attempt, task.body.clone());
+        let mut settlement = plan(&at, attempt, task.body.clone());
+        if delivery.is_some() && lacks_body(&settlement.next) {
+            // Its body cannot be kept here: RabbitMQ stays its owner.
+            settlement.next = Next::GiveBack;
+        }
         let gives_back = matches!(settlement.next, Next::GiveBack);
         let (settlement, settled) = self.settle(&at, settlement).await;
         match settled {
             Settled::Written | Settled::Cancelled => {
                 self.count(&settlement);
                 match delivery {
-                    Some(delivery) if gives_back => delivery.requeue(),
-                    Some(delivery) => delivery.ack(),
+                    Some(delivery) if gives_back => delivery.receipt.give_back(),
+                    Some(delivery) => delivery.receipt.ack(),
                     None => {}
                 }
                 if let Some(report) = settlement.report {
@@ -220,7 +224,7 @@ impl Worker {
         }
         // Whoever has the job now may lack its body: RabbitMQ offers it once more.
         if let Some(delivery) = delivery {
-            delivery.requeue();
+            delivery.receipt.give_back();
         }
     }
 
@@ -230,11 +234,11 @@ impl Worker {
         self.tasks.spawn(async move {
             let stored = plain(&arrival.delivery, &worker.limits)
                 .and_then(|plain| stored(&arrival.job, &plain, &arrival.properties, &worker.pipeline.keys).ok());
-            let Some(Body { bytes, properties }) = stored else { return arrival.delivery.requeue() };
+            let Some(Body { bytes, properties }) = stored else { return arrival.give_back() };
             let (tenant, id) = (arrival.job.tenant.clone(), arrival.job.id.clone());
             if worker.batches.absorb(Absorb { tenant, id, body: bytes, properties }).await {
                 worker.metrics.jobs.with_label_values(&["duplicate"]).inc();
-                arrival.delivery.ack();
+                arrival.ack();
             } else {
                 worker.arrive(arrival).await;
             }
@@ -269,6 +273,11 @@ impl Worker {
             Err(_) => (self.retry, on_uncertain),
         }
     }
+}
+
+/// Whether a job would have to wait without a body.
+fn lacks_body(next: &Next) -> bool {
+    matches!(next, Next::Park { body: None, .. } | Next::Hold { body: None })
 }
 
 fn known_recipients(task: &Task) -> Vec<crate::report::RecipientResult> {

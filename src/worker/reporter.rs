@@ -4,13 +4,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use lapin::types::ShortString;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use super::Worker;
+use crate::broker::{Properties, PublishError};
 use crate::ledger::outbox::ReportKey;
-use crate::report::{Report, event_id};
+use crate::report::{Report, event_id, routing_key};
 
+/// AMQP `type` of a report.
+const MESSAGE_TYPE: &str = "mail.report.v1";
 /// Reports on their way at once. With a broker that confirms nothing, the rest stays in the outbox.
 const ON_THEIR_WAY: usize = 2048;
 /// How often the outbox is swept.
@@ -35,13 +39,13 @@ impl Reporter {
     pub fn publish(&self, worker: &Arc<Worker>, report: Report) {
         let Ok(room) = Arc::clone(&self.room).try_acquire_owned() else { return };
         let worker = Arc::clone(worker);
-        worker.clone().tasks.spawn(async move {
+        Arc::clone(&worker).tasks.spawn(async move {
             let Some(id) = report.data.job.clone() else { return };
-            let json = serde_json::to_string(&report).unwrap_or_default();
-            let tenant = report.data.tenant.clone();
-            let correlation = report.data.correlation_id.as_deref();
-            match worker.broker.publish_report(&report.id, tenant.as_str(), report.kind, correlation, &json).await {
-                Ok(()) => worker.batches.clear(ReportKey { tenant, id, sequence: report.data.sequence }).await,
+            match worker.publish_report(&report).await {
+                Ok(()) => {
+                    let (tenant, sequence) = (report.data.tenant, report.data.sequence);
+                    worker.batches.clear(ReportKey { tenant, id, sequence }).await;
+                }
                 Err(error) => tracing::debug!(%error, "a report stays in the outbox"),
             }
             drop(room);
@@ -65,7 +69,7 @@ pub async fn sweep(worker: Arc<Worker>, stop: CancellationToken) {
 /// One chunk; whether there may be more.
 async fn sweep_once(worker: &Arc<Worker>) -> bool {
     const CHUNK: i32 = 256;
-    if !worker.broker.is_connected() {
+    if !worker.is_connected() {
         return false;
     }
     let owed = match worker.ledger.owed_reports(CHUNK, HOLD).await {
@@ -82,15 +86,66 @@ async fn sweep_once(worker: &Arc<Worker>) -> bool {
         for (sequence, json) in job.reports {
             let Some((kind, correlation)) = head(&json) else { continue };
             let event = event_id(job.tenant.as_str(), "job", job.id.as_str(), &sequence.to_string());
-            let published =
-                worker.broker.publish_report(&event, job.tenant.as_str(), &kind, correlation.as_deref(), &json).await;
-            if published.is_err() {
+            let head = Head { event: &event, tenant: job.tenant.as_str(), kind: &kind, correlation: correlation.as_deref() };
+            if let Err(error) = worker.publish_json(&head, json.as_bytes()).await {
+                tracing::warn!(%error, "reports stay in the outbox");
                 return false;
             }
             worker.batches.clear(ReportKey { tenant: job.tenant.clone(), id: job.id.clone(), sequence }).await;
         }
     }
     more
+}
+
+/// What a report is published under.
+#[derive(Debug, Clone, Copy)]
+pub struct Head<'a> {
+    /// Its id.
+    pub event: &'a str,
+    /// Whose.
+    pub tenant: &'a str,
+    /// Its type.
+    pub kind: &'a str,
+    /// AMQP `correlation_id`.
+    pub correlation: Option<&'a str>,
+}
+
+impl Worker {
+    /// Publishes a report and awaits the confirm.
+    ///
+    /// # Errors
+    /// If it is not known to be stored.
+    pub async fn publish_report(&self, report: &Report) -> Result<(), PublishError> {
+        let head = Head {
+            event: &report.id,
+            tenant: report.data.tenant.as_str(),
+            kind: report.kind,
+            correlation: report.data.correlation_id.as_deref(),
+        };
+        // Strings, numbers and checked JSON values: serialising cannot fail.
+        let json = serde_json::to_vec(report).unwrap_or_default();
+        self.publish_json(&head, &json).await
+    }
+
+    async fn publish_json(&self, head: &Head<'_>, json: &[u8]) -> Result<(), PublishError> {
+        let mut properties = Properties::default()
+            .with_message_id(head.event.into())
+            .with_type(MESSAGE_TYPE.into())
+            .with_content_type("application/json".into())
+            .with_app_id("postroom".into())
+            .with_timestamp(u64::try_from(self.clock.now().as_second()).unwrap_or(0));
+        if let Some(correlation) = head.correlation.and_then(|c| ShortString::try_new(c).ok()) {
+            properties = properties.with_correlation_id(correlation);
+        }
+        let key = routing_key(head.tenant, head.kind);
+        self.publisher.publish(&self.topology.reports_exchange(), &key, properties, json).await
+    }
+
+    /// Whether there is a session with the broker.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        *self.connected.borrow()
+    }
 }
 
 /// Type and correlation id of a stored report.
