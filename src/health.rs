@@ -1,6 +1,7 @@
 //! The HTTP port: `/livez` (is the process alive, whatever its dependencies do), `/readyz` (can it work), `/healthz`
 //! (the old name of `/livez`) and `/metrics`.
 
+mod listener;
 mod readiness;
 
 use std::net::SocketAddr;
@@ -17,10 +18,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::telemetry::metrics::{CONTENT_TYPE, Metrics};
 
+use listener::Bounded;
 pub use readiness::{Handle, Readiness};
 
 /// How long requests in flight may take when the server ends.
 const DRAIN: Duration = Duration::from_secs(2);
+
+/// A peer silent for this long is gone: longer than scrapers usually pause, who like to keep their connection.
+const IDLE: Duration = Duration::from_secs(75);
 
 /// The port cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -70,8 +75,8 @@ impl Server {
     /// Answers until the token is cancelled. Give it the one that ends last: an orchestrator looks at `/readyz` while
     /// the process drains.
     pub async fn run(self, until: CancellationToken) {
-        let served =
-            axum::serve(self.listener, self.router).with_graceful_shutdown(until.clone().cancelled_owned());
+        let served = axum::serve(Bounded::new(self.listener, IDLE), self.router)
+            .with_graceful_shutdown(until.clone().cancelled_owned());
         let cut = async {
             until.cancelled().await;
             tokio::time::sleep(DRAIN).await;
