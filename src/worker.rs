@@ -42,7 +42,7 @@ use crate::report::RecipientStatus;
 use crate::retry::RetryPolicy;
 use crate::telemetry::metrics::Metrics;
 
-pub use run::{Settings, run};
+pub use run::{Settings, WorkerError, run};
 
 /// Additional data under which whole bodies of dead letters are sealed.
 pub const DEAD_BODY: &str = "dead-letter";
@@ -98,6 +98,7 @@ pub struct Worker {
     pub database: health::Handle,
     epoch: RwLock<Arc<Epoch>>,
     claims: Mutex<Claims>,
+    caps: Arc<run::Caps>,
     arrivals: mpsc::Sender<arrival::Arrival>,
     name: String,
 }
@@ -141,7 +142,10 @@ impl Worker {
     /// Registers as a new worker after the old epoch died.
     pub async fn renew_epoch(&self) {
         match self.ledger.register(&self.name, self.lease).await {
-            Ok(epoch) => *self.epoch.write().unwrap_or_else(PoisonError::into_inner) = epoch,
+            Ok(epoch) => {
+                self.caps.renew(&epoch);
+                *self.epoch.write().unwrap_or_else(PoisonError::into_inner) = epoch;
+            }
             Err(error) => self.database_trouble("register", &error),
         }
     }

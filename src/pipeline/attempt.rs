@@ -14,7 +14,7 @@ use crate::config::UnknownTenant;
 use crate::directory::{Chosen, Directory, TenantEntry, Via, overrides, sender};
 use crate::failure::{Class, Failure, Fault, Severity, Stage};
 use crate::id::TenantId;
-use crate::job::OnUncertain;
+use crate::job::{MailJob, OnUncertain};
 use crate::ledger::batches::Batches;
 use crate::ledger::slots::{SlotAnswer, SlotRequest};
 use crate::ledger::{Slot, WaitReason};
@@ -82,7 +82,7 @@ impl Pipeline {
             return Err(Verdict::Expired);
         }
         let entries = self.entries(&task.job.tenant).await?;
-        let mut chosen = self.choose(task, &entries).map_err(|failure| started(attempt, failure))?;
+        let mut chosen = self.choose(&task.job, &entries).map_err(|failure| started(attempt, failure))?;
         let fetched = Instant::now();
         let prepared = self
             .attachments
@@ -121,9 +121,9 @@ impl Pipeline {
     ///
     /// # Errors
     /// Why nobody does.
-    pub fn choose(&self, task: &Task, entries: &Entries) -> Result<Chosen, Failure> {
-        let opened = overrides::open_override(&task.job, &self.keys, self.override_keys.as_ref())?;
-        sender::choose(&task.job, &entries.tenant, entries.platform.as_deref(), opened)
+    pub fn choose(&self, job: &MailJob, entries: &Entries) -> Result<Chosen, Failure> {
+        let opened = overrides::open_override(job, &self.keys, self.override_keys.as_ref())?;
+        sender::choose(job, &entries.tenant, entries.platform.as_deref(), opened)
     }
 
     fn note_files(&self, task: &Task, attempt: &mut Attempt, prepared: &Prepared, since: Instant) {

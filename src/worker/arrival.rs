@@ -18,6 +18,9 @@ use crate::ledger::batches::pauses;
 use crate::level::Level;
 use crate::pipeline::Verdict;
 
+/// How long a job of a newer contract is kept from coming straight back.
+const TOO_NEW: Duration = Duration::from_secs(10);
+
 /// A decoded job in hand, not yet admitted.
 #[derive(Debug)]
 pub struct Arrival {
@@ -71,7 +74,7 @@ impl Worker {
         let job = match decoded {
             Ok(job) => job,
             Err(rejection) => {
-                self.reject(delivery, rejection, ended).await;
+                self.reject(delivery, rejection, ended);
                 return None;
             }
         };
@@ -80,7 +83,7 @@ impl Worker {
         let (account, connections) = match self.expected_account(&job).await {
             Ok(found) => found,
             Err(failure) => {
-                self.reject(delivery, rejected(&job, &failure), ended).await;
+                self.reject(delivery, rejected(&job, &failure), ended);
                 return None;
             }
         };
@@ -101,7 +104,7 @@ impl Worker {
                 Err(_) => tokio::time::sleep(waits.next().unwrap_or(Duration::from_secs(5))).await,
             }
         };
-        match self.pipeline.choose_for(job, &entries) {
+        match self.pipeline.choose(job, &entries) {
             Ok(chosen) if chosen.via == Via::Override => {
                 Ok((AccountKey::for_override(&job.tenant), self.permits_total))
             }
@@ -121,22 +124,26 @@ impl Worker {
         self.metrics.queue_age.with_label_values(&[level.as_str()]).observe(age as f64);
     }
 
-    /// Dead-letters a delivery that is no valid job and tells its tenant, then acknowledges it.
-    async fn reject(&self, delivery: Delivery, rejection: Rejection, ended: &CancellationToken) {
-        if rejection.reason == RejectReason::ContractTooNew {
-            // A newer worker understands it; this one must not be the judge.
-            tokio::time::sleep(Duration::from_secs(1)).await;
-            delivery.receipt.give_back();
-            return;
-        }
-        tracing::warn!(
-            reason = rejection.reason.as_str(),
-            tenant = rejection.tenant.as_ref().map(tracing::field::display),
-            job = rejection.id.as_ref().map(tracing::field::display),
-            "dead-lettered: {rejection}"
-        );
-        self.metrics.jobs.with_label_values(&["rejected"]).inc();
-        self.bury_rejected(delivery, rejection, ended).await;
+    /// Dead-letters a delivery that is no valid job and tells its tenant, then acknowledges it. Beside the queue: the
+    /// next delivery does not wait for the confirms.
+    fn reject(self: &Arc<Self>, delivery: Delivery, rejection: Rejection, ended: &CancellationToken) {
+        let (worker, ended) = (Arc::clone(self), ended.clone());
+        self.tasks.spawn(async move {
+            if rejection.reason == RejectReason::ContractTooNew {
+                // A newer worker understands it; this one must not be the judge.
+                tokio::time::sleep(TOO_NEW).await;
+                delivery.receipt.give_back();
+                return;
+            }
+            tracing::warn!(
+                reason = rejection.reason.as_str(),
+                tenant = rejection.tenant.as_ref().map(tracing::field::display),
+                job = rejection.id.as_ref().map(tracing::field::display),
+                "dead-lettered: {rejection}"
+            );
+            worker.metrics.jobs.with_label_values(&["rejected"]).inc();
+            worker.bury_rejected(delivery, rejection, &ended).await;
+        });
     }
 }
 

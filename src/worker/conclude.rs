@@ -268,7 +268,7 @@ impl Worker {
         let fallback = (self.retry, task.job.on_uncertain.unwrap_or_default());
         let Ok(entries) = self.pipeline.entries(&task.job.tenant).await else { return fallback };
         let on_uncertain = task.job.on_uncertain.unwrap_or(entries.tenant.tenant.on_uncertain);
-        match self.pipeline.choose_for(&task.job, &entries) {
+        match self.pipeline.choose(&task.job, &entries) {
             Ok(chosen) => (chosen.account.retry, on_uncertain),
             Err(_) => (self.retry, on_uncertain),
         }

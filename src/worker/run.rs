@@ -1,0 +1,337 @@
+//! The boot story of `postroom worker`, and its end.
+
+use std::sync::{Arc, Mutex, RwLock};
+use std::time::Duration;
+
+use tokio::sync::{Notify, mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::admission::Admission;
+use super::arrival::Arrival;
+use super::load::Load;
+use super::permits::Permits;
+use super::reporter::{self, Reporter};
+use super::{Claims, Worker, dispatcher, housekeeping};
+use crate::attachment::{Attachments, StorageError};
+use crate::broker::{BrokerError, Consumer, Session, Subscription, Supervisor};
+use crate::cli::{Service, ServiceError};
+use crate::config;
+use crate::db::{Database, DbError};
+use crate::directory::Directory;
+use crate::egress::EgressGuard;
+use crate::health;
+use crate::id::AccountKey;
+use crate::ledger::batches::{Batches, pauses};
+use crate::ledger::{Epoch, Ledger};
+use crate::level::Level;
+use crate::pipeline::attempt::Pipeline;
+use crate::pipeline::task::SharedClock;
+use crate::secret::stored::{StoredError, verify_keys};
+use crate::secret::{KeyError, Keyring};
+use crate::smtp::{CapError, ConnectionCaps, Pools};
+
+/// What `postroom worker` is started with.
+#[derive(Debug)]
+pub struct Settings {
+    /// RabbitMQ.
+    pub broker: config::Broker,
+    /// Postgres.
+    pub database: config::Database,
+    /// Key rings.
+    pub keys: config::Keys,
+    /// The SMTP client.
+    pub smtp: config::Smtp,
+    /// The object store.
+    pub storage: Option<config::Storage>,
+    /// Fetching attachments.
+    pub fetch: config::Fetch,
+    /// Bounds of a job.
+    pub limits: config::JobLimits,
+    /// Its own bounds.
+    pub worker: config::Worker,
+    /// Networks beyond public ones.
+    pub egress: config::Egress,
+    /// Retries.
+    pub retry: crate::retry::RetryPolicy,
+}
+
+/// Why a worker cannot start, or did not end well.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// The keys cannot be read.
+    #[error("POSTROOM_ENCRYPTION_KEYS: {0}")]
+    Keys(KeyError),
+    /// The keys for overrides cannot be read.
+    #[error("POSTROOM_OVERRIDE_KEYS: {0}")]
+    OverrideKeys(KeyError),
+    /// The keys do not fit what is stored.
+    #[error(transparent)]
+    Stored(#[from] StoredError),
+    /// The database cannot be used.
+    #[error(transparent)]
+    Database(#[from] DbError),
+    /// The broker cannot be used.
+    #[error(transparent)]
+    Broker(#[from] BrokerError),
+    /// The object store cannot be used.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// The SMTP client cannot be set up.
+    #[error(transparent)]
+    Smtp(#[from] crate::smtp::SetupError),
+    /// The process.
+    #[error(transparent)]
+    Service(#[from] ServiceError),
+}
+
+/// Runs a worker until it is told to end.
+///
+/// # Errors
+/// If it cannot start for a reason that waiting does not cure, or a part of it died.
+pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError> {
+    let keys = Arc::new(Keyring::parse(&settings.keys.encryption).map_err(WorkerError::Keys)?);
+    let overrides = settings.keys.overrides.as_ref().map(Keyring::parse).transpose();
+    let override_keys = overrides.map_err(WorkerError::OverrideKeys)?;
+    let database = Database::connect(&settings.database)?;
+    let ready = service.readiness.component("database");
+    let amqp = service.readiness.component("amqp");
+    if !database.wait_until_usable(&ready, &service.shutdown.soft).await? {
+        return Ok(service.finish().await?);
+    }
+    verify_keys(&database, &keys).await?;
+    let supervisor = Supervisor::new(settings.broker.clone(), Arc::clone(&service.metrics));
+    let (worker, arrivals) = build(settings, &service, keys, override_keys, database, ready, &supervisor).await?;
+    let end = CancellationToken::new();
+    let parts = Parts { worker: Arc::clone(&worker), service: &service, end: end.clone() };
+    let admission_ended = parts.start(arrivals, amqp);
+    let soft = service.shutdown.soft.clone();
+    let serving = Box::pin(supervisor.run(&soft, |session| serve(Arc::clone(&worker), session, soft.clone(), admission_ended.clone())));
+    let served = serving.await;
+    if served.is_err() {
+        soft.cancel();
+    }
+    admission_ended.cancelled().await;
+    drain(&worker, &service).await;
+    end.cancel();
+    worker.pipeline.pools.close().await;
+    if let Err(error) = worker.ledger.retire(&worker.epoch()).await {
+        tracing::warn!(%error, "this worker could not sign off; its leases run out by themselves");
+    }
+    let finished = service.finish().await;
+    served?;
+    Ok(finished?)
+}
+
+/// Puts a worker together.
+#[expect(clippy::too_many_arguments, reason = "the parts of a worker meet here and nowhere else")]
+async fn build(
+    settings: Settings,
+    service: &Service,
+    keys: Arc<Keyring>,
+    override_keys: Option<Keyring>,
+    database: Database,
+    ready: health::Handle,
+    supervisor: &Supervisor,
+) -> Result<(Arc<Worker>, mpsc::Receiver<Arrival>), WorkerError> {
+    let metrics = Arc::clone(&service.metrics);
+    let ledger = Ledger::new(database.clone(), Arc::clone(&metrics));
+    let name = host_name();
+    let epoch = ledger.register(&name, settings.worker.lease).await?;
+    let guard = Arc::new(EgressGuard::new(settings.egress));
+    let caps = Arc::new(Caps { ledger: ledger.clone(), epoch: RwLock::new(Arc::clone(&epoch)) });
+    let (arrivals, taken) = mpsc::channel(64);
+    let clock = Arc::new(SharedClock::default());
+    let batches = Batches::new(&ledger);
+    let pool_size = settings.smtp.pool_size;
+    let pipeline = Pipeline {
+        directory: Arc::new(Directory::new(database, Arc::clone(&keys), settings.retry)),
+        attachments: Attachments::new(
+            settings.fetch,
+            settings.storage.as_ref(),
+            Arc::clone(&guard),
+            Arc::clone(&metrics),
+        )?,
+        pools: Pools::new(settings.smtp, guard, Arc::clone(&caps) as Arc<dyn ConnectionCaps>, Arc::clone(&metrics))?,
+        batches: batches.clone(),
+        keys,
+        override_keys,
+        installation_secret: ledger.installation_secret().await?,
+        unknown_tenant: settings.worker.unknown_tenant,
+        clock: Arc::clone(&clock),
+        metrics: Arc::clone(&metrics),
+    };
+    let worker = Arc::new(Worker {
+        permits: Permits::new(settings.worker.concurrency, Arc::clone(&metrics)),
+        permits_total: settings.worker.concurrency.max(8),
+        load: Arc::new(Load::default()),
+        pool_size,
+        limits: settings.limits,
+        retry: settings.retry,
+        deferred_report_after: settings.worker.deferred_report_after,
+        lease: settings.worker.lease,
+        retention: settings.worker.retention,
+        publisher: supervisor.publisher(),
+        topology: supervisor.topology().clone(),
+        connected: supervisor.connected(),
+        reporter: Reporter::default(),
+        tasks: TaskTracker::new(),
+        nudge: Notify::new(),
+        database: ready,
+        epoch: RwLock::new(epoch),
+        claims: Mutex::new(Claims::default()),
+        caps,
+        arrivals,
+        name,
+        ledger,
+        batches,
+        pipeline,
+        clock,
+        metrics,
+    });
+    Ok((worker, taken))
+}
+
+/// The parts that run beside the sessions with the broker.
+struct Parts<'a> {
+    worker: Arc<Worker>,
+    service: &'a Service,
+    end: CancellationToken,
+}
+
+impl Parts<'_> {
+    /// Starts them. The token is cancelled when admission has ended and given back what it had in hand.
+    fn start(self, arrivals: mpsc::Receiver<Arrival>, amqp: health::Handle) -> CancellationToken {
+        let soft = self.service.shutdown.soft.clone();
+        let spawn = &self.service.shutdown;
+        let ended = CancellationToken::new();
+        let (admission, stop, done) = (Admission::new(Arc::clone(&self.worker)), soft.clone(), ended.clone());
+        spawn.spawn("admission", async move {
+            // Whatever ends it, nobody waits for it in vain.
+            let _done = done.drop_guard();
+            admission.run(arrivals, stop).await;
+        });
+        spawn.spawn("dispatcher", dispatcher::run(Arc::clone(&self.worker), soft.clone()));
+        spawn.spawn("outbox", reporter::sweep(Arc::clone(&self.worker), soft.clone()));
+        spawn.spawn("housekeeping", housekeeping::run(Arc::clone(&self.worker), soft.clone(), self.end));
+        spawn.spawn("readiness", follow_connection(self.worker.connected.clone(), amqp, soft));
+        ended
+    }
+}
+
+/// Readiness of the broker.
+async fn follow_connection(mut connected: watch::Receiver<bool>, amqp: health::Handle, stop: CancellationToken) {
+    loop {
+        if *connected.borrow_and_update() {
+            amqp.ready();
+        } else {
+            amqp.not_ready("no session with RabbitMQ");
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            changed = connected.changed() => if changed.is_err() { return },
+        }
+    }
+}
+
+/// One session: consumes all job queues until it ends or the worker does; then waits for what is in flight, so that
+/// its acknowledgements still find their channel.
+async fn serve(
+    worker: Arc<Worker>,
+    session: Session,
+    soft: CancellationToken,
+    admission_ended: CancellationToken,
+) -> Result<(), BrokerError> {
+    let mut consumers = tokio::task::JoinSet::new();
+    for (level, queue) in worker.topology.job_queues() {
+        let prefetch = prefetch(*level, worker.permits_total);
+        let subscription = Subscription { queue: queue.as_str().into(), level: Some(*level), prefetch };
+        let consumer = session.consume(subscription).await?;
+        let (worker, ended, soft) = (Arc::clone(&worker), session.ended().clone(), soft.clone());
+        consumers.spawn(consume(worker, consumer, *level, ended, soft));
+    }
+    while consumers.join_next().await.is_some() {}
+    if soft.is_cancelled() && !session.ended().is_cancelled() {
+        admission_ended.cancelled().await;
+        worker.tasks.close();
+        tokio::select! {
+            () = worker.tasks.wait() => {}
+            () = session.ended().cancelled() => {}
+        }
+    }
+    Ok(())
+}
+
+/// Deliveries of one queue, decoded in turn.
+async fn consume(
+    worker: Arc<Worker>,
+    mut consumer: Consumer,
+    level: Level,
+    ended: CancellationToken,
+    soft: CancellationToken,
+) {
+    loop {
+        let delivery = tokio::select! {
+            biased;
+            () = soft.cancelled() => break,
+            delivery = consumer.next() => delivery,
+        };
+        let Some(delivery) = delivery else { return };
+        if let Some(arrival) = worker.receive(delivery, level, &ended).await {
+            worker.arrive(arrival).await;
+        }
+    }
+    if consumer.stop().await.is_ok() {
+        // What was delivered but not begun goes back, by being dropped.
+        while consumer.next().await.is_some() {}
+    }
+}
+
+/// Enough in hand to keep the permits busy, little enough not to starve other workers.
+fn prefetch(level: Level, permits: usize) -> u16 {
+    let factor = if level <= Level::High { 2 } else { 4 };
+    u16::try_from(permits * factor).unwrap_or(u16::MAX).max(32)
+}
+
+/// Waits for everything in flight, at most until the hard end.
+async fn drain(worker: &Worker, service: &Service) {
+    worker.tasks.close();
+    let mut told = tokio::time::interval(Duration::from_secs(5));
+    told.tick().await;
+    loop {
+        tokio::select! {
+            () = worker.tasks.wait() => return,
+            () = service.shutdown.hard.cancelled() => {
+                tracing::warn!(jobs = worker.tasks.len(), "the grace period is over; what is in flight is left to other workers");
+                return;
+            }
+            _ = told.tick() => tracing::info!(
+                jobs = worker.tasks.len(),
+                "waiting for mail in flight; ending now could send it twice"
+            ),
+        }
+    }
+}
+
+/// The cluster-wide connection caps, as the pools ask for them.
+#[derive(Debug)]
+pub struct Caps {
+    ledger: Ledger,
+    epoch: RwLock<Arc<Epoch>>,
+}
+
+impl Caps {
+    fn epoch(&self) -> Arc<Epoch> {
+        Arc::clone(&self.epoch.read().unwrap_or_else(std::sync::PoisonError::into_inner))
+    }
+
+    /// Leases belong to an epoch; a new one begins with none.
+    pub(super) fn renew(&self, epoch: &Arc<Epoch>) {
+        *self.epoch.write().unwrap_or_else(std::sync::PoisonError::into_inner) = Arc::clone(epoch);
+    }
+}
+
+fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    format!("{}-{}", name.trim(), std::process::id())
+}
