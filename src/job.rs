@@ -19,6 +19,7 @@ mod headers;
 mod inflate;
 mod json;
 mod object;
+mod sealing;
 mod smtp_override;
 #[cfg(test)]
 mod tests;

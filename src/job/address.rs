@@ -60,11 +60,13 @@ pub(super) fn mailboxes(
     match node {
         None => Vec::new(),
         Some(Node::Array(items)) => {
-            *count += items.len();
             if items.len() > max {
+                // One complaint is enough: it does not count towards the sum.
+                *count += 1;
                 errors.push(at, format!("holds {} addresses; at most {max}", items.len()));
                 return Vec::new();
             }
+            *count += items.len();
             items
                 .into_iter()
                 .enumerate()
@@ -90,7 +92,7 @@ pub(super) fn nameless(node: Node<'_>, at: &Pointer<'_>, errors: &mut Errors) ->
 
 fn display_name(node: Node<'_>, at: &Pointer<'_>, errors: &mut Errors) -> Option<String> {
     let text = values::string(node, at, errors)?;
-    match check_name(text.trim()) {
+    match check_name(&text) {
         Ok(name) => name,
         Err(message) => {
             errors.push(at, message);
@@ -105,12 +107,13 @@ fn check_name(name: &str) -> Result<Option<String>, String> {
             "the display name must be at most {MAX_NAME} characters without line breaks or other control characters"
         ));
     }
+    let name = name.trim();
     Ok((!name.is_empty()).then(|| name.to_owned()))
 }
 
 fn from_text(text: &str) -> Result<Mailbox, String> {
     let trimmed = text.trim();
-    if !values::fits(text, MAX_ADDRESS_TEXT) || trimmed.chars().any(char::is_control) {
+    if !values::fits(text, MAX_ADDRESS_TEXT) || text.chars().any(char::is_control) {
         return Err(format!(
             "must be at most {MAX_ADDRESS_TEXT} characters without line breaks or other control characters"
         ));
@@ -120,7 +123,7 @@ fn from_text(text: &str) -> Result<Mailbox, String> {
     };
     let name = name.trim();
     let name = match unquote(name) {
-        Some(unquoted) => check_name(unquoted.trim())?,
+        Some(unquoted) => check_name(&unquoted)?,
         // An `@` outside quotes means a second address; taking it for a name would lose a recipient.
         None if name.contains(['@', '<', '>']) => {
             return Err(format!(
@@ -158,7 +161,7 @@ fn bare(text: &str) -> Result<Address, String> {
     if text.len() > MAX_ADDRESS {
         return Err(format!("the address must be at most {MAX_ADDRESS} bytes long"));
     }
-    if text.contains(|c: char| c.is_control() || c.is_whitespace() || matches!(c, '<' | '>')) {
+    if text.contains(|c| values::is_blank(c) || matches!(c, '<' | '>')) {
         return Err(format!("must be {NOTATIONS}; the address itself without blanks"));
     }
     text.parse::<Address>()

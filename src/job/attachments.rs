@@ -265,7 +265,7 @@ fn web_address(node: Node<'_>, at: &Pointer<'_>, errors: &mut Errors) -> Option<
 
 /// A URL of one of `schemes`. The parser would silently drop line breaks, so blanks are refused before.
 pub(super) fn url(text: &str, max: usize, schemes: &[&str]) -> Option<Url> {
-    if text.len() > max || text.contains(|c: char| c.is_control() || c.is_whitespace()) {
+    if text.len() > max || text.contains(values::is_blank) {
         return None;
     }
     let url = Url::parse(text).ok()?;

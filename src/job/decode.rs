@@ -19,9 +19,8 @@ use crate::config::JobLimits;
 use crate::id::{JobId, TenantId};
 use crate::report::FieldError;
 
-pub use super::smtp_override::{
-    OverrideError, SealError, SealedBy, may_hold_secret, parse_override, seal_override,
-};
+pub use super::sealing::{SealError, may_hold_secret, seal_override};
+pub use super::smtp_override::{OverrideError, SealedBy, parse_override};
 
 /// Major and minor version of the job contract this build understands (header `x-contract`).
 pub const CONTRACT: (u32, u32) = (1, 0);
@@ -155,8 +154,8 @@ pub fn decode(incoming: &Incoming<'_>, limits: &JobLimits) -> Result<MailJob, Re
     let document = json::parse(text.trim_start_matches('\u{feff}'), bounds(limits));
     let syntax = document
         .syntax
-        .as_ref()
-        .map(|error| (RejectReason::NotJson, format!("is not JSON: {error}")));
+        .as_deref()
+        .map(|error| (RejectReason::NotJson, not_json(error)));
     match properties.err().or(trouble).or(syntax) {
         Some(trouble) => Err(refuse(trouble, incoming, &document.root)),
         None => read(document, incoming, limits),
@@ -270,6 +269,15 @@ fn bounds(limits: &JobLimits) -> Bounds {
         // Room for every address and attachment as an object, and for the largest metadata.
         values: 5_000 + 4 * limits.max_recipients + 16 * limits.max_attachments,
     }
+}
+
+fn not_json(error: &str) -> String {
+    let hint = if error.contains("hex escape") {
+        "; surrogates must come in pairs"
+    } else {
+        ""
+    };
+    format!("is not JSON: {error}{hint}")
 }
 
 fn not_an_object(node: &Node<'_>) -> String {

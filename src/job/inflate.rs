@@ -27,7 +27,7 @@ pub(super) fn plain<'a>(incoming: &Incoming<'a>, limits: &JobLimits) -> Result<C
     if body.len() > limits.max_bytes {
         return Err((
             RejectReason::TooLarge,
-            format!("the body has {} bytes; at most {}", body.len(), limits.max_bytes),
+            format!("has {} bytes; at most {}", body.len(), limits.max_bytes),
         ));
     }
     let max = limits.max_inflated;
@@ -55,7 +55,7 @@ fn coding(incoming: &Incoming<'_>) -> Result<Coding, Trouble> {
         "" | "utf-8" | "utf8" | "us-ascii" | "ascii" | "binary" | "identity" => false,
         _ => {
             return refused(format!(
-                "content_encoding {} is not understood; use none, `utf-8` or `gzip`",
+                "has the content_encoding {}, which is not understood; use none, `utf-8` or `gzip`",
                 excerpt(&encoding)
             ));
         }
@@ -64,12 +64,12 @@ fn coding(incoming: &Incoming<'_>) -> Result<Coding, Trouble> {
     match kombu.to_ascii_lowercase().as_str() {
         "" if compressed => Ok(Coding::Gzip),
         "" => Ok(Coding::Plain),
-        "application/x-gzip" | "application/gzip" | "gzip" | "zlib" if compressed => {
-            refused("both content_encoding and the header `compression` say gzip; compress once".to_owned())
-        }
+        "application/x-gzip" | "application/gzip" | "gzip" | "zlib" if compressed => refused(
+            "has gzip both as content_encoding and in the header `compression`; compress once".to_owned(),
+        ),
         "application/x-gzip" | "application/gzip" | "gzip" | "zlib" => Ok(Coding::ZlibOrGzip),
         _ => refused(format!(
-            "compression {} is not understood; use none or `application/x-gzip`",
+            "has the header compression {}, which is not understood; use none or `application/x-gzip`",
             excerpt(kombu)
         )),
     }
@@ -82,7 +82,7 @@ fn zlib(body: &[u8], max: usize) -> Result<Vec<u8>, Trouble> {
         Ok([]) => Ok(inflated),
         _ => Err((
             RejectReason::BadEncoding,
-            "bytes follow the end of the zlib data".to_owned(),
+            "has bytes after the end of its zlib data".to_owned(),
         )),
     }
 }
@@ -99,15 +99,15 @@ fn read(decoder: impl Read, packed: usize, max: usize, name: &str) -> Result<Vec
 
 fn broken(error: &io::Error, name: &str) -> String {
     match error.kind() {
-        io::ErrorKind::UnexpectedEof => format!("the body ends in the middle of its {name} data"),
-        _ => format!("the body is said to be compressed but is not valid {name} data"),
+        io::ErrorKind::UnexpectedEof => format!("ends in the middle of its {name} data"),
+        _ => format!("is said to be compressed but is not valid {name} data"),
     }
 }
 
 fn too_large(max: usize) -> Trouble {
     (
         RejectReason::TooLarge,
-        format!("the decompressed body has more than {max} bytes"),
+        format!("has more than {max} bytes when decompressed"),
     )
 }
 

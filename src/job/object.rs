@@ -114,7 +114,7 @@ mod tests {
             ("subjcet", Some("subject")),
             ("replyTo", Some("reply_to")),
             ("Attachment", Some("attachments")),
-            ("tenantId", None),
+            ("tenantId", Some("tenant")),
             ("tenant_id", Some("tenant")),
             ("sender", Some("from")),
             ("send-at", Some("send_at")),

@@ -37,6 +37,12 @@ pub(super) fn is_line(text: &str) -> bool {
     text.chars().all(|c| c == '\t' || !c.is_control())
 }
 
+/// Characters that addresses and URLs must not hold: blanks as regular expressions understand them, and control
+/// characters.
+pub(super) fn is_blank(c: char) -> bool {
+    c.is_control() || c.is_whitespace() || c == '\u{feff}'
+}
+
 /// A header's text: at most `max` characters, no line breaks or other control characters but TAB.
 pub(super) fn line<'a>(
     node: Node<'a>,
