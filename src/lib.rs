@@ -1,5 +1,6 @@
 //! Postroom: the mail room for teams that run `RabbitMQ` and Postgres.
 pub mod address;
+pub mod broker;
 pub mod config;
 pub mod failure;
 pub mod id;

@@ -1,1 +1,2 @@
-//! x
+//! Servers and instruments for the tests, the demo and the benchmarks of postroom.
+pub mod scratch;
