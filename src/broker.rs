@@ -4,13 +4,24 @@
 //! [`Supervisor`] keeps one [`Session`] after the other alive; each has two connections, because a broker that blocks
 //! publishers must not hold back acknowledgements. [`Publisher`] outlives sessions, a [`Delivery`] belongs to one.
 
+pub mod acker;
 mod connect;
+pub mod consumer;
+pub mod dead_letter;
+pub mod publisher;
+pub mod session;
 pub mod topology;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use acker::Receipt;
 pub use connect::{close, connect, vhost};
+pub use consumer::{Consumer, Delivery, Subscription};
+pub use dead_letter::DeadLetter;
+pub use lapin::BasicProperties as Properties;
+pub use publisher::{PublishError, Publisher};
+pub use session::{Session, Supervisor};
 pub use topology::Topology;
 
 /// Why the broker could not be used. `Display` never holds the URL.
@@ -49,6 +60,9 @@ pub enum BrokerError {
         /// The request.
         what: &'static str,
     },
+    /// The session ended: a connection, a channel or a consumer was lost.
+    #[error("the session with RabbitMQ ended: {0}")]
+    SessionEnded(String),
     /// Exchanges or queues are not as they should be.
     #[error(transparent)]
     Topology(#[from] topology::TopologyError),

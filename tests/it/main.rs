@@ -5,5 +5,7 @@
     reason = "a scenario that cannot go on has failed"
 )]
 
+mod broker_commands;
+mod broker_session;
 mod broker_topology;
 mod support;

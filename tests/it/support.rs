@@ -26,7 +26,7 @@ mod reports;
 mod wait;
 mod world;
 
-pub(crate) use amqp::Amqp;
+pub(crate) use amqp::{Amqp, producers_names};
 pub(crate) use private::Private;
 pub(crate) use process::{Finished, Process};
 pub(crate) use reports::{Received, Reports};

@@ -85,3 +85,9 @@ impl Amqp {
             .unwrap()
     }
 }
+
+/// Names of a delivery's headers without the one that a queue adds at every delivery.
+pub(crate) fn producers_names(headers: &FieldTable) -> Vec<String> {
+    let names = headers.inner().keys().map(ToString::to_string);
+    names.filter(|name| name != "x-delivery-count").collect()
+}
