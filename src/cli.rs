@@ -3,11 +3,16 @@
 //! To mount a command: a variant in `Command` and an arm in `Invocation::dispatch`. Its settings are in
 //! `settings::sections` already.
 
+pub mod dead;
 mod error;
 mod healthcheck;
+pub mod job;
 mod migrate;
+pub mod send;
 mod service;
 mod settings;
+pub mod topology;
+mod worker;
 
 #[cfg(test)]
 mod tests;
@@ -19,6 +24,7 @@ use std::process::ExitCode;
 use clap::{FromArgMatches as _, Parser, Subcommand};
 
 use crate::config::{self, FromSettings, Sources};
+use crate::secret::Keyring;
 use crate::telemetry;
 
 pub use error::CliError;
@@ -40,8 +46,21 @@ struct Cli {
 /// What can be done.
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Consume jobs and send mail. Any number of copies may run.
+    Worker,
     /// Create the database schema, or bring it up to date.
     Migrate(migrate::Args),
+    /// Exchanges, queues and bindings on the broker.
+    #[command(subcommand)]
+    Topology(topology::TopologyCommand),
+    /// Look at jobs; cancel or release them.
+    #[command(subcommand)]
+    Job(job::JobCommand),
+    /// Look at dead messages; replay or drop them.
+    #[command(subcommand)]
+    Dead(dead::DeadCommand),
+    /// Publish one job.
+    Send(send::SendArgs),
     /// Ask a running process whether it is ready; for containers without curl.
     Healthcheck,
 }
@@ -111,9 +130,14 @@ impl Invocation {
         }
     }
 
-    async fn dispatch(self, out: &mut dyn Write) -> Result<(), CliError> {
+    async fn dispatch(self, out: &mut (dyn Write + Send)) -> Result<(), CliError> {
         let sources = self.sources;
         match self.command {
+            Command::Worker => Box::pin(worker::run(&sources)).await,
+            Command::Topology(command) => topology(&command, &sources, out).await,
+            Command::Job(command) => job::run(command, &load(&sources)?, out).await,
+            Command::Dead(command) => dead(&command, &sources, out).await,
+            Command::Send(args) => Ok(send::run(&args, &load(&sources)?, out).await?),
             Command::Migrate(args) => migrate::run(&args, &load(&sources)?, out).await,
             Command::Healthcheck => healthcheck::run(&load(&sources)?, out).await,
         }
@@ -125,4 +149,36 @@ fn load<T: FromSettings>(sources: &Sources) -> Result<T, CliError> {
     config::load::<(config::Telemetry, T)>(sources)
         .map(|(_, wanted)| wanted)
         .map_err(CliError::Config)
+}
+
+/// `topology print` needs no broker.
+async fn topology(
+    command: &topology::TopologyCommand,
+    sources: &Sources,
+    out: &mut (dyn Write + Send),
+) -> Result<(), CliError> {
+    let broker = match command {
+        topology::TopologyCommand::Print => load::<config::BrokerNames>(sources)?.0,
+        _ => load(sources)?,
+    };
+    Ok(topology::run(command, &broker, out).await?)
+}
+
+/// Sealed dead letters are opened with the keys at rest, if they are at hand.
+async fn dead(
+    command: &dead::DeadCommand,
+    sources: &Sources,
+    out: &mut (dyn Write + Send),
+) -> Result<(), CliError> {
+    let broker: config::Broker = load(sources)?;
+    let keys = load::<config::Keys>(sources).ok().and_then(|keys| Keyring::parse(&keys.encryption).ok());
+    let unseal = |sealed: &str| {
+        let keys = keys.as_ref().ok_or("set POSTROOM_ENCRYPTION_KEYS to open it")?;
+        let opened = keys.open_bytes(sealed, crate::worker::DEAD_BODY).map_err(|error| error.to_string())?;
+        Ok(opened.to_vec())
+    };
+    match dead::run(command, &broker, &unseal, out).await {
+        Err(error) if error.is_usage() => Err(CliError::Usage(error.to_string())),
+        other => Ok(other?),
+    }
 }

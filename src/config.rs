@@ -199,6 +199,9 @@ pub struct Worker {
     /// A `mail.deferred` report is made only when the wait is at least this long
     /// (`POSTROOM_DEFERRED_REPORT_AFTER`, default 60 s).
     pub deferred_report_after: Duration,
+    /// The schedule of accounts that set none (`POSTROOM_RETRY_BASE`, default 15 s; `POSTROOM_RETRY_CAP`, default
+    /// 4 hours).
+    pub retry: crate::retry::RetryPolicy,
 }
 
 /// `POSTROOM_UNKNOWN_TENANT`.

@@ -1,6 +1,7 @@
 //! Postroom: the mail room for teams that run `RabbitMQ` and Postgres.
 pub mod address;
 pub mod attachment;
+pub mod broker;
 pub mod cli;
 pub mod compose;
 pub mod config;

@@ -65,7 +65,8 @@ impl ReportType {
 /// A report as published: `{type, timestamp, data}`. The event id travels as AMQP `message_id` and as `webhook-id`.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
-    /// Deterministic event id, see [`event_id`].
+    /// Deterministic event id, see [`event_id`]; not part of the body.
+    #[serde(skip)]
     pub id: String,
     /// What happened.
     #[serde(rename = "type")]

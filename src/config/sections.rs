@@ -8,6 +8,8 @@ use super::{
     Telemetry, TopologyMode, UnknownTenant, Webhook, Worker, parse,
 };
 
+use crate::retry::RetryPolicy;
+
 const SECOND: Duration = Duration::from_secs(1);
 const MINUTE: Duration = Duration::from_mins(1);
 const HOUR: Duration = Duration::from_hours(1);
@@ -226,6 +228,8 @@ impl FromSettings for Worker {
             )
         });
         let deferred_report_after = r.duration("POSTROOM_DEFERRED_REPORT_AFTER", Duration::ZERO, 30 * DAY);
+        let base = r.duration("POSTROOM_RETRY_BASE", Duration::from_millis(10), DAY);
+        let cap = r.duration("POSTROOM_RETRY_CAP", Duration::from_millis(10), 7 * DAY);
         Some(Self {
             concurrency: concurrency?,
             lease: lease?,
@@ -233,6 +237,11 @@ impl FromSettings for Worker {
             retention: retention?,
             unknown_tenant: unknown_tenant?,
             deferred_report_after: deferred_report_after?,
+            retry: RetryPolicy {
+                base: base?,
+                cap: cap?,
+                ..RetryPolicy::default()
+            },
         })
     }
 }

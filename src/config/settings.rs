@@ -259,6 +259,20 @@ pub const SETTINGS: &[Setting] = &[
         "Waits shorter than this give no mail.deferred report.",
     ),
     plain(
+        "POSTROOM_RETRY_BASE",
+        "DURATION",
+        Some("15s"),
+        &[Worker],
+        "Wait after the first failed attempt; each further one waits three times as long.",
+    ),
+    plain(
+        "POSTROOM_RETRY_CAP",
+        "DURATION",
+        Some("4h"),
+        &[Worker],
+        "Longest wait between attempts.",
+    ),
+    plain(
         "POSTROOM_SMTP_CA_FILE",
         "FILE",
         None,

@@ -52,8 +52,6 @@ pub struct Settings {
     pub worker: config::Worker,
     /// Networks beyond public ones.
     pub egress: config::Egress,
-    /// Retries.
-    pub retry: crate::retry::RetryPolicy,
 }
 
 /// Why a worker cannot start, or did not end well.
@@ -145,7 +143,7 @@ async fn build(
     let batches = Batches::new(&ledger);
     let pool_size = settings.smtp.pool_size;
     let pipeline = Pipeline {
-        directory: Arc::new(Directory::new(database, Arc::clone(&keys), settings.retry)),
+        directory: Arc::new(Directory::new(database, Arc::clone(&keys), settings.worker.retry)),
         attachments: Attachments::new(
             settings.fetch,
             settings.storage.as_ref(),
@@ -167,7 +165,7 @@ async fn build(
         load: Arc::new(Load::default()),
         pool_size,
         limits: settings.limits,
-        retry: settings.retry,
+        retry: settings.worker.retry,
         deferred_report_after: settings.worker.deferred_report_after,
         lease: settings.worker.lease,
         retention: settings.worker.retention,

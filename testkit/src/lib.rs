@@ -1,3 +1,5 @@
 //! Servers the tests, the demo and the benchmarks of postroom talk to.
 pub mod files;
 pub mod s3;
+//! Servers and instruments for the tests, the demo and the benchmarks of postroom.
+pub mod scratch;

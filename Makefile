@@ -1,0 +1,39 @@
+# make test        everything, against real servers (see dev/servers)
+# make demo        a thousand mails through release binaries, accounted for; KEEP=1 leaves it running
+# make lint        formatting, clippy, documentation
+# make servers     RabbitMQ and Postgres for development; prints their variables. make servers-down stops them
+
+SHELL = /bin/bash
+CARGO ?= cargo
+NEXTEST := $(shell $(CARGO) nextest --version >/dev/null 2>&1 && echo yes)
+
+.PHONY: test demo lint servers servers-down
+
+# Arguments for the runner: make test ARGS='broker'
+ifeq ($(NEXTEST),yes)
+RUN_TESTS = $(CARGO) nextest run --workspace --locked $(ARGS)
+BUILD_TESTS = $(CARGO) nextest run --workspace --locked --no-run
+else
+RUN_TESTS = $(CARGO) test --workspace --locked -- $(ARGS)
+BUILD_TESTS = $(CARGO) test --workspace --locked --no-run
+endif
+
+# Built before servers come up: a compile error costs nothing else.
+test:
+	$(BUILD_TESTS)
+	KEEP='$(KEEP)' dev/run-with-servers $(RUN_TESTS)
+
+demo:
+	$(CARGO) build --release --locked --bin postroom --example demo
+	KEEP='$(KEEP)' dev/run-with-servers target/release/examples/demo
+
+lint:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --document-private-items --locked
+
+servers:
+	@dev/servers up
+
+servers-down:
+	@dev/servers down

@@ -1,0 +1,229 @@
+//! `postroom job`: what the ledger knows of jobs; cancel and release.
+
+use std::io::Write;
+
+use clap::{Args, Subcommand};
+use comfy_table::{Table, presets::UTF8_HORIZONTAL_ONLY};
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use super::CliError;
+use crate::config;
+use crate::db::Database;
+use crate::id::{JobId, TenantId};
+use crate::ledger::odd::{Cancel, ManualRelease};
+use crate::ledger::{Ledger, WaitReason};
+use crate::telemetry::metrics::Metrics;
+
+/// `postroom job …`
+#[derive(Debug, Subcommand)]
+pub enum JobCommand {
+    /// List jobs, newest first
+    List(ListArgs),
+    /// Show what is known of one job
+    Show(OneArgs),
+    /// Cancel a job that has not been sent; one that has not come yet is cancelled when it comes
+    Cancel(NameArgs),
+    /// Let a waiting job run now (its account's limits still hold)
+    Release(NameArgs),
+}
+
+/// Which jobs.
+#[derive(Debug, Args)]
+pub struct ListArgs {
+    /// Only jobs of this tenant
+    #[arg(long)]
+    pub tenant: Option<TenantId>,
+    /// Only jobs in this state: open, sending, waiting, done, uncertain
+    #[arg(long, value_parser = ["open", "sending", "waiting", "done", "uncertain"])]
+    pub state: Option<String>,
+    /// At most this many
+    #[arg(long, default_value_t = 50)]
+    pub limit: i64,
+    /// One JSON object per line
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// One job.
+#[derive(Debug, Args)]
+pub struct NameArgs {
+    /// Its tenant
+    pub tenant: TenantId,
+    /// Its id
+    pub id: JobId,
+}
+
+/// One job, to be shown.
+#[derive(Debug, Args)]
+pub struct OneArgs {
+    /// Which
+    #[command(flatten)]
+    pub name: NameArgs,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+const STATES: [&str; 6] = ["open", "sending", "waiting", "done", "uncertain", "cancelled"];
+
+/// Runs the command.
+///
+/// # Errors
+/// If the database cannot be asked, the job does not exist, or it is too late for what is asked.
+pub async fn run(
+    command: JobCommand,
+    config: &config::Database,
+    out: &mut (dyn Write + Send),
+) -> Result<(), CliError> {
+    let database = Database::connect(config)?;
+    match command {
+        JobCommand::List(args) => list(&database, &args, out).await,
+        JobCommand::Show(args) => show(&database, &args, out).await,
+        JobCommand::Cancel(name) => cancel(&ledger(database)?, &name, out).await,
+        JobCommand::Release(name) => release(&ledger(database)?, &name, out).await,
+    }
+}
+
+fn ledger(database: Database) -> Result<Ledger, CliError> {
+    Ok(Ledger::new(database, std::sync::Arc::new(Metrics::new()?)))
+}
+
+async fn list(database: &Database, args: &ListArgs, out: &mut (dyn Write + Send)) -> Result<(), CliError> {
+    let state = args.state.as_ref().and_then(|s| STATES.iter().position(|name| name == s)).map(|n| n as i16);
+    let sql = database.sql(&format!(
+        "{SELECT} WHERE ($1::text IS NULL OR tenant = $1) AND ($2::smallint IS NULL OR state = $2)
+         ORDER BY created_at DESC, tenant, id LIMIT $3"
+    ));
+    let tenant = args.tenant.as_ref().map(TenantId::as_str);
+    let rows = database.client().await?.query(&sql, &[&tenant, &state, &args.limit]).await?;
+    let mut table = Table::new();
+    table.load_preset(UTF8_HORIZONTAL_ONLY);
+    table.set_header(["tenant", "job", "level", "state", "account", "attempts", "next attempt", "last error"]);
+    for row in &rows {
+        let job = object(row)?;
+        if args.json {
+            writeln!(out, "{job}")?;
+            continue;
+        }
+        let text = |name: &str| match &job[name] {
+            Value::Null => String::new(),
+            Value::String(text) => text.clone(),
+            other => other.to_string(),
+        };
+        let state = match (text("outcome"), text("reason")) {
+            (outcome, _) if !outcome.is_empty() => outcome,
+            (_, reason) if !reason.is_empty() => format!("{} ({reason})", text("state")),
+            _ => text("state"),
+        };
+        table.add_row([
+            text("tenant"),
+            text("job"),
+            text("level"),
+            state,
+            text("account"),
+            text("attempts"),
+            text("next_attempt_at"),
+            text("last_error"),
+        ]);
+    }
+    if !args.json {
+        writeln!(out, "{table}")?;
+    }
+    Ok(())
+}
+
+async fn show(database: &Database, args: &OneArgs, out: &mut (dyn Write + Send)) -> Result<(), CliError> {
+    let sql = database.sql(&format!("{SELECT} WHERE tenant = $1 AND id = $2"));
+    let key = &args.name;
+    let row = database.client().await?.query_opt(&sql, &[&key.tenant.as_str(), &key.id.as_str()]).await?;
+    let Some(row) = row else { return Err(unknown(key)) };
+    let job = object(&row)?;
+    if args.json {
+        writeln!(out, "{job}")?;
+        return Ok(());
+    }
+    for (name, value) in job.as_object().into_iter().flatten() {
+        match value {
+            Value::Null => {}
+            Value::String(text) => writeln!(out, "{name:<16} {text}")?,
+            Value::Array(recipients) if name == "recipients" => {
+                for recipient in recipients {
+                    let of = |key: &str| recipient[key].as_str().unwrap_or_default();
+                    writeln!(out, "{:<16} {} {} {}", "recipient", of("address"), of("status"), of("text"))?;
+                }
+            }
+            other => writeln!(out, "{name:<16} {other}")?,
+        }
+    }
+    Ok(())
+}
+
+async fn cancel(ledger: &Ledger, key: &NameArgs, out: &mut (dyn Write + Send)) -> Result<(), CliError> {
+    let said = match ledger.cancel(&key.tenant, &key.id).await? {
+        Cancel::Cancelled => "cancelled",
+        Cancel::InFlight => "in flight: it is cancelled unless the attempt under way succeeds",
+        Cancel::Noted => "not here yet: it will be cancelled when it comes",
+        Cancel::TooLate => return Err(refused(key, "is over already; `postroom job show` tells how it ended")),
+    };
+    Ok(writeln!(out, "{said}")?)
+}
+
+async fn release(ledger: &Ledger, key: &NameArgs, out: &mut (dyn Write + Send)) -> Result<(), CliError> {
+    match ledger.release_by_hand(&key.tenant, &key.id).await? {
+        ManualRelease::Released => Ok(writeln!(out, "released")?),
+        ManualRelease::NotWaiting => Err(refused(key, "does not wait; `postroom job show` tells its state")),
+        ManualRelease::Unknown => Err(unknown(key)),
+    }
+}
+
+/// The command cannot do this to this job.
+#[derive(Debug, thiserror::Error)]
+#[error("job `{id}` of tenant `{tenant}` {why}")]
+struct Refused {
+    tenant: TenantId,
+    id: JobId,
+    why: &'static str,
+}
+
+fn refused(key: &NameArgs, why: &'static str) -> CliError {
+    Refused { tenant: key.tenant.clone(), id: key.id.clone(), why }.into()
+}
+
+fn unknown(key: &NameArgs) -> CliError {
+    refused(key, "is not in the ledger")
+}
+
+const SELECT: &str = "SELECT tenant, id, level, state, account, attempt, uncertain, cancel, reason, due_at, outcome,
+    last_error, message_id, batch, created_at, updated_at, finished_at, recipients, outbox IS NOT NULL AS owed,
+    body_size FROM {s}.job";
+
+fn object(row: &tokio_postgres::Row) -> Result<Value, tokio_postgres::Error> {
+    let time = |name: &str| row.try_get::<_, Option<Timestamp>>(name).map(|at| at.map(|at| at.to_string()));
+    let state: i16 = row.try_get("state")?;
+    let level = crate::level::Level::from_index(row.try_get("level")?);
+    let reason = row.try_get::<_, Option<i16>>("reason")?.and_then(WaitReason::from_number);
+    let waits = state == 2;
+    Ok(json!({
+        "tenant": row.try_get::<_, &str>("tenant")?,
+        "job": row.try_get::<_, &str>("id")?,
+        "level": level.map(crate::level::Level::as_str),
+        "state": STATES.get(usize::try_from(state).unwrap_or(usize::MAX)),
+        "outcome": row.try_get::<_, Option<&str>>("outcome")?,
+        "account": row.try_get::<_, &str>("account")?,
+        "attempts": row.try_get::<_, i32>("attempt")?,
+        "uncertain_attempts": row.try_get::<_, i32>("uncertain")?,
+        "cancel_requested": row.try_get::<_, bool>("cancel")?,
+        "reason": reason.filter(|_| waits).map(WaitReason::as_str),
+        "next_attempt_at": time("due_at")?.filter(|_| waits),
+        "last_error": row.try_get::<_, Option<&str>>("last_error")?,
+        "message_id": row.try_get::<_, Option<&str>>("message_id")?,
+        "batch": row.try_get::<_, Option<&str>>("batch")?,
+        "created_at": time("created_at")?,
+        "updated_at": time("updated_at")?,
+        "finished_at": time("finished_at")?,
+        "recipients": row.try_get::<_, Option<Value>>("recipients")?,
+        "report_owed": row.try_get::<_, bool>("owed")?,
+        "body_bytes": row.try_get::<_, Option<i32>>("body_size")?,
+    }))
+}

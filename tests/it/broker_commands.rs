@@ -1,0 +1,311 @@
+//! The operator's commands about the broker.
+
+use lapin::BasicProperties;
+use lapin::types::{AMQPValue, FieldTable};
+use postroom::broker::{self, BrokerError};
+use postroom::cli::dead::{self, DeadCommand, DeadError, DeadQueue, Filter};
+use postroom::cli::send::{self, SendArgs};
+use postroom::cli::topology::{self, TopologyCommand};
+use postroom::level::Level;
+use serde_json::{Value, json};
+
+use crate::support::{World, producers_names};
+
+fn sealed(text: &str) -> Result<Vec<u8>, String> {
+    let opened = text.strip_prefix("sealed:").ok_or("not sealed")?;
+    Ok(opened.as_bytes().to_vec())
+}
+
+async fn dead(world: &World, command: DeadCommand) -> Result<String, DeadError> {
+    let mut out = Vec::new();
+    dead::run(&command, &world.broker_config(), &sealed, &mut out).await?;
+    Ok(String::from_utf8(out).unwrap())
+}
+
+async fn put_dead(world: &World, key: &str, headers: &[(&str, &str)], body: &str) {
+    let mut table = FieldTable::default();
+    for (name, value) in headers {
+        table.insert((*name).into(), AMQPValue::LongString((*value).into()));
+    }
+    let properties = BasicProperties::default().with_headers(table);
+    world
+        .amqp()
+        .await
+        .publish("mail.dlx", key, properties, body.as_bytes())
+        .await;
+}
+
+#[tokio::test]
+async fn printed_definitions_import_into_a_topology_that_passes_the_check() {
+    let world = World::new().await;
+    let mut out = Vec::new();
+    let config = world.broker_config();
+    topology::run(&TopologyCommand::Print, &config, &mut out)
+        .await
+        .unwrap();
+    let definitions: Value = serde_json::from_slice(&out).unwrap();
+    assert_eq!(definitions["queues"][0]["vhost"], world.scratch().name());
+    world
+        .scratch()
+        .servers()
+        .management(
+            reqwest::Method::POST,
+            "definitions",
+            Some(&definitions.to_string()),
+        )
+        .await
+        .unwrap();
+    let mut out = Vec::new();
+    topology::run(&TopologyCommand::Check, &config, &mut out)
+        .await
+        .unwrap();
+    topology::run(&TopologyCommand::Apply, &config, &mut out)
+        .await
+        .unwrap();
+    let said = String::from_utf8(out).unwrap();
+    assert!(said.contains("14 already there"), "{said}");
+}
+
+#[tokio::test]
+async fn a_queue_with_other_arguments_is_named_with_what_to_do() {
+    let world = World::new().await;
+    let channel = &world.amqp().await.channel;
+    let options = lapin::options::QueueDeclareOptions::durable();
+    channel
+        .queue_declare("mail.jobs.low".into(), options, FieldTable::default())
+        .await
+        .unwrap();
+    for command in [TopologyCommand::Apply, TopologyCommand::Check] {
+        let error = topology::run(&command, &world.broker_config(), &mut Vec::new())
+            .await
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("different: queue mail.jobs.low"), "{error}");
+        assert!(error.contains("inequivalent arg"), "{error}");
+        assert!(error.contains("empty and delete it"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn send_publishes_to_the_level_and_prints_the_id() {
+    let world = World::new().await;
+    world.apply_topology().await;
+    let job = json!({"id": "order-1", "tenant": "acme", "text": "hello"}).to_string();
+    let file = world.dir().join("job.json");
+    std::fs::write(&file, &job).unwrap();
+    let args = SendArgs {
+        level: Level::High,
+        file,
+    };
+    let mut out = Vec::new();
+    send::run(&args, &world.broker_config(), &mut out).await.unwrap();
+    assert_eq!(out, b"order-1\n");
+    world.wait_depth("mail.jobs.high", 1).await;
+    let message = world.amqp().await.get("mail.jobs.high").await.unwrap();
+    assert_eq!(message.data, job.as_bytes());
+    assert_eq!(message.routing_key.as_str(), "high.acme");
+    assert_eq!(
+        message.properties.kind().as_ref().unwrap().as_str(),
+        "mail.job.v1"
+    );
+    assert!(message.properties.timestamp().is_some());
+}
+
+#[tokio::test]
+async fn dead_messages_are_listed_filtered_and_stay() {
+    let world = World::new().await;
+    world.apply_topology().await;
+    put_dead(
+        &world,
+        "low.acme",
+        &[("x-dead-reason", "invalid"), ("x-dead-detail", "no `to`")],
+        r#"{"id": "a", "tenant": "acme"}"#,
+    )
+    .await;
+    put_dead(
+        &world,
+        "high.other",
+        &[("x-dead-reason", "invalid_json")],
+        "not json",
+    )
+    .await;
+    world.wait_depth("mail.jobs.dead", 2).await;
+
+    let table = dead(&world, DeadCommand::List(Filter::default())).await.unwrap();
+    assert!(
+        table.contains("invalid_json") && table.contains("no `to`"),
+        "{table}"
+    );
+    let filter = Filter {
+        tenant: Some("acme".to_owned()),
+        json: true,
+        ..Filter::default()
+    };
+    let listed = dead(&world, DeadCommand::List(filter)).await.unwrap();
+    let listed: Value = serde_json::from_str(&listed).unwrap();
+    assert_eq!(listed["id"], "a");
+    assert_eq!(listed["reason"], "invalid");
+    assert_eq!(listed["detail"], "no `to`");
+    let filter = Filter {
+        reason: Some("invalid_json".to_owned()),
+        json: true,
+        ..Filter::default()
+    };
+    let shown = dead(&world, DeadCommand::Show(filter)).await.unwrap();
+    let shown: Value = serde_json::from_str(&shown).unwrap();
+    assert_eq!(shown["body"], "not json");
+    assert_eq!(shown["tenant"], "other");
+    world.wait_depth("mail.jobs.dead", 2).await;
+}
+
+#[tokio::test]
+async fn a_replayed_job_goes_through_the_front_door_again() {
+    let world = World::new().await;
+    world.apply_topology().await;
+    put_dead(
+        &world,
+        "low.acme",
+        &[
+            ("x-dead-reason", "invalid"),
+            ("x-dead-source", "mail.jobs.low"),
+            ("traceparent", "00-1"),
+        ],
+        r#"{"id": "a"}"#,
+    )
+    .await;
+    put_dead(
+        &world,
+        "low.acme",
+        &[("x-dead-reason", "unknown_tenant"), ("x-dead-sealed", "true")],
+        r#"sealed:{"id": "b"}"#,
+    )
+    .await;
+    world.wait_depth("mail.jobs.dead", 2).await;
+
+    let error = dead(&world, DeadCommand::Replay(Filter::default()))
+        .await
+        .unwrap_err();
+    assert!(error.is_usage(), "{error}");
+    let one = Filter {
+        id: Some("a".to_owned()),
+        ..Filter::default()
+    };
+    assert_eq!(
+        dead(&world, DeadCommand::Replay(one)).await.unwrap(),
+        "1 replayed\n"
+    );
+    world.wait_depth("mail.jobs.low", 1).await;
+    let message = world.amqp().await.get("mail.jobs.low").await.unwrap();
+    assert_eq!(message.data, br#"{"id": "a"}"#);
+    assert_eq!(message.exchange.as_str(), "mail.jobs");
+    let headers = message.properties.headers().clone().unwrap();
+    assert_eq!(producers_names(&headers), ["traceparent", "x-replay"]);
+    assert_eq!(headers.inner()["x-replay"], AMQPValue::LongLongInt(1));
+
+    // What was passed over is still there, and opened only on its way back.
+    let all = Filter {
+        all: true,
+        ..Filter::default()
+    };
+    let shown = dead(&world, DeadCommand::Show(all.clone())).await.unwrap();
+    assert!(shown.contains("sealed:"), "{shown}");
+    dead(&world, DeadCommand::Replay(all)).await.unwrap();
+    world.wait_depth("mail.jobs.low", 1).await;
+    let message = world.amqp().await.get("mail.jobs.low").await.unwrap();
+    assert_eq!(message.data, br#"{"id": "b"}"#);
+    world.wait_depth("mail.jobs.dead", 0).await;
+}
+
+#[tokio::test]
+async fn dropped_messages_are_gone_and_others_are_not() {
+    let world = World::new().await;
+    world.apply_topology().await;
+    for (key, reason) in [
+        ("low.a", "invalid"),
+        ("low.b", "crash_loop"),
+        ("low.c", "invalid"),
+    ] {
+        put_dead(&world, key, &[("x-dead-reason", reason)], "{}").await;
+    }
+    world.wait_depth("mail.jobs.dead", 3).await;
+    let filter = Filter {
+        reason: Some("invalid".to_owned()),
+        ..Filter::default()
+    };
+    assert_eq!(
+        dead(&world, DeadCommand::Drop(filter)).await.unwrap(),
+        "2 dropped\n"
+    );
+    world.wait_depth("mail.jobs.dead", 1).await;
+}
+
+#[tokio::test]
+async fn a_poisonous_message_ends_among_the_dead_by_the_brokers_own_hand_and_can_be_replayed() {
+    let world = World::new().await;
+    world.apply_topology().await;
+    world
+        .amqp()
+        .await
+        .publish("", "mail.jobs.low", BasicProperties::default(), b"{}")
+        .await;
+    let channel = &world.amqp().await.channel;
+    let mut deliveries = 0;
+    while world.depth("mail.jobs.dead").await == 0 {
+        let got = channel
+            .basic_get("mail.jobs.low".into(), lapin::options::BasicGetOptions::default())
+            .await
+            .unwrap();
+        if let Some(message) = got {
+            deliveries += 1;
+            let options = lapin::options::BasicNackOptions {
+                multiple: false,
+                requeue: true,
+            };
+            message.delivery.acker.nack(options).await.unwrap();
+        }
+        assert!(deliveries <= 51, "not dead after {deliveries} deliveries");
+    }
+    let filter = Filter {
+        json: true,
+        ..Filter::default()
+    };
+    let listed = dead(&world, DeadCommand::List(filter)).await.unwrap();
+    let listed: Value = serde_json::from_str(&listed).unwrap();
+    assert_eq!(listed["reason"], "delivery_limit");
+    assert_eq!(listed["queue"], "mail.jobs.low");
+    let all = Filter {
+        all: true,
+        ..Filter::default()
+    };
+    dead(&world, DeadCommand::Replay(all)).await.unwrap();
+    world.wait_depth("mail.jobs.low", 1).await;
+}
+
+#[tokio::test]
+async fn without_a_topology_commands_say_what_to_do() {
+    let world = World::new().await;
+    let filter = Filter {
+        queue: DeadQueue::Reports,
+        ..Filter::default()
+    };
+    let error = dead(&world, DeadCommand::List(filter)).await.unwrap_err();
+    assert!(
+        matches!(error, DeadError::Broker(BrokerError::Amqp(_))),
+        "{error}"
+    );
+    assert!(error.to_string().contains("mail.reports.dead"), "{error}");
+}
+
+#[tokio::test]
+async fn a_wrong_password_is_reported_without_it() {
+    let world = World::new().await;
+    let mut config = world.broker_config();
+    let url = world.amqp_url().replacen("guest:guest@", "guest:hunter2@", 1);
+    config.url = url.into();
+    let error = broker::connect(&config, "test").await.unwrap_err().to_string();
+    assert!(
+        error.contains("cannot connect to RabbitMQ at 127.0.0.1"),
+        "{error}"
+    );
+    assert!(!error.contains("hunter2"), "{error}");
+}

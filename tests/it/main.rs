@@ -1,0 +1,11 @@
+//! Scenarios against real servers: one binary, one module per scenario. See `support` for how they are written.
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a scenario that cannot go on has failed"
+)]
+
+mod broker_commands;
+mod broker_session;
+mod broker_topology;
+mod support;
