@@ -405,3 +405,22 @@ mod tests {
         );
     }
 }
+
+impl crate::smtp::Resolver for EgressGuard {
+    fn resolve<'a>(
+        &'a self,
+        host: &'a str,
+        port: u16,
+        trusted: bool,
+    ) -> futures_util::future::BoxFuture<'a, Result<Vec<SocketAddr>, crate::smtp::Refusal>> {
+        Box::pin(async move {
+            Self::resolve(self, host, port, trusted).await.map_err(|error| {
+                if error.is_transient() {
+                    crate::smtp::Refusal::Lookup(error.to_string())
+                } else {
+                    crate::smtp::Refusal::Denied(error.to_string())
+                }
+            })
+        })
+    }
+}

@@ -1,11 +1,16 @@
 //! One attempt at one job, left to right: resolve → fetch → compose → connect → slot → send. What follows from it is
 //! decided in [`crate::settlement`].
 
+pub mod attempt;
+pub mod task;
+
 use std::time::Duration;
 
 use crate::failure::Failure;
+use crate::job::OnUncertain;
 use crate::ledger::{Row, WaitReason};
 use crate::report::{LinkedFile, RecipientResult, Sender};
+use crate::retry::RetryPolicy;
 
 /// What one attempt found out.
 #[derive(Debug, Clone)]
@@ -30,6 +35,10 @@ pub struct Attempt {
     pub started: bool,
     /// MAIL FROM was written: the slot is used.
     pub reached_mail_from: bool,
+    /// When to come back, by the account that sent; `None` if none was found.
+    pub retry: Option<RetryPolicy>,
+    /// What to do if nobody knows the outcome.
+    pub on_uncertain: OnUncertain,
 }
 
 /// What an attempt concluded.
@@ -71,6 +80,8 @@ impl Attempt {
             links: Vec::new(),
             started: false,
             reached_mail_from: false,
+            retry: None,
+            on_uncertain: OnUncertain::default(),
         }
     }
 

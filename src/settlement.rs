@@ -22,10 +22,8 @@ pub struct Circumstances<'a> {
     pub row: &'a Row,
     /// AMQP `correlation_id`, else the job's id.
     pub correlation_id: &'a str,
-    /// When to come back.
+    /// When to come back, unless the account says otherwise.
     pub retry: RetryPolicy,
-    /// What to do when nobody knows the outcome.
-    pub on_uncertain: OnUncertain,
     /// It came from RabbitMQ just now rather than out of the waiting room.
     pub new: bool,
     /// Shorter waits are not reported.
@@ -47,7 +45,7 @@ pub fn plan(at: &Circumstances<'_>, attempt: Attempt, body: Option<Body>) -> Set
             let (reason, delay) = (*reason, *delay);
             wait(at, attempt, reason, delay, body)
         }
-        Verdict::Uncertain(_) if at.on_uncertain == OnUncertain::Hold => hold(at, attempt, body),
+        Verdict::Uncertain(_) if attempt.on_uncertain == OnUncertain::Hold => hold(at, attempt, body),
         Verdict::Uncertain(failure) | Verdict::Failed(failure) => {
             let failure = failure.clone();
             if failure.is_transient() { again(at, attempt, &failure, body) } else { fail(at, attempt, &failure) }
@@ -87,7 +85,8 @@ fn again(at: &Circumstances<'_>, mut attempt: Attempt, failure: &Failure, body: 
     let age = at.now.duration_since(at.row.created);
     let age = Duration::try_from(age.max(SignedDuration::ZERO)).unwrap_or_default();
     let attempts = attempt.number(at.row);
-    let Some(delay) = at.retry.next(attempts, age, failure.retry_after, at.jitter) else {
+    let retry = attempt.retry.unwrap_or(at.retry);
+    let Some(delay) = retry.next(attempts, age, failure.retry_after, at.jitter) else {
         return give_up(at, attempt, failure);
     };
     attempt.failure = Some(failure.clone());

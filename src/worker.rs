@@ -47,10 +47,6 @@ pub use run::{Settings, WorkerError, run};
 /// Additional data under which whole bodies of dead letters are sealed.
 pub const DEAD_BODY: &str = "dead-letter";
 
-/// How many jobs of an account may be in hand per connection it has here: admission and bookkeeping of the next ones
-/// overlap with the sends of these.
-const IN_HAND_PER_CONNECTION: usize = 4;
-
 /// Everything the parts of a worker share.
 #[derive(Debug)]
 pub struct Worker {
@@ -167,24 +163,9 @@ impl Worker {
         (claims.in_flight.iter().copied().collect(), claims.before)
     }
 
-    /// Whether an account has as much in hand as its connections can take. With nobody else about, it may use all
-    /// permits; otherwise at most half.
-    #[must_use]
-    pub fn is_full(&self, account: &AccountKey, connections: usize) -> bool {
-        self.load.of(account) >= self.room(account, connections)
-    }
-
-    fn room(&self, account: &AccountKey, connections: usize) -> usize {
-        let room = connections.saturating_mul(IN_HAND_PER_CONNECTION);
-        if self.load.others(account) == 0 { room } else { room.min((self.permits_total / 2).max(1)) }
-    }
-
-    /// Accounts that can take nothing out of the waiting room now.
-    #[must_use]
-    pub fn full_accounts(&self) -> Vec<AccountKey> {
-        let mut full = self.load.full(|_| self.pool_size * IN_HAND_PER_CONNECTION);
-        full.extend(self.pipeline.pools.without_room());
-        full
+    /// A job of this account found no connection.
+    fn note_busy(&self, account: &AccountKey) {
+        self.load.note_busy(account);
     }
 
     /// Leases due jobs of the current epoch.

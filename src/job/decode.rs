@@ -104,6 +104,10 @@ reasons! {
     TenantMismatch => "tenant_mismatch",
     /// A field is missing, unknown or not as it must be.
     Invalid => "invalid",
+    /// There is no such tenant.
+    UnknownTenant => "unknown_tenant",
+    /// The tenant has no such account.
+    UnknownAccount => "unknown_account",
     /// The producer uses a newer contract than this build knows: another worker may understand it.
     ContractTooNew => "contract_too_new",
 }

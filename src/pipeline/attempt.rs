@@ -18,10 +18,10 @@ use crate::job::{MailJob, OnUncertain};
 use crate::ledger::batches::Batches;
 use crate::ledger::slots::{SlotAnswer, SlotRequest};
 use crate::ledger::{Slot, WaitReason};
-use crate::report::{LinkedFile, RecipientResult, RecipientStatus};
+use crate::report::{LinkedFile, RecipientStatus};
 use crate::secret::Keyring;
 use crate::settlement::all_pending;
-use crate::smtp::{self, CheckoutError, Envelope, OpenError, Outcome, Pools, Submission, Transaction};
+use crate::smtp::{self, CheckoutError, Envelope, Outcome, Pools, Submission, Transaction};
 use crate::telemetry::metrics::Metrics;
 
 /// How long a job waits in the waiting room when its account has no connection free.
@@ -82,6 +82,7 @@ impl Pipeline {
             return Err(Verdict::Expired);
         }
         let entries = self.entries(&task.job.tenant).await?;
+        attempt.on_uncertain = task.job.on_uncertain.unwrap_or(entries.tenant.tenant.on_uncertain);
         let mut chosen = self.choose(&task.job, &entries).map_err(|failure| started(attempt, failure))?;
         let fetched = Instant::now();
         let prepared = self
@@ -154,7 +155,8 @@ impl Pipeline {
         prepared: &Prepared,
     ) -> Result<Verdict, Verdict> {
         attempt.sender = Some(chosen.sender());
-        attempt.account = (chosen.via == Via::Account).then(|| chosen.account.key.account().to_owned());
+        attempt.account = account_name(task, chosen);
+        attempt.retry = Some(chosen.account.retry);
         let message_id = self.message_id(task, chosen, attempt);
         let limited = entries.tenant.tenant.limited || chosen.account.limited || task.row.slot.is_none();
         let mut slot = task.row.slot.filter(|_| chosen.account.key == task.row.account);
@@ -164,7 +166,7 @@ impl Pipeline {
             if open.is_empty() {
                 return Ok(Verdict::Attempted);
             }
-            let mut lease = self.connection(task, attempt, chosen).await?;
+            let lease = self.connection(task, attempt, chosen).await?;
             let granted = match slot.take().filter(Slot::is_valid) {
                 Some(slot) => slot,
                 None if !limited => Slot::unlimited(),
@@ -172,14 +174,14 @@ impl Pipeline {
             };
             let part: Vec<Address> = open.into_iter().take(granted.recipients as usize).collect();
             tried.extend(part.iter().map(ToString::to_string));
-            let started_at = Instant::now();
+            let begun = Instant::now();
             let email = self.compose(task, chosen, prepared, &message_id, &part).map_err(|f| started(attempt, f))?;
-            self.observe("compose", started_at);
+            self.observe("compose", begun);
             if task.is_expired(self.clock.now()) {
                 return Err(Verdict::Expired);
             }
             let begun = Instant::now();
-            let result = self.transact(task, attempt, entries, &mut lease, &email, &part).await;
+            let result = self.transact(task, attempt, lease, &email, &part).await;
             attempt.smtp = Some(attempt.smtp.unwrap_or_default() + begun.elapsed());
             self.observe("send", begun);
             result?;
@@ -241,7 +243,7 @@ impl Pipeline {
                 server: account.server.clone(),
                 max_connections: account.max_connections,
             };
-            self.pools.checkout(&submission).await
+            self.pools.checkout(&Arc::new(submission)).await
         };
         self.observe("connection", since);
         match checked_out {
@@ -284,57 +286,37 @@ impl Pipeline {
         &self,
         task: &Task,
         attempt: &mut Attempt,
-        entries: &Entries,
-        lease: &mut smtp::Lease,
+        lease: smtp::Lease,
         email: &Email,
         part: &[Address],
     ) -> Result<(), Verdict> {
         attempt.started = true;
-        attempt.reached_mail_from = true;
         let envelope = Envelope { from: email.envelope_from.clone(), to: email.recipients.clone() };
-        let transaction = match lease.open(&envelope, email.message.len(), email.needs_utf8, email.is_8bit).await {
+        let opened = lease.open(&envelope, email.message.len(), email.needs_utf8, email.is_8bit).await;
+        let transaction = match opened {
             Ok(transaction) => transaction,
-            Err(OpenError::NothingAccepted(results)) => {
-                record(attempt, part, &results);
+            Err(error) if error.mail_sent => {
+                attempt.reached_mail_from = true;
+                record(attempt, part, error.results.iter().map(|(_, result)| result));
                 return Ok(());
             }
-            Err(OpenError::Failed { failure, reached_mail_from }) => {
-                attempt.reached_mail_from = reached_mail_from;
-                return Err(Verdict::Failed(failure));
-            }
+            Err(error) => return Err(Verdict::Failed(error.failure)),
         };
-        if !self.may_write(task, entries).await {
+        attempt.reached_mail_from = true;
+        if !self.may_write(task, attempt.on_uncertain).await {
             transaction.abandon();
             return Err(Verdict::GiveBack);
         }
-        self.finish(attempt, transaction, email, part).await
+        finish(attempt, transaction, email, part).await
     }
 
     /// The last question before the write that may end the message: is the job still ours? For jobs that are to be
     /// held when the outcome stays unknown, the answer is committed first.
-    async fn may_write(&self, task: &Task, entries: &Entries) -> bool {
-        let policy = task.job.on_uncertain.unwrap_or(entries.tenant.tenant.on_uncertain);
+    async fn may_write(&self, task: &Task, policy: OnUncertain) -> bool {
         if policy == OnUncertain::Hold && !self.batches.mark_data(task.row.clone()).await {
             return false;
         }
         task.row.lease.is_good()
-    }
-
-    async fn finish(
-        &self,
-        attempt: &mut Attempt,
-        transaction: Transaction<'_>,
-        email: &Email,
-        part: &[Address],
-    ) -> Result<(), Verdict> {
-        match transaction.finish(&email.message).await {
-            Outcome::Answered(results) => {
-                record(attempt, part, &results);
-                Ok(())
-            }
-            Outcome::Failed(failure) => Err(Verdict::Failed(failure)),
-            Outcome::Uncertain(failure) => Err(Verdict::Uncertain(failure)),
-        }
     }
 
     fn observe(&self, stage: &str, since: Instant) {
@@ -358,18 +340,51 @@ fn open_recipients(attempt: &Attempt, tried: &HashSet<String>) -> Vec<Address> {
         .collect()
 }
 
+/// The mail itself, and what became of it.
+async fn finish(
+    attempt: &mut Attempt,
+    transaction: Transaction,
+    email: &Email,
+    part: &[Address],
+) -> Result<(), Verdict> {
+    match transaction.finish(&email.message).await {
+        Outcome::Done(results) => {
+            record(attempt, part, results.iter().map(|(_, result)| result));
+            Ok(())
+        }
+        Outcome::Uncertain { refused, failure, .. } => {
+            for (address, result) in &refused {
+                // In the envelope's spelling; the report has the job's.
+                let place = email.recipients.iter().position(|a| a == address);
+                if let Some(mine) = place.and_then(|place| part.get(place)) {
+                    record(attempt, std::slice::from_ref(mine), std::iter::once(result));
+                }
+            }
+            Err(Verdict::Uncertain(failure))
+        }
+    }
+}
+
+/// The tenant's own account the job is for, by name.
+fn account_name(task: &Task, chosen: &Chosen) -> Option<String> {
+    match chosen.via {
+        Via::Account => Some(chosen.account.key.account().to_owned()),
+        _ => task.job.account.as_ref().map(ToString::to_string),
+    }
+}
+
 /// Notes what the server said about each recipient of this transaction, and the failure most worth telling.
-fn record(attempt: &mut Attempt, part: &[Address], results: &[smtp::RcptResult]) {
+fn record<'a>(attempt: &mut Attempt, part: &[Address], results: impl Iterator<Item = &'a smtp::RcptResult>) {
     for (address, result) in part.iter().zip(results) {
-        let address = address.to_string();
+        let address: &str = address.as_ref();
         let Some(mine) = attempt.recipients.iter_mut().find(|r| r.address == address) else { continue };
-        let status = match &result.failure {
+        let status = match result.failure() {
             None => RecipientStatus::Accepted,
             Some(failure) if failure.is_transient() => RecipientStatus::Deferred,
             Some(_) => RecipientStatus::Refused,
         };
-        mine.record(status, result.reply.as_ref());
-        if let Some(failure) = &result.failure {
+        mine.record(status, result.reply());
+        if let Some(failure) = result.failure() {
             keep_worse(attempt, failure);
         }
     }
@@ -393,10 +408,4 @@ pub fn panicked() -> Failure {
         "internal_error",
         "an internal error stopped this attempt; see the log of the worker",
     )
-}
-
-/// Results for recipients of whom only the outcome of the whole is known.
-#[must_use]
-pub fn open_only(recipients: &[RecipientResult]) -> Vec<RecipientResult> {
-    recipients.iter().filter(|r| r.is_open()).cloned().collect()
 }

@@ -136,7 +136,7 @@ impl Admission {
 }
 
 fn pick_one(worker: &Worker, arrival: Arrival, level: Level) -> Result<Picked, Arrival> {
-    let want = if worker.is_full(&arrival.account, arrival.connections) {
+    let want = if worker.load.is_full(&arrival.account, arrival.connections) {
         if arrival.since.elapsed() < PARK_AFTER {
             return Err(arrival);
         }
@@ -150,7 +150,7 @@ fn pick_one(worker: &Worker, arrival: Arrival, level: Level) -> Result<Picked, A
         None
     } else {
         let Some(permit) = worker.permits.try_acquire(level) else { return Err(arrival) };
-        Some((permit, worker.load.enter(&arrival.account)))
+        Some((permit, worker.load.enter(&arrival.account, arrival.connections)))
     };
     let lease = worker.claim();
     let request = AdmitRequest::new(&arrival.job, level, arrival.account.clone(), lease, want);

@@ -14,7 +14,6 @@ use super::load::InHand;
 use super::permits::Permit;
 use crate::broker::Delivery;
 use crate::failure::Failure;
-use crate::job::OnUncertain;
 use crate::job::decode::{self, Incoming, RejectReason};
 use crate::ledger::admit::{Absorb, Admitted};
 use crate::ledger::release::Released;
@@ -24,7 +23,6 @@ use crate::pipeline::attempt::panicked;
 use crate::pipeline::task::Task;
 use crate::pipeline::{Attempt, Verdict};
 use crate::report::RecipientStatus;
-use crate::retry::RetryPolicy;
 use crate::settlement::{Circumstances, all_pending, plan};
 
 type Right = Option<(Permit, InHand)>;
@@ -125,6 +123,9 @@ impl Worker {
         let attempt = attempt.unwrap_or_else(|_| crashed(&task));
         // The mail is out, or not: either way the connection is free. What follows is bookkeeping.
         drop(right);
+        if matches!(attempt.verdict, Verdict::Wait { reason: WaitReason::Busy, .. }) {
+            self.note_busy(&task.row.account);
+        }
         self.conclude(task, delivery, attempt).await;
     }
 
@@ -142,7 +143,6 @@ impl Worker {
 
     /// plan → settle → acknowledge → report.
     async fn conclude(self: &Arc<Self>, task: Task, delivery: Option<Delivery>, attempt: Attempt) {
-        let (retry, on_uncertain) = self.policies(&task).await;
         let accepted: Vec<_> =
             attempt.recipients.iter().filter(|r| r.status == RecipientStatus::Accepted).cloned().collect();
         let message_id = attempt.message_id.clone().unwrap_or_default();
@@ -150,8 +150,7 @@ impl Worker {
             job: &task.job,
             row: &task.row,
             correlation_id: &task.correlation_id,
-            retry,
-            on_uncertain,
+            retry: self.retry,
             new: task.new,
             deferred_report_after: self.deferred_report_after,
             now: self.clock.now(),
@@ -261,17 +260,6 @@ impl Worker {
         };
         let worker = Arc::clone(self);
         self.tasks.spawn(async move { worker.batches.settle(settlement).await });
-    }
-
-    /// The account's retry policy and what to do about uncertain outcomes, as they are now.
-    async fn policies(&self, task: &Task) -> (RetryPolicy, OnUncertain) {
-        let fallback = (self.retry, task.job.on_uncertain.unwrap_or_default());
-        let Ok(entries) = self.pipeline.entries(&task.job.tenant).await else { return fallback };
-        let on_uncertain = task.job.on_uncertain.unwrap_or(entries.tenant.tenant.on_uncertain);
-        match self.pipeline.choose(&task.job, &entries) {
-            Ok(chosen) => (chosen.account.retry, on_uncertain),
-            Err(_) => (self.retry, on_uncertain),
-        }
     }
 }
 

@@ -6,10 +6,9 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use super::Worker;
-use super::load::InHand;
 use super::permits::Permit;
 use crate::db::DbError;
-use crate::ledger::release::{ReleaseRequest, Released};
+use crate::ledger::release::ReleaseRequest;
 use crate::level::Level;
 
 /// Bytes of bodies taken out in one statement.
@@ -65,19 +64,15 @@ async fn level_turn(worker: &Arc<Worker>, level: Level) -> Result<usize, DbError
         level,
         most: permits.len(),
         most_bytes: RELEASE_BYTES,
-        exclude: worker.full_accounts(),
+        exclude: worker.load.full_accounts(),
         only: None,
     };
     let released = worker.release(&request).await?;
     let taken = released.len();
     for job in released {
         let permit = permits.pop();
-        let in_hand = worker.load.enter(&job.row.account);
-        start(worker, job, permit, in_hand);
+        let in_hand = worker.load.enter(&job.row.account, worker.pool_size);
+        worker.run_released(job, permit.map(|permit| (permit, in_hand)));
     }
     Ok(taken)
-}
-
-fn start(worker: &Arc<Worker>, job: Released, permit: Option<Permit>, in_hand: InHand) {
-    worker.run_released(job, permit.map(|permit| (permit, in_hand)));
 }

@@ -20,8 +20,7 @@ pub async fn run(worker: Arc<Worker>, stop: CancellationToken, end: Cancellation
         every(Duration::from_secs(15), stop.clone(), || count_waiting(&worker)),
         every(worker.lease / 3, stop.clone(), || take_over(&worker)),
         every(Duration::from_mins(5), stop.clone(), || forget(&worker)),
-        every(Duration::from_mins(1), stop.clone(), || find_forgotten(&worker)),
-        every(Duration::from_secs(1), stop, || yield_connections(&worker)),
+        every(Duration::from_mins(1), stop, || find_forgotten(&worker)),
     );
 }
 
@@ -115,18 +114,6 @@ async fn count_waiting(worker: &Arc<Worker>) {
         for reason in crate::ledger::WaitReason::ALL {
             let count = counts.iter().find(|(r, _)| *r == reason).map_or(0, |(_, count)| *count);
             worker.metrics.waiting.with_label_values(&[reason.as_str()]).set(count);
-        }
-    }
-}
-
-/// Gives up idle connections of capped accounts that another worker asked for.
-async fn yield_connections(worker: &Arc<Worker>) {
-    if !worker.pipeline.pools.holds_capped() {
-        return;
-    }
-    if let Ok(wanted) = worker.ledger.wanted_connections(&worker.epoch()).await {
-        for account in wanted {
-            worker.pipeline.pools.close_idle(&account).await;
         }
     }
 }

@@ -2,14 +2,30 @@
 //! account from holding the permits of the others.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::id::AccountKey;
 
+/// How many jobs of an account may be in hand per connection it has here: admission and bookkeeping of the next ones
+/// overlap with the sends of these.
+const PER_CONNECTION: usize = 4;
+/// How long an account counts as full after a job found no connection.
+const BUSY_FOR: Duration = Duration::from_millis(500);
+
 /// Jobs in hand per account.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Load {
-    accounts: Mutex<HashMap<AccountKey, usize>>,
+    accounts: Mutex<HashMap<AccountKey, Account>>,
+    /// What one account may have in hand while others have something too.
+    fair: usize,
+}
+
+#[derive(Debug, Default)]
+struct Account {
+    in_hand: usize,
+    connections: usize,
+    busy_until: Option<Instant>,
 }
 
 /// One job in hand; counted until dropped.
@@ -20,34 +36,56 @@ pub struct InHand {
 }
 
 impl Load {
-    /// Counts one more job of this account.
+    /// Nothing in hand. `permits`: sends in flight in this worker.
     #[must_use]
-    pub fn enter(self: &Arc<Self>, account: &AccountKey) -> InHand {
-        *self.lock().entry(account.clone()).or_default() += 1;
+    pub fn new(permits: usize) -> Arc<Self> {
+        Arc::new(Self { accounts: Mutex::default(), fair: (permits / 2).max(1) })
+    }
+
+    /// Counts one more job of this account, which has so many connections here.
+    #[must_use]
+    pub fn enter(self: &Arc<Self>, account: &AccountKey, connections: usize) -> InHand {
+        let mut accounts = self.lock();
+        let entry = accounts.entry(account.clone()).or_default();
+        entry.in_hand += 1;
+        entry.connections = connections;
+        drop(accounts);
         InHand { load: Arc::clone(self), account: account.clone() }
     }
 
-    /// Jobs of this account in hand.
+    /// Whether an account has as much in hand as its connections can take. With nobody else about it may use every
+    /// permit; otherwise at most half.
     #[must_use]
-    pub fn of(&self, account: &AccountKey) -> usize {
-        self.lock().get(account).copied().unwrap_or(0)
-    }
-
-    /// How many accounts have something in hand, this one not counted.
-    #[must_use]
-    pub fn others(&self, account: &AccountKey) -> usize {
+    pub fn is_full(&self, account: &AccountKey, connections: usize) -> bool {
         let accounts = self.lock();
-        accounts.len() - usize::from(accounts.contains_key(account))
+        let Some(entry) = accounts.get(account) else { return false };
+        self.full(entry, connections, accounts.len() > 1)
     }
 
-    /// Accounts with at least this many in hand, as `limit` says for each.
+    /// Accounts that are full.
     #[must_use]
-    pub fn full(&self, limit: impl Fn(&AccountKey) -> usize) -> Vec<AccountKey> {
+    pub fn full_accounts(&self) -> Vec<AccountKey> {
         let accounts = self.lock();
-        accounts.iter().filter(|(key, count)| **count >= limit(key)).map(|(key, _)| key.clone()).collect()
+        let shared = accounts.len() > 1;
+        let full = accounts.iter().filter(|(_, entry)| self.full(entry, entry.connections, shared));
+        full.map(|(account, _)| account.clone()).collect()
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<AccountKey, usize>> {
+    /// A job of this account found no connection: it is full for a moment, whatever else is known.
+    pub fn note_busy(&self, account: &AccountKey) {
+        let now = Instant::now();
+        let mut accounts = self.lock();
+        accounts.retain(|_, entry| entry.in_hand > 0 || entry.busy_until.is_some_and(|until| until > now));
+        accounts.entry(account.clone()).or_default().busy_until = Some(now + BUSY_FOR);
+    }
+
+    fn full(&self, entry: &Account, connections: usize, shared: bool) -> bool {
+        let room = connections.saturating_mul(PER_CONNECTION);
+        let room = if shared { room.min(self.fair) } else { room };
+        entry.busy_until.is_some_and(|until| until > Instant::now()) || (entry.in_hand > 0 && entry.in_hand >= room)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<AccountKey, Account>> {
         // A count is one step: a panic elsewhere cannot leave it half done.
         self.accounts.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -56,11 +94,10 @@ impl Load {
 impl Drop for InHand {
     fn drop(&mut self) {
         let mut accounts = self.load.lock();
-        if let Some(count) = accounts.get_mut(&self.account) {
-            *count -= 1;
-            if *count == 0 {
-                accounts.remove(&self.account);
-            }
+        let Some(entry) = accounts.get_mut(&self.account) else { return };
+        entry.in_hand -= 1;
+        if entry.in_hand == 0 && entry.busy_until.is_none_or(|until| until <= Instant::now()) {
+            accounts.remove(&self.account);
         }
     }
 }
@@ -69,14 +106,37 @@ impl Drop for InHand {
 mod tests {
     use super::*;
 
+    fn key(name: &str) -> AccountKey {
+        AccountKey::from_stored(name)
+    }
+
     #[test]
-    fn jobs_in_hand_are_counted_until_they_are_dropped() {
-        let load = Arc::new(Load::default());
-        let (a, b) = (AccountKey::from_stored("t/a"), AccountKey::from_stored("t/b"));
-        let held = [load.enter(&a), load.enter(&a), load.enter(&b)];
-        assert_eq!((load.of(&a), load.of(&b), load.others(&a)), (2, 1, 1));
-        assert_eq!(load.full(|_| 2), [a.clone()]);
+    fn an_account_is_full_when_its_connections_have_enough_in_hand() {
+        let load = Load::new(64);
+        let held: Vec<_> = (0..4).map(|_| load.enter(&key("t/a"), 1)).collect();
+        assert!(load.is_full(&key("t/a"), 1));
+        assert!(!load.is_full(&key("t/b"), 1));
+        assert_eq!(load.full_accounts(), [key("t/a")]);
         drop(held);
-        assert_eq!((load.of(&a), load.others(&a)), (0, 0));
+        assert!(!load.is_full(&key("t/a"), 1));
+    }
+
+    #[test]
+    fn an_account_may_use_every_permit_only_while_it_is_alone() {
+        let load = Load::new(8);
+        let held: Vec<_> = (0..4).map(|_| load.enter(&key("t/a"), 16)).collect();
+        assert!(!load.is_full(&key("t/a"), 16));
+        let other = load.enter(&key("t/b"), 16);
+        assert!(load.is_full(&key("t/a"), 16));
+        drop((held, other));
+    }
+
+    #[test]
+    fn an_account_without_a_free_connection_is_full_for_a_moment() {
+        let load = Load::new(8);
+        load.note_busy(&key("t/a"));
+        assert!(load.is_full(&key("t/a"), 16));
+        std::thread::sleep(BUSY_FOR);
+        assert!(!load.is_full(&key("t/a"), 16));
     }
 }

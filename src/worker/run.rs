@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -29,7 +30,7 @@ use crate::pipeline::attempt::Pipeline;
 use crate::pipeline::task::SharedClock;
 use crate::secret::stored::{StoredError, verify_keys};
 use crate::secret::{KeyError, Keyring};
-use crate::smtp::{CapError, ConnectionCaps, Pools};
+use crate::smtp::{CapsError, ConnectionCaps, Pools};
 
 /// What `postroom worker` is started with.
 #[derive(Debug)]
@@ -77,7 +78,7 @@ pub enum WorkerError {
     Storage(#[from] StorageError),
     /// The SMTP client cannot be set up.
     #[error(transparent)]
-    Smtp(#[from] crate::smtp::SetupError),
+    Smtp(#[from] crate::smtp::TlsSetupError),
     /// The process.
     #[error(transparent)]
     Service(#[from] ServiceError),
@@ -162,7 +163,7 @@ async fn build(
     let worker = Arc::new(Worker {
         permits: Permits::new(settings.worker.concurrency, Arc::clone(&metrics)),
         permits_total: settings.worker.concurrency.max(8),
-        load: Arc::new(Load::default()),
+        load: Load::new(settings.worker.concurrency.max(8)),
         pool_size,
         limits: settings.limits,
         retry: settings.worker.retry,
@@ -326,6 +327,27 @@ impl Caps {
     /// Leases belong to an epoch; a new one begins with none.
     pub(super) fn renew(&self, epoch: &Arc<Epoch>) {
         *self.epoch.write().unwrap_or_else(std::sync::PoisonError::into_inner) = Arc::clone(epoch);
+    }
+}
+
+impl ConnectionCaps for Caps {
+    fn acquire<'a>(&'a self, key: &'a AccountKey, _cap: u32) -> BoxFuture<'a, Result<bool, CapsError>> {
+        // The cap itself is read where it is kept, under its lock.
+        Box::pin(async move {
+            self.ledger.acquire_connection(&self.epoch(), key).await.map_err(|error| CapsError(error.to_string()))
+        })
+    }
+
+    fn release<'a>(&'a self, key: &'a AccountKey) -> BoxFuture<'a, ()> {
+        Box::pin(async move {
+            for pause in pauses() {
+                match self.ledger.release_connection(self.epoch().number(), key).await {
+                    Ok(()) => return,
+                    Err(error) => tracing::debug!(%error, "a connection lease is given back later"),
+                }
+                tokio::time::sleep(pause).await;
+            }
+        })
     }
 }
 
