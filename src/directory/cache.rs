@@ -110,6 +110,10 @@ impl Directory {
     }
 
     /// What is known and fresh; the inner `None` says that there is no such tenant.
+    #[expect(
+        clippy::option_option,
+        reason = "not known, known not to exist, and known are three things"
+    )]
     fn fresh(&self, id: &TenantId) -> Option<Option<Arc<TenantEntry>>> {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         known
