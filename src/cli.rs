@@ -3,10 +3,15 @@
 //! To mount a command: a variant in [`Command`] and an arm in [`Invocation::dispatch`]. Its settings are in
 //! [`settings::sections`] already.
 
+mod account;
 mod error;
 mod healthcheck;
+mod key;
+mod limits;
 mod migrate;
 mod settings;
+mod table;
+mod tenant;
 
 #[cfg(test)]
 mod tests;
@@ -14,10 +19,14 @@ mod tests;
 use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::{FromArgMatches as _, Parser, Subcommand};
 
 use crate::config::{self, FromSettings, Sources};
+use crate::db::Database;
+use crate::directory::Store;
+use crate::secret::Keyring;
 use crate::telemetry;
 
 pub use error::CliError;
@@ -40,6 +49,15 @@ struct Cli {
 enum Command {
     /// Create the database schema, or bring it up to date.
     Migrate(migrate::Args),
+    /// Tenants: who may send.
+    #[command(subcommand)]
+    Tenant(tenant::Command),
+    /// SMTP accounts of tenants.
+    #[command(subcommand)]
+    Account(account::Command),
+    /// Keys of stored secrets.
+    #[command(subcommand)]
+    Key(key::Command),
     /// Ask a running process whether it is ready; for containers without curl.
     Healthcheck,
 }
@@ -113,6 +131,24 @@ impl Invocation {
         let sources = self.sources;
         match self.command {
             Command::Migrate(args) => migrate::run(&args, &load(&sources)?, out).await,
+            Command::Tenant(command) => {
+                let store = Store::new(Database::connect(&load(&sources)?)?, None);
+                tenant::run(command, &store, out).await
+            }
+            Command::Account(command) => {
+                let keys = if command.seals() {
+                    Some(Arc::new(encryption_keys(&sources)?))
+                } else {
+                    None
+                };
+                let store = Store::new(Database::connect(&load(&sources)?)?, keys);
+                account::run(command, &store, &mut std::io::stdin(), out).await
+            }
+            Command::Key(key::Command::Generate(args)) => key::generate(&args, out),
+            Command::Key(key::Command::Rotate) => {
+                let keys = encryption_keys(&sources)?;
+                key::rotate(&Database::connect(&load(&sources)?)?, &keys, out).await
+            }
             Command::Healthcheck => healthcheck::run(&load(&sources)?, out).await,
         }
     }
@@ -123,4 +159,11 @@ fn load<T: FromSettings>(sources: &Sources) -> Result<T, CliError> {
     config::load::<(config::Telemetry, T)>(sources)
         .map(|(_, wanted)| wanted)
         .map_err(CliError::Config)
+}
+
+/// The keys of stored secrets; wrong ones are wrong use, as any other setting.
+fn encryption_keys(sources: &Sources) -> Result<Keyring, CliError> {
+    let keys: config::Keys = load(sources)?;
+    Keyring::parse(&keys.encryption)
+        .map_err(|error| CliError::Usage(format!("POSTROOM_ENCRYPTION_KEYS: {error}")))
 }
