@@ -1,7 +1,8 @@
 //! `postroom account`.
 
+use std::ffi::{OsStr, OsString};
 use std::io::{Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use secrecy::SecretString;
@@ -90,7 +91,8 @@ pub(super) struct SetArgs {
     allow_plaintext_auth: Option<bool>,
     /// Certificate authorities of the server, PEM, besides the system's; '' removes them.
     #[arg(long, value_name = "FILE")]
-    ca_file: Option<PathBuf>,
+    // Not a path: clap refuses empty ones.
+    ca_file: Option<OsString>,
     /// From address of mails whose job names none: a@b or 'Name <a@b>'; '' removes it.
     #[arg(long, value_name = "ADDRESS")]
     from: Option<String>,
@@ -213,10 +215,11 @@ fn read_password(input: &mut dyn Read) -> Result<SecretString, CliError> {
     Ok(text.into())
 }
 
-fn read_authorities(path: &Path) -> Result<String, CliError> {
-    if path.as_os_str().is_empty() {
+fn read_authorities(path: &OsStr) -> Result<String, CliError> {
+    if path.is_empty() {
         return Ok(String::new());
     }
+    let path = Path::new(path);
     let shown = path.display();
     let mut pem = Vec::new();
     std::fs::File::open(path)

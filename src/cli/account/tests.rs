@@ -1,6 +1,7 @@
 //! The commands of tenants and accounts together, as an operator uses them.
 
 use std::io::Write as _;
+use std::path::PathBuf;
 
 use clap::Parser;
 
@@ -108,6 +109,16 @@ async fn an_operator_sets_up_an_account() {
     });
     assert_eq!(shown, expected);
 
+    scratch.end().await;
+}
+
+#[tokio::test]
+async fn an_operator_changes_and_removes_accounts() {
+    let scratch = Scratch::new().await;
+    let store = scratch.store();
+    ok(&store, "tenant set acme").await;
+    ok(&store, "account set acme main --host smtp.example.com --port 587 --tls starttls --username u --password-stdin \
+                --per-minute 60 --limit 10000/1d:recipients --max-connections 3 --max-age 2d").await;
     ok(
         &store,
         "account set acme main --per-minute 0 --max-connections 0 --max-age 0 --allow-plaintext-auth",
@@ -130,6 +141,17 @@ async fn an_operator_sets_up_an_account() {
     )
     .await;
     assert!(said.contains("note: without TLS"), "{said}");
+    ok(
+        &store,
+        "account set acme main --ca-file '' --from '' --username ''",
+    )
+    .await;
+    let shown = json(&store, "account show acme main --json").await;
+    assert_eq!(
+        (&shown["has_ca"], &shown["has_password"]),
+        (&json!(false), &json!(false))
+    );
+    assert_eq!((&shown["from"], &shown["username"]), (&Value::Null, &Value::Null));
     ok(
         &store,
         "account set acme two --host h --port 25 --tls none --default",
