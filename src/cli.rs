@@ -3,14 +3,19 @@
 //! To mount a command: a variant in `Command` and an arm in `Invocation::dispatch`. Its settings are in
 //! `settings::sections` already.
 
+mod account;
 pub mod dead;
 mod error;
 mod healthcheck;
 pub mod job;
+mod key;
+mod limits;
 mod migrate;
 pub mod send;
 mod service;
 mod settings;
+mod table;
+mod tenant;
 pub mod topology;
 mod worker;
 
@@ -20,10 +25,13 @@ mod tests;
 use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::{FromArgMatches as _, Parser, Subcommand};
 
 use crate::config::{self, FromSettings, Sources};
+use crate::db::Database;
+use crate::directory::Store;
 use crate::secret::Keyring;
 use crate::telemetry;
 
@@ -61,6 +69,15 @@ enum Command {
     Dead(dead::DeadCommand),
     /// Publish one job.
     Send(send::SendArgs),
+    /// Tenants: who may send.
+    #[command(subcommand)]
+    Tenant(tenant::Command),
+    /// SMTP accounts of tenants.
+    #[command(subcommand)]
+    Account(account::Command),
+    /// Keys of stored secrets.
+    #[command(subcommand)]
+    Key(key::Command),
     /// Ask a running process whether it is ready; for containers without curl.
     Healthcheck,
 }
@@ -139,6 +156,24 @@ impl Invocation {
             Command::Dead(command) => dead(&command, &sources, out).await,
             Command::Send(args) => Ok(send::run(&args, &load(&sources)?, out).await?),
             Command::Migrate(args) => migrate::run(&args, &load(&sources)?, out).await,
+            Command::Tenant(command) => {
+                let store = Store::new(Database::connect(&load(&sources)?)?, None);
+                tenant::run(command, &store, out).await
+            }
+            Command::Account(command) => {
+                let keys = if command.seals() {
+                    Some(Arc::new(encryption_keys(&sources)?))
+                } else {
+                    None
+                };
+                let store = Store::new(Database::connect(&load(&sources)?)?, keys);
+                account::run(command, &store, &mut std::io::stdin(), out).await
+            }
+            Command::Key(key::Command::Generate(args)) => key::generate(&args, out),
+            Command::Key(key::Command::Rotate) => {
+                let keys = encryption_keys(&sources)?;
+                key::rotate(&Database::connect(&load(&sources)?)?, &keys, out).await
+            }
             Command::Healthcheck => healthcheck::run(&load(&sources)?, out).await,
         }
     }
@@ -181,4 +216,11 @@ async fn dead(
         Err(error) if error.is_usage() => Err(CliError::Usage(error.to_string())),
         other => Ok(other?),
     }
+}
+
+/// The keys of stored secrets; wrong ones are wrong use, as any other setting.
+fn encryption_keys(sources: &Sources) -> Result<Keyring, CliError> {
+    let keys: config::Keys = load(sources)?;
+    Keyring::parse(&keys.encryption)
+        .map_err(|error| CliError::Usage(format!("POSTROOM_ENCRYPTION_KEYS: {error}")))
 }

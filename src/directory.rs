@@ -15,6 +15,7 @@ use crate::retry::RetryPolicy;
 use crate::secret::SecretError;
 use crate::smtp::Server;
 
+pub mod ca;
 pub mod cache;
 pub mod limits;
 pub mod overrides;
@@ -27,7 +28,7 @@ pub use sender::{Chosen, Via};
 pub use store::Store;
 
 #[cfg(test)]
-mod scratch;
+pub(crate) mod scratch;
 
 /// A tenant, as the worker sees it.
 #[derive(Debug, Clone)]

@@ -3,11 +3,10 @@
 use std::io::Write;
 
 use clap::{Args, Subcommand};
-use comfy_table::{Table, presets::UTF8_HORIZONTAL_ONLY};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::CliError;
+use super::{CliError, table};
 use crate::config;
 use crate::db::Database;
 use crate::id::{JobId, TenantId};
@@ -97,40 +96,44 @@ async fn list(database: &Database, args: &ListArgs, out: &mut (dyn Write + Send)
     ));
     let tenant = args.tenant.as_ref().map(TenantId::as_str);
     let rows = database.client().await?.query(&sql, &[&tenant, &state, &args.limit]).await?;
-    let mut table = Table::new();
-    table.load_preset(UTF8_HORIZONTAL_ONLY);
-    table.set_header(["tenant", "job", "level", "state", "account", "attempts", "next attempt", "last error"]);
+    let mut lines = Vec::with_capacity(rows.len());
     for row in &rows {
         let job = object(row)?;
         if args.json {
             writeln!(out, "{job}")?;
-            continue;
+        } else {
+            lines.push(line(&job));
         }
-        let text = |name: &str| match &job[name] {
-            Value::Null => String::new(),
-            Value::String(text) => text.clone(),
-            other => other.to_string(),
-        };
-        let state = match (text("outcome"), text("reason")) {
-            (outcome, _) if !outcome.is_empty() => outcome,
-            (_, reason) if !reason.is_empty() => format!("{} ({reason})", text("state")),
-            _ => text("state"),
-        };
-        table.add_row([
-            text("tenant"),
-            text("job"),
-            text("level"),
-            state,
-            text("account"),
-            text("attempts"),
-            text("next_attempt_at"),
-            text("last_error"),
-        ]);
     }
     if !args.json {
-        writeln!(out, "{table}")?;
+        let header = ["TENANT", "JOB", "LEVEL", "STATE", "ACCOUNT", "ATTEMPTS", "NEXT ATTEMPT", "LAST ERROR"];
+        table::columns(out, &header, lines)?;
     }
     Ok(())
+}
+
+/// One line of the table.
+fn line(job: &Value) -> Vec<String> {
+    let text = |name: &str| match &job[name] {
+        Value::Null => String::new(),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    let state = match (text("outcome"), text("reason")) {
+        (outcome, _) if !outcome.is_empty() => outcome,
+        (_, reason) if !reason.is_empty() => format!("{} ({reason})", text("state")),
+        _ => text("state"),
+    };
+    vec![
+        text("tenant"),
+        text("job"),
+        text("level"),
+        state,
+        text("account"),
+        text("attempts"),
+        text("next_attempt_at"),
+        text("last_error"),
+    ]
 }
 
 async fn show(database: &Database, args: &OneArgs, out: &mut (dyn Write + Send)) -> Result<(), CliError> {

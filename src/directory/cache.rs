@@ -45,6 +45,7 @@ impl Known {
 pub struct Directory {
     db: Database,
     keys: Arc<Keyring>,
+    retry: RetryPolicy,
     sql: String,
     known: Mutex<HashMap<TenantId, Known>>,
     /// Tenants somebody waits for while another read is under way: the next one reads them all.
@@ -61,9 +62,10 @@ impl std::fmt::Debug for Directory {
 }
 
 impl Directory {
-    /// An empty cache over the database; passwords are opened with `keys`.
+    /// An empty cache over the database; passwords are opened with `keys`, and accounts follow `retry` where they set
+    /// nothing themselves.
     #[must_use]
-    pub fn new(db: Database, keys: Arc<Keyring>) -> Self {
+    pub fn new(db: Database, keys: Arc<Keyring>, retry: RetryPolicy) -> Self {
         let (tenant, account) = (row::TENANT_COLUMNS, row::ACCOUNT_COLUMNS);
         let sql = db.sql(&format!(
             "SELECT {tenant}, {account} FROM {{s}}.tenant t LEFT JOIN {{s}}.account a ON a.tenant = t.id \
@@ -72,6 +74,7 @@ impl Directory {
         Self {
             db,
             keys,
+            retry,
             sql,
             known: Mutex::default(),
             wanted: Mutex::default(),
@@ -110,6 +113,10 @@ impl Directory {
     }
 
     /// What is known and fresh; the inner `None` says that there is no such tenant.
+    #[expect(
+        clippy::option_option,
+        reason = "not known, known not to exist, and known are three things"
+    )]
     fn fresh(&self, id: &TenantId) -> Option<Option<Arc<TenantEntry>>> {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         known
@@ -187,7 +194,7 @@ impl Directory {
             }
             entry
                 .accounts
-                .insert(id, Arc::new(account_of(account, &self.keys)));
+                .insert(id, Arc::new(account_of(account, &self.keys, self.retry)));
         }
         Ok(())
     }
@@ -229,7 +236,7 @@ fn tenant_of(stored: StoredTenant) -> Tenant {
 }
 
 /// Opens the password. One that does not open locks the account instead of failing the tenant.
-fn account_of(stored: StoredAccount, keys: &Keyring) -> Account {
+fn account_of(stored: StoredAccount, keys: &Keyring, defaults: RetryPolicy) -> Account {
     let key = stored.key();
     let mut locked = None;
     let credentials = stored
@@ -245,7 +252,6 @@ fn account_of(stored: StoredAccount, keys: &Keyring) -> Account {
                 }
             }
         });
-    let defaults = RetryPolicy::default();
     Account {
         key,
         version: stored.version,

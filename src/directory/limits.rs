@@ -292,10 +292,10 @@ mod tests {
             unit: Some(Unit::Recipients),
             ..LimitChanges::default()
         };
-        let changed = changes
+        let after = changes
             .apply(&list(&["30/1m", "10/1m:recipients", "9/1h"]))
             .unwrap();
-        assert_eq!(shown(&changed), ["10/1m:recipients", "9/1h:recipients"]);
+        assert_eq!(shown(&after), ["10/1m:recipients", "9/1h:recipients"]);
     }
 
     #[test]
@@ -304,8 +304,8 @@ mod tests {
             exact: list(&["200/1d:recipients", "0/1m"]),
             ..LimitChanges::default()
         };
-        let changed = changes.apply(&list(&["30/1m", "100/1d"])).unwrap();
-        assert_eq!(shown(&changed), ["100/1d:messages", "200/1d:recipients"]);
+        let after = changes.apply(&list(&["30/1m", "100/1d"])).unwrap();
+        assert_eq!(shown(&after), ["100/1d:messages", "200/1d:recipients"]);
     }
 
     #[test]

@@ -37,42 +37,43 @@ pub fn open_override(
     };
     let (plain, sealed_by) = if token.starts_with(OURS) {
         let plain = encryption.open_bytes(token, &aad(&job.tenant, &job.id));
-        (plain.map_err(of_secret)?, SealedBy::Us)
+        (plain.map_err(|error| of_secret(&error))?, SealedBy::Us)
     } else {
         let keys = overrides.ok_or_else(|| {
-            waiting(
-                "it is sealed, but no keys are configured to open it: set POSTROOM_OVERRIDE_KEYS".to_owned(),
-            )
+            waiting("it is sealed, but no keys are configured to open it: set POSTROOM_OVERRIDE_KEYS")
         })?;
-        (jwe::open(keys, token).map_err(of_jwe)?, SealedBy::Jwe)
+        (
+            jwe::open(keys, token).map_err(|error| of_jwe(&error))?,
+            SealedBy::Jwe,
+        )
     };
     decode::parse_override(&plain, &job.tenant, Timestamp::now(), sealed_by)
         .map(Some)
         .map_err(|error| refused(error.reason(), error.to_string()))
 }
 
-fn of_secret(error: SecretError) -> Failure {
+fn of_secret(error: &SecretError) -> Failure {
     match error {
-        SecretError::UnknownKey { .. } => waiting(error.to_string()),
-        SecretError::Corrupt | SecretError::Format => invalid(error.to_string()),
+        SecretError::UnknownKey { .. } => waiting(&error.to_string()),
+        SecretError::Corrupt | SecretError::Format => invalid(&error.to_string()),
     }
 }
 
-fn of_jwe(error: JweError) -> Failure {
+fn of_jwe(error: &JweError) -> Failure {
     match error {
-        JweError::UnknownKey { .. } => waiting(error.to_string()),
+        JweError::UnknownKey { .. } => waiting(&error.to_string()),
         JweError::Corrupt | JweError::TooLong | JweError::Shape | JweError::Header(_) => {
-            invalid(error.to_string())
+            invalid(&error.to_string())
         }
     }
 }
 
-fn waiting(message: String) -> Failure {
+fn waiting(message: &str) -> Failure {
     let message = format!("smtp_override: {message}");
     Failure::transient(Class::Local, Fault::Us, Stage::Resolve, "key_unknown", message)
 }
 
-fn invalid(message: String) -> Failure {
+fn invalid(message: &str) -> Failure {
     refused("override_invalid", format!("smtp_override: {message}"))
 }
 

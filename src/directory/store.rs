@@ -2,6 +2,7 @@
 //! rows included.
 
 mod account;
+mod change;
 mod tenant;
 
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use deadpool_postgres::Transaction;
 use tokio_postgres::types::Type;
 
 pub use super::row::{StoredAccount, StoredTenant};
-pub use account::AccountChange;
+pub use change::AccountChange;
 pub use tenant::TenantChange;
 
 use super::DirectoryError;

@@ -114,12 +114,13 @@ struct Key {
 
 /// Named keys, the first active. Its keys are zeroized on drop and never shown.
 pub struct Keyring {
-    keys: Vec<Key>,
+    active: Key,
+    others: Vec<Key>,
 }
 
 impl fmt::Debug for Keyring {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let kids = self.keys.iter().map(|key| &key.kid);
+        let kids = self.iter().map(|key| &key.kid);
         f.debug_list().entries(kids).finish()
     }
 }
@@ -146,7 +147,9 @@ impl Keyring {
             }
             keys.push(key);
         }
-        Ok(Self { keys })
+        let others = keys.split_off(1);
+        let active = keys.pop().ok_or(KeyError::Empty)?;
+        Ok(Self { active, others })
     }
 
     /// A fresh random key as one `kid:base64` entry.
@@ -165,7 +168,7 @@ impl Keyring {
     /// Id of the key that seals.
     #[must_use]
     pub fn active(&self) -> &str {
-        self.keys.first().map_or("", |key| &key.kid)
+        &self.active.kid
     }
 
     /// Whether a key of this id is there.
@@ -174,31 +177,34 @@ impl Keyring {
         self.cipher(kid).is_some()
     }
 
+    fn iter(&self) -> impl Iterator<Item = &Key> {
+        std::iter::once(&self.active).chain(&self.others)
+    }
+
     pub(super) fn cipher(&self, kid: &str) -> Option<&Aes256Gcm> {
-        self.keys
-            .iter()
-            .find(|key| key.kid == kid)
-            .map(|key| &*key.cipher)
+        self.iter().find(|key| key.kid == kid).map(|key| &*key.cipher)
     }
 
     /// Seals with the active key under a fresh random nonce: `v1:kid:base64(nonce ‖ ciphertext ‖ tag)`. `aad` says where
     /// the value belongs, so that it opens nowhere else.
+    ///
+    /// # Panics
+    /// Beyond 64 GiB of plaintext.
     #[must_use]
     pub fn seal(&self, plaintext: &[u8], aad: &str) -> String {
-        #[expect(clippy::expect_used, reason = "parse never makes an empty ring")]
-        let key = self.keys.first().expect("a key ring has at least one key");
         let nonce = Nonce::<Aes256Gcm>::generate();
         let payload = Payload {
             msg: plaintext,
             aad: aad.as_bytes(),
         };
         #[expect(clippy::expect_used, reason = "AES-GCM refuses only plaintexts beyond 64 GiB")]
-        let sealed = key
+        let sealed = self
+            .active
             .cipher
             .encrypt(&nonce, payload)
             .expect("a secret is shorter than 64 GiB");
         let bytes = [nonce.as_slice(), &sealed].concat();
-        format!("{VERSION}:{}:{}", key.kid, STANDARD.encode(bytes))
+        format!("{VERSION}:{}:{}", self.active.kid, STANDARD.encode(bytes))
     }
 
     /// Opens what [`Keyring::seal`] made, with the same `aad`.

@@ -241,3 +241,6 @@ async fn within<T>(work: impl Future<Output = Result<T, StoredError>>) -> Result
         .await
         .map_err(|_| StoredError::Database(DbError::Timeout))?
 }
+
+#[cfg(test)]
+mod tests;

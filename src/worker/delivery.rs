@@ -49,7 +49,7 @@ pub fn stored(job: &MailJob, plain: &Bytes, properties: &Properties, keys: &Keyr
         Some(SmtpOverride::Plain(_)) => {
             let aad = overrides::aad(&job.tenant, &job.id);
             decode::seal_override(plain, |secret| keys.seal(secret, &aad))
-                .map(Bytes::from)
+                .map(|sealed| Bytes::from(sealed.into_owned()))
                 .map_err(|error| error.to_string())?
         }
         _ => plain.clone(),

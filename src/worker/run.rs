@@ -314,7 +314,7 @@ async fn drain(worker: &Worker, service: &Service) {
 
 /// The cluster-wide connection caps, as the pools ask for them.
 #[derive(Debug)]
-pub struct Caps {
+pub(super) struct Caps {
     ledger: Ledger,
     epoch: RwLock<Arc<Epoch>>,
 }

@@ -76,151 +76,49 @@ fn outcome(result: Result<Chosen, Failure>) -> String {
     }
 }
 
+/// Accounts of the tenant (main is the default), its policy, the job's policy, the account it names, whether it has an
+/// override; who sends.
+const LADDER: &str = "
+    main*,bulk  never     -         -     -         account acme/main
+    main*,bulk  never     -         bulk  -         account acme/bulk
+    main*,bulk  never     -         bulk  override  override acme/~override
+    main*,bulk  platform  -         nope  override  override acme/~override
+    -           never     -         -     override  override acme/~override
+    main*,bulk  never     -         nope  -         Permanent account_not_found
+    main*,bulk  platform  -         nope  -         platform -/relay not_configured
+    main*,bulk  platform  never     nope  -         Permanent account_not_found
+    main*,bulk  never     platform  nope  -         platform -/relay not_configured
+    main*,bulk  platform  -         -     -         account acme/main
+    main,bulk   never     -         -     -         Permanent sender_not_configured
+    main,bulk   platform  -         -     -         platform -/relay not_configured
+    main,bulk   never     -         main  -         account acme/main
+    -           never     -         -     -         Permanent sender_not_configured
+    -           platform  -         -     -         platform -/relay not_configured
+    -           platform  never     -     -         Permanent sender_not_configured
+    -           never     platform  -     -         platform -/relay not_configured
+";
+
 #[test]
 fn the_ladder_is_gone_down_rung_by_rung() {
-    use Fallback::{Never, Platform};
-    let both = || vec![account("acme/main", None), account("acme/bulk", None)];
-    // accounts, has default, tenant's policy, job's policy, named account, override → who sends
-    let table = [
-        (both(), true, Never, None, None, false, "account acme/main"),
-        (
-            both(),
-            true,
-            Never,
-            None,
-            Some("bulk"),
-            false,
-            "account acme/bulk",
-        ),
-        (
-            both(),
-            true,
-            Never,
-            None,
-            Some("bulk"),
-            true,
-            "override acme/~override",
-        ),
-        (
-            both(),
-            true,
-            Platform,
-            None,
-            Some("nope"),
-            true,
-            "override acme/~override",
-        ),
-        (vec![], false, Never, None, None, true, "override acme/~override"),
-        (
-            both(),
-            true,
-            Never,
-            None,
-            Some("nope"),
-            false,
-            "Permanent account_not_found",
-        ),
-        (
-            both(),
-            true,
-            Platform,
-            None,
-            Some("nope"),
-            false,
-            "platform -/relay not_configured",
-        ),
-        (
-            both(),
-            true,
-            Platform,
-            Some(Never),
-            Some("nope"),
-            false,
-            "Permanent account_not_found",
-        ),
-        (
-            both(),
-            true,
-            Never,
-            Some(Platform),
-            Some("nope"),
-            false,
-            "platform -/relay not_configured",
-        ),
-        (both(), true, Platform, None, None, false, "account acme/main"),
-        (
-            both(),
-            false,
-            Never,
-            None,
-            None,
-            false,
-            "Permanent sender_not_configured",
-        ),
-        (
-            both(),
-            false,
-            Platform,
-            None,
-            None,
-            false,
-            "platform -/relay not_configured",
-        ),
-        (
-            both(),
-            false,
-            Never,
-            None,
-            Some("main"),
-            false,
-            "account acme/main",
-        ),
-        (
-            vec![],
-            false,
-            Never,
-            None,
-            None,
-            false,
-            "Permanent sender_not_configured",
-        ),
-        (
-            vec![],
-            false,
-            Platform,
-            None,
-            None,
-            false,
-            "platform -/relay not_configured",
-        ),
-        (
-            vec![],
-            false,
-            Platform,
-            Some(Never),
-            None,
-            false,
-            "Permanent sender_not_configured",
-        ),
-        (
-            vec![],
-            false,
-            Never,
-            Some(Platform),
-            None,
-            false,
-            "platform -/relay not_configured",
-        ),
-    ];
-    for (row, (accounts, default, tenants, jobs, named, has_override, expected)) in
-        table.into_iter().enumerate()
-    {
+    for row in LADDER.lines().map(str::trim).filter(|row| !row.is_empty()) {
+        let mut words = row.split_whitespace();
+        let mut word = || words.next().filter(|word| *word != "-");
+        let (accounts, tenants) = (word(), word());
         let mut job = job();
-        job.fallback = jobs;
-        job.account = named.map(|named| named.parse().unwrap());
-        let entry = acme(accounts, default, tenants);
-        let result = choose(&job, &entry, Some(&platform()), has_override.then(own_server));
-        assert_eq!(outcome(result), expected, "row {row}");
+        job.fallback = word().map(|policy| policy.parse().unwrap());
+        job.account = word().map(|named| named.parse().unwrap());
+        let opened = word().map(|_| own_server());
+        let expected: Vec<_> = words.collect();
+
+        let names = accounts.iter().flat_map(|names| names.split(','));
+        let names: Vec<_> = names
+            .map(|name| format!("acme/{}", name.trim_end_matches('*')))
+            .collect();
+        let has_default = accounts.is_some_and(|names| names.contains('*'));
+        let accounts = names.iter().map(|key| account(key, None)).collect();
+        let entry = acme(accounts, has_default, tenants.unwrap().parse().unwrap());
+        let result = choose(&job, &entry, Some(&platform()), opened);
+        assert_eq!(outcome(result), expected.join(" "), "{row}");
     }
 }
 
