@@ -6,4 +6,6 @@ pub mod id;
 pub mod job;
 pub mod level;
 pub mod report;
+pub mod retry;
+pub mod smtp;
 pub mod telemetry;

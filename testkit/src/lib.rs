@@ -1,1 +1,3 @@
-//! x
+//! Servers the tests, the demo and the benchmarks of postroom talk to.
+pub mod smtp;
+pub mod tls;
