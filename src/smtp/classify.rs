@@ -1,0 +1,341 @@
+//! What a refusal means: the reply code says whether it passes, then the enhanced code (RFC 3463 and its registry),
+//! then the words, then the code alone say what it is about and whose fault it is.
+
+mod hint;
+mod verdict;
+
+use crate::failure::{Failure, Reply, Stage};
+
+pub use hint::delay_hint;
+use verdict::{
+    ACCOUNT_DISABLED, ADDRESS_REFUSED, AUTH_MECHANISM_REFUSED, AUTH_REFUSED, AUTH_REQUIRED, AUTH_TEMPORARY,
+    BAD_SEQUENCE, CLIENT_BLOCKED, CONNECTION_LIMIT, CONTENT_REFUSED, DOMAIN_REFUSES_MAIL, DOMAIN_UNKNOWN,
+    ENCRYPTION_REQUIRED, GREYLISTED, MAILBOX_DISABLED, MAILBOX_FULL, MAILBOX_UNAVAILABLE, MESSAGE_TOO_LARGE,
+    POLICY_REFUSED, PROTOCOL_ERROR, QUOTA_EXCEEDED, RATE_LIMITED, RECIPIENT_DEFERRED, RECIPIENT_MOVED,
+    RECIPIENT_REFUSED, RECIPIENT_UNKNOWN, RELAY_DENIED, ROUTING_FAILED, SENDER_NOT_AUTHENTICATED,
+    SENDER_REFUSED, SERVER_ERROR, SERVER_FULL, SERVICE_UNAVAILABLE, SMTPUTF8_UNSUPPORTED, SPAM,
+    STARTTLS_REFUSED, TOO_MANY_RECIPIENTS, VIRUS, Verdict,
+};
+
+/// Classifies a negative reply given at a stage.
+#[must_use]
+pub fn refusal(stage: Stage, reply: Reply) -> Failure {
+    let verdict = verdict(stage, &reply);
+    let mut failure = Failure::transient(
+        verdict.class,
+        verdict.fault,
+        stage,
+        verdict.reason,
+        verdict.message,
+    );
+    failure.severity = verdict.severity.unwrap_or_else(|| reply.severity());
+    if failure.is_transient() {
+        failure.retry_after = delay_hint(&reply.text).or(verdict.wait);
+    }
+    failure.with_reply(reply)
+}
+
+fn verdict(stage: Stage, reply: &Reply) -> Verdict {
+    let text = reply.text.to_ascii_lowercase();
+    let detail = reply.enhanced.as_deref().and_then(|code| code.split_once('.'));
+    let detail = detail.map_or("", |(_, detail)| detail);
+    by_decisive_code(stage, reply.code, detail, &text)
+        .or_else(|| by_detail(stage, reply, detail, &text))
+        .or_else(|| by_text(stage, &text))
+        .or_else(|| by_subject(stage, detail))
+        .unwrap_or_else(|| by_code(stage, reply.code))
+}
+
+/// Codes and stages that leave no doubt.
+fn by_decisive_code(stage: Stage, code: u16, detail: &str, text: &str) -> Option<Verdict> {
+    Some(match code {
+        421 => throttled(text).unwrap_or(if detail.starts_with("7.") {
+            RATE_LIMITED
+        } else {
+            SERVICE_UNAVAILABLE
+        }),
+        454 if stage != Stage::Auth && text.contains("tls") => STARTTLS_REFUSED,
+        432 | 450..=454 if stage == Stage::Auth => throttled(text).unwrap_or(AUTH_TEMPORARY),
+        500..=504 if stage == Stage::Auth => AUTH_MECHANISM_REFUSED,
+        534 | 538 => AUTH_MECHANISM_REFUSED,
+        535 if text.contains("basic authentication is disabled") => AUTH_MECHANISM_REFUSED,
+        535 => AUTH_REFUSED,
+        530 if text.contains("starttls") => ENCRYPTION_REQUIRED,
+        530 => AUTH_REQUIRED,
+        523 => ENCRYPTION_REQUIRED,
+        521 | 556 if stage == Stage::RcptTo => DOMAIN_REFUSES_MAIL,
+        503 => BAD_SEQUENCE,
+        _ if stage == Stage::Auth => return None,
+        541 => SPAM,
+        551 => RECIPIENT_MOVED,
+        _ => return None,
+    })
+}
+
+/// Enhanced codes with one meaning, `detail` being what follows the class digit.
+fn by_detail(stage: Stage, reply: &Reply, detail: &str, text: &str) -> Option<Verdict> {
+    let at_sender = stage == Stage::MailFrom;
+    Some(match detail {
+        "1.1" | "1.2" | "1.3" | "1.4" | "1.0" if at_sender => SENDER_REFUSED,
+        "1.1" => RECIPIENT_UNKNOWN,
+        "1.2" => DOMAIN_UNKNOWN,
+        "1.3" | "1.4" => ADDRESS_REFUSED,
+        "1.6" | "2.4" => RECIPIENT_MOVED,
+        "1.7" | "1.8" | "2.252" | "7.60" => SENDER_REFUSED,
+        "1.10" => DOMAIN_REFUSES_MAIL,
+        "2.1" => throttled(text).unwrap_or(MAILBOX_DISABLED),
+        "2.2" => MAILBOX_FULL,
+        "2.3" | "3.4" => MESSAGE_TOO_LARGE,
+        "3.1" => SERVER_FULL,
+        "4.5" => throttled(text).unwrap_or(RATE_LIMITED),
+        "4.1" | "4.2" | "4.3" | "4.4" | "4.6" | "4.7" => ROUTING_FAILED,
+        "5.3" => TOO_MANY_RECIPIENTS,
+        "6.7" => SMTPUTF8_UNSUPPORTED,
+        "7.8" | "7.139" => AUTH_REFUSED,
+        "7.9" | "7.30" => AUTH_MECHANISM_REFUSED,
+        "7.10" | "7.11" => ENCRYPTION_REQUIRED,
+        "7.13" => ACCOUNT_DISABLED,
+        "7.57" => AUTH_REQUIRED,
+        "7.20" | "7.21" | "7.22" | "7.23" | "7.24" | "7.25" | "7.26" | "7.27" | "7.29" => {
+            SENDER_NOT_AUTHENTICATED
+        }
+        "7.28" => RATE_LIMITED,
+        "7.705" | "7.708" => QUOTA_EXCEEDED,
+        _ if detail.starts_with("6.") => CONTENT_REFUSED,
+        // Exchange Online throttles as 4.7.500 to 4.7.699.
+        _ if reply.code < 500 && detail.len() == 5 && matches!(&detail[..3], "7.5" | "7.6") => RATE_LIMITED,
+        _ => return None,
+    })
+}
+
+/// Words of servers whose codes say little. The first that fits.
+fn by_text(stage: Stage, text: &str) -> Option<Verdict> {
+    const WORDS: &[(&[&str], Verdict)] = &[
+        (&["greylist", "graylist", "grey list", "greylisted"], GREYLISTED),
+        (&["too many recipients"], TOO_MANY_RECIPIENTS),
+        (
+            &[
+                "mailbox full",
+                "mailbox is full",
+                "over quota",
+                "quota exceeded",
+                "exceeded storage",
+                "out of storage",
+            ],
+            MAILBOX_FULL,
+        ),
+        (
+            &[
+                "message too large",
+                "message size",
+                "size exceeds",
+                "too big",
+                "exceeds maximum",
+                "exceeds size",
+            ],
+            MESSAGE_TOO_LARGE,
+        ),
+        (&["virus", "malware", "infected"], VIRUS),
+        (
+            &[
+                "relay access denied",
+                "relaying denied",
+                "relay denied",
+                "unable to relay",
+                "not permitted to relay",
+            ],
+            RELAY_DENIED,
+        ),
+        (
+            &[
+                "blacklist",
+                "blocklist",
+                "block list",
+                "spamhaus",
+                "spamcop",
+                "barracuda",
+                "dnsbl",
+                "rbl",
+                "reputation",
+            ],
+            CLIENT_BLOCKED,
+        ),
+        (
+            &[
+                "not owned by user",
+                "send as",
+                "sendasdenied",
+                "sender address rejected",
+            ],
+            SENDER_REFUSED,
+        ),
+        (&["spf", "dkim", "dmarc"], SENDER_NOT_AUTHENTICATED),
+        (&["spam", "junk", "unsolicited"], SPAM),
+        (
+            &[
+                "account disabled",
+                "account is disabled",
+                "account suspended",
+                "account has been",
+            ],
+            ACCOUNT_DISABLED,
+        ),
+    ];
+    const RECIPIENT_WORDS: &[(&[&str], Verdict)] = &[
+        (
+            &[
+                "user unknown",
+                "unknown user",
+                "no such user",
+                "no such recipient",
+                "does not exist",
+                "unknown recipient",
+                "recipient not found",
+                "no mailbox",
+                "mailbox not found",
+                "invalid recipient",
+                "user not found",
+                "unknown local",
+                "no such mailbox",
+                "recipient address rejected: unknown",
+            ],
+            RECIPIENT_UNKNOWN,
+        ),
+        (
+            &["disabled", "inactive", "suspended", "no longer"],
+            MAILBOX_DISABLED,
+        ),
+        (
+            &[
+                "domain not found",
+                "unknown domain",
+                "host or domain name not found",
+            ],
+            DOMAIN_UNKNOWN,
+        ),
+    ];
+    throttled(text).or_else(|| {
+        let more = if stage == Stage::RcptTo {
+            RECIPIENT_WORDS
+        } else {
+            &[]
+        };
+        let rules = more.iter().chain(WORDS);
+        rules
+            .filter(|(words, _)| words.iter().any(|word| says(text, word)))
+            .map(|(_, verdict)| *verdict)
+            .next()
+    })
+}
+
+/// Whether the server asks to go slower, and how.
+fn throttled(text: &str) -> Option<Verdict> {
+    const WORDS: &[(&[&str], Verdict)] = &[
+        (
+            &[
+                "too many connections",
+                "too many concurrent",
+                "concurrent connections",
+                "connection limit",
+                "too many sessions",
+            ],
+            CONNECTION_LIMIT,
+        ),
+        (
+            &[
+                "daily message quota",
+                "daily sending quota",
+                "daily user sending",
+                "daily limit",
+                "sending limit",
+                "sending quota",
+                "message quota",
+                "quota of messages",
+                "exceeded the recipient limit",
+                "messages per day",
+            ],
+            QUOTA_EXCEEDED,
+        ),
+        (
+            &[
+                "rate limit",
+                "ratelimit",
+                "sending rate",
+                "throttl",
+                "too many messages",
+                "too many mails",
+                "too fast",
+                "too much mail",
+                "slow down",
+                "rate exceeded",
+                "exceeded the rate",
+                "message rate",
+                "submission rate",
+                "too many requests",
+                "too many emails",
+                "messages per",
+                "receiving mail at a rate",
+                "login rate",
+                "too many login",
+                "too many auth",
+            ],
+            RATE_LIMITED,
+        ),
+    ];
+    WORDS
+        .iter()
+        .find(|(words, _)| words.iter().any(|word| says(text, word)))
+        .map(|(_, verdict)| *verdict)
+}
+
+/// Whether the text has the word; a short one must stand alone (`rbl` is no part of `marble`).
+fn says(text: &str, word: &str) -> bool {
+    if word.len() > 4 {
+        return text.contains(word);
+    }
+    text.split(|c: char| !c.is_ascii_alphanumeric())
+        .any(|part| part == word)
+}
+
+/// Enhanced codes that say only the subject.
+fn by_subject(stage: Stage, detail: &str) -> Option<Verdict> {
+    let subject = detail.split('.').next()?;
+    Some(match (subject, stage) {
+        ("1", Stage::MailFrom) => SENDER_REFUSED,
+        ("1", _) => ADDRESS_REFUSED,
+        ("2", Stage::MailFrom) => return None,
+        ("2", _) => MAILBOX_UNAVAILABLE,
+        ("3", _) => SERVER_ERROR,
+        ("4", _) => ROUTING_FAILED,
+        ("5", _) => PROTOCOL_ERROR,
+        ("7", Stage::Auth) => return None,
+        ("7", Stage::MailFrom) => SENDER_REFUSED,
+        ("7", _) => POLICY_REFUSED,
+        _ => return None,
+    })
+}
+
+/// All that is left: the code, at its stage.
+fn by_code(stage: Stage, code: u16) -> Verdict {
+    match (code, stage) {
+        (400..=499, Stage::Auth) => AUTH_TEMPORARY,
+        (_, Stage::Auth) => AUTH_REFUSED,
+        (400..=499, Stage::Connect) => SERVICE_UNAVAILABLE,
+        (500..=504, _) => PROTOCOL_ERROR,
+        (_, Stage::Connect) => CLIENT_BLOCKED,
+        (450, Stage::RcptTo) => MAILBOX_UNAVAILABLE,
+        (452, _) => SERVER_FULL,
+        (400..=499, Stage::RcptTo) => RECIPIENT_DEFERRED,
+        (400..=499, _) => SERVER_ERROR,
+        (552, _) => MESSAGE_TOO_LARGE,
+        (553, Stage::RcptTo) => ADDRESS_REFUSED,
+        (_, Stage::RcptTo) => RECIPIENT_REFUSED,
+        (555, _) => PROTOCOL_ERROR,
+        (_, Stage::MailFrom) => SENDER_REFUSED,
+        (_, Stage::Data) => CONTENT_REFUSED,
+        _ => POLICY_REFUSED,
+    }
+}
+
+#[cfg(test)]
+mod tests;

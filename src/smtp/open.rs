@@ -1,0 +1,304 @@
+//! MAIL, RCPT and DATA: one write where the server offers PIPELINING (RFC 2920), else step by step.
+
+use std::fmt::Write as _;
+
+use crate::failure::{Class, Failure, Fault, Reply, Stage};
+
+use super::classify;
+use super::connection::Connection;
+use super::envelope::{Envelope, RcptResult, Results, all_failed, path};
+use super::trouble::Trouble;
+
+/// Commands in one write. Both sides could block on full buffers with very many at once (RFC 2920 §3.1).
+const WINDOW: usize = 100;
+
+/// A mail to be announced.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Announcement<'a> {
+    pub(super) envelope: &'a Envelope,
+    /// Bytes of the mail.
+    pub(super) size: usize,
+    /// Headers need SMTPUTF8.
+    pub(super) utf8: bool,
+    /// The mail has bytes outside ASCII.
+    pub(super) eightbit: bool,
+}
+
+/// Why a transaction did not come about: no recipient can be sent to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpenError {
+    /// The reason, or the first recipient's if each has its own.
+    pub failure: Failure,
+    /// What it means for each recipient.
+    pub results: Results,
+    /// Whether MAIL was sent, so that the provider may have counted it.
+    pub mail_sent: bool,
+}
+
+/// How opening failed.
+pub(super) enum NotOpen {
+    /// Before any reply to MAIL: a connection used before was dead, and a fresh one may do.
+    Stale(OpenError),
+    /// For good.
+    Failed(OpenError),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Command {
+    Mail,
+    Rcpt,
+    Data,
+}
+
+impl Command {
+    fn stage(self) -> Stage {
+        match self {
+            Self::Mail => Stage::MailFrom,
+            Self::Rcpt => Stage::RcptTo,
+            Self::Data => Stage::Data,
+        }
+    }
+}
+
+/// Opens a transaction; the connection waits for the mail then. On failure it is ready for the next transaction, or
+/// over.
+pub(super) async fn open(connection: &mut Connection, mail: Announcement<'_>) -> Result<Results, NotOpen> {
+    let parameters = parameters(connection, mail).map_err(|failure| {
+        NotOpen::Failed(OpenError {
+            results: all_failed(&mail.envelope.to, &failure),
+            failure: *failure,
+            mail_sent: false,
+        })
+    })?;
+    connection.messages += 1;
+    let mut opening = Opening {
+        connection,
+        envelope: mail.envelope,
+        results: Vec::with_capacity(mail.envelope.to.len()),
+        mail_reply: None,
+        data_reply: None,
+    };
+    match opening.converse(&parameters).await {
+        Ok(()) => opening.conclude().await.map_err(NotOpen::Failed),
+        Err(failure) => {
+            let stale = opening.mail_reply.is_none();
+            opening.connection.give_up();
+            let error = opening.broken(*failure);
+            Err(if stale {
+                NotOpen::Stale(error)
+            } else {
+                NotOpen::Failed(error)
+            })
+        }
+    }
+}
+
+/// The parameters of MAIL, if the server can take the mail at all.
+fn parameters(connection: &Connection, mail: Announcement<'_>) -> Result<String, Box<Failure>> {
+    let offers = &connection.extensions;
+    let refused = |reason, message: String| {
+        let failure = Failure::permanent(Class::Content, Fault::Sender, Stage::MailFrom, reason, message);
+        Err(Box::new(failure))
+    };
+    if let Some(limit) = offers.size_limit().filter(|limit| mail.size as u64 > *limit) {
+        let message = format!(
+            "The mail has {} bytes, the server takes at most {limit}",
+            mail.size
+        );
+        return refused("message_too_large", message);
+    }
+    let utf8 = mail.utf8 || mail.envelope.needs_utf8();
+    if utf8 && !offers.smtputf8 {
+        let message = "An address or header needs SMTPUTF8, which the server does not offer".to_owned();
+        return refused("smtputf8_not_supported", message);
+    }
+    if mail.eightbit && !offers.eight_bit_mime {
+        let message = "The mail needs 8BITMIME, which the server does not offer".to_owned();
+        return refused("8bitmime_not_supported", message);
+    }
+    let mut text = String::new();
+    if offers.size.is_some() {
+        let _ = write!(text, " SIZE={}", mail.size);
+    }
+    if mail.eightbit {
+        text.push_str(" BODY=8BITMIME");
+    }
+    if utf8 {
+        text.push_str(" SMTPUTF8");
+    }
+    Ok(text)
+}
+
+struct Opening<'a> {
+    connection: &'a mut Connection,
+    envelope: &'a Envelope,
+    /// Of the recipients answered so far.
+    results: Results,
+    mail_reply: Option<Reply>,
+    data_reply: Option<Reply>,
+}
+
+impl Opening<'_> {
+    /// Says everything and hears the answers; an error means that the connection is over.
+    async fn converse(&mut self, parameters: &str) -> Result<(), Box<Failure>> {
+        let recipients = self.envelope.to.len();
+        let window = if self.connection.extensions.pipelining {
+            WINDOW
+        } else {
+            1
+        };
+        let total = recipients + 2;
+        let mut next = 0;
+        let mut text = String::with_capacity(64 * total.min(window));
+        while next < total {
+            let end = total.min(next + window);
+            text.clear();
+            for n in next..end {
+                self.write_command(n, parameters, &mut text);
+            }
+            let sent = self.say(&text, end - next).await;
+            sent.map_err(|trouble| trouble.failure(self.command(next).stage()))?;
+            for n in next..end {
+                self.hear(self.command(n)).await?;
+            }
+            next = end;
+            if self.mail_reply.as_ref().is_some_and(|reply| !reply.is_positive()) {
+                break;
+            }
+            if next == recipients + 1 && !self.any_accepted() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn command(&self, n: usize) -> Command {
+        match n {
+            0 => Command::Mail,
+            n if n <= self.envelope.to.len() => Command::Rcpt,
+            _ => Command::Data,
+        }
+    }
+
+    fn write_command(&self, n: usize, parameters: &str, text: &mut String) {
+        let _ = match self.command(n) {
+            Command::Mail => {
+                let from = self.envelope.from.as_ref().map(path).unwrap_or_default();
+                write!(text, "MAIL FROM:<{from}>{parameters}\r\n")
+            }
+            Command::Rcpt => write!(text, "RCPT TO:<{}>\r\n", path(&self.envelope.to[n - 1])),
+            Command::Data => write!(text, "DATA\r\n"),
+        };
+    }
+
+    async fn say(&mut self, text: &str, commands: usize) -> Result<(), Trouble> {
+        let limit = self.connection.timeouts.command;
+        self.connection
+            .send(text.as_bytes(), commands as u32, limit)
+            .await
+    }
+
+    /// Reads the reply to one command. A 421 ends the connection, whatever it answers.
+    async fn hear(&mut self, command: Command) -> Result<(), Box<Failure>> {
+        let limit = self.connection.timeouts.command;
+        let stage = command.stage();
+        let reply = self.connection.reply(limit).await;
+        let reply = reply.map_err(|trouble| trouble.failure(stage))?;
+        if reply.code == 421 {
+            return Err(Box::new(classify::refusal(stage, reply)));
+        }
+        match command {
+            Command::Mail => self.mail_reply = Some(reply),
+            Command::Rcpt => {
+                let address = self.envelope.to[self.results.len()].clone();
+                let result = if reply.is_positive() {
+                    RcptResult::Accepted(reply)
+                } else {
+                    RcptResult::Failed(classify::refusal(stage, reply))
+                };
+                self.results.push((address, result));
+            }
+            Command::Data => self.data_reply = Some(reply),
+        }
+        Ok(())
+    }
+
+    fn any_accepted(&self) -> bool {
+        self.results.iter().any(|(_, result)| result.is_accepted())
+    }
+
+    /// Draws the conclusion from the replies.
+    async fn conclude(mut self) -> Result<Results, OpenError> {
+        let mail_refused = self.mail_reply.take().filter(|reply| !reply.is_positive());
+        let data_reply = self.data_reply.take();
+        let ready = data_reply.as_ref().is_some_and(|reply| reply.code == 354);
+        if mail_refused.is_none() && self.any_accepted() && ready {
+            self.connection.enter_data();
+            return Ok(self.results);
+        }
+        if ready {
+            self.end_unwanted_data().await;
+        }
+        if let Some(reply) = mail_refused {
+            let failure = classify::refusal(Stage::MailFrom, reply);
+            return Err(OpenError {
+                results: all_failed(&self.envelope.to, &failure),
+                failure,
+                mail_sent: true,
+            });
+        }
+        let limit = self.connection.timeouts.command;
+        self.connection.reset(limit).await;
+        let refused = data_reply.filter(|_| self.any_accepted()).map(|reply| {
+            if reply.is_positive() {
+                self.connection.give_up();
+                return Trouble::Malformed.failure(Stage::Data);
+            }
+            classify::refusal(Stage::Data, reply)
+        });
+        Err(self.refused(refused))
+    }
+
+    /// The server wants a mail although it has nobody to give it to: a lone dot ends that (RFC 2920 §3.1).
+    async fn end_unwanted_data(&mut self) {
+        let limit = self.connection.timeouts.command;
+        // A trouble here makes the connection unusable; the results stand.
+        let _ = self.connection.exchange(b".\r\n", limit).await;
+    }
+
+    /// Nobody left: each recipient's own refusal, and `failure` for those that had been accepted.
+    fn refused(self, failure: Option<Failure>) -> OpenError {
+        let mut results = self.results;
+        if let Some(failure) = &failure {
+            fail_accepted(&mut results, failure);
+        }
+        let first = results.iter().find_map(|(_, result)| result.failure().cloned());
+        OpenError {
+            failure: failure
+                .or(first)
+                .unwrap_or_else(|| Trouble::Malformed.failure(Stage::RcptTo)),
+            results,
+            mail_sent: true,
+        }
+    }
+
+    /// The conversation broke: refusals already heard stand, the rest fails with it.
+    fn broken(self, failure: Failure) -> OpenError {
+        let mut results = self.results;
+        fail_accepted(&mut results, &failure);
+        let rest = &self.envelope.to[results.len()..];
+        results.extend(all_failed(rest, &failure));
+        OpenError {
+            failure,
+            results,
+            mail_sent: true,
+        }
+    }
+}
+
+/// Turns what had been accepted into a failure.
+pub(super) fn fail_accepted(results: &mut Results, failure: &Failure) {
+    for (_, result) in results.iter_mut().filter(|(_, result)| result.is_accepted()) {
+        *result = RcptResult::Failed(failure.clone());
+    }
+}

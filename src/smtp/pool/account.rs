@@ -1,0 +1,172 @@
+//! The connections of one account.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::core::Entry;
+
+/// How many checkouts could be served now without waiting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Capacity {
+    /// By idle connections.
+    pub idle: usize,
+    /// By opening more.
+    pub openable: usize,
+}
+
+impl Capacity {
+    /// Both together.
+    #[must_use]
+    pub fn total(self) -> usize {
+        self.idle + self.openable
+    }
+}
+
+/// A connection in use or being closed holds one permit of `places`; idle ones hold none. As an idle one is always
+/// taken before another is opened, there are never more connections than places.
+#[derive(Debug)]
+pub(super) struct AccountPool {
+    places: Arc<Semaphore>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    version: i64,
+    /// Permits that exist; above `bound` for a while after the bound was lowered.
+    permits: usize,
+    bound: usize,
+    /// The latest used is last.
+    idle: Vec<Entry>,
+    full_until: Option<Instant>,
+}
+
+/// Permission to have one connection open.
+#[derive(Debug)]
+pub(super) struct Place {
+    pool: Arc<AccountPool>,
+    permit: Option<OwnedSemaphorePermit>,
+}
+
+impl AccountPool {
+    pub(super) fn new(version: i64, bound: usize) -> Self {
+        Self {
+            places: Arc::new(Semaphore::new(bound)),
+            state: Mutex::new(State {
+                version,
+                permits: bound,
+                bound,
+                idle: Vec::new(),
+                full_until: None,
+            }),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn capacity(&self) -> Capacity {
+        let state = self.lock();
+        let free = self.places.available_permits();
+        let idle = state.idle.len().min(free);
+        let full = state.full_until.is_some_and(|until| Instant::now() < until);
+        Capacity {
+            idle,
+            openable: if full { 0 } else { free - idle },
+        }
+    }
+
+    pub(super) fn checked_out(&self) -> usize {
+        let permits = self.lock().permits;
+        permits.saturating_sub(self.places.available_permits())
+    }
+
+    pub(super) fn is_unused(&self) -> bool {
+        self.checked_out() == 0 && self.lock().idle.is_empty()
+    }
+
+    pub(super) fn count_as_full(&self, time: Duration) {
+        self.lock().full_until = Some(Instant::now() + time);
+    }
+
+    /// Waits for a place, in order of arrival.
+    pub(super) async fn place(self: &Arc<Self>) -> Option<Place> {
+        let permit = Arc::clone(&self.places).acquire_owned().await.ok()?;
+        Some(self.holding(permit))
+    }
+
+    /// A place, if there is one.
+    pub(super) fn try_place(self: &Arc<Self>) -> Option<Place> {
+        let permit = Arc::clone(&self.places).try_acquire_owned().ok()?;
+        Some(self.holding(permit))
+    }
+
+    fn holding(self: &Arc<Self>, permit: OwnedSemaphorePermit) -> Place {
+        Place {
+            pool: Arc::clone(self),
+            permit: Some(permit),
+        }
+    }
+
+    /// Takes over newer settings and gives out the idle connections of older ones, to be closed.
+    pub(super) fn adopt(&self, version: i64, bound: usize) -> Vec<Entry> {
+        let mut state = self.lock();
+        if version <= state.version {
+            return Vec::new();
+        }
+        state.version = version;
+        state.bound = bound;
+        if bound > state.permits {
+            self.places.add_permits(bound - state.permits);
+            state.permits = bound;
+        } else {
+            state.permits -= self.places.forget_permits(state.permits - bound);
+        }
+        std::mem::take(&mut state.idle)
+    }
+
+    /// The latest idle connection of this version.
+    pub(super) fn take_idle(&self, version: i64) -> Option<Entry> {
+        let mut state = self.lock();
+        if version != state.version {
+            None
+        } else {
+            state.idle.pop()
+        }
+    }
+
+    /// Takes a connection back, unless it is outdated.
+    pub(super) fn put_back(&self, entry: Entry) -> Option<Entry> {
+        let mut state = self.lock();
+        if entry.version != state.version || state.idle.len() >= state.bound {
+            return Some(entry);
+        }
+        state.idle.push(entry);
+        None
+    }
+
+    /// Takes out idle connections.
+    pub(super) fn drain(&self, which: impl Fn(&Entry) -> bool) -> Vec<Entry> {
+        self.lock().idle.extract_if(.., |entry| which(entry)).collect()
+    }
+}
+
+impl Place {
+    pub(super) fn pool(&self) -> &Arc<AccountPool> {
+        &self.pool
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let Some(permit) = self.permit.take() else { return };
+        let mut state = self.pool.lock();
+        if state.permits > state.bound {
+            state.permits -= 1;
+            permit.forget();
+        }
+    }
+}

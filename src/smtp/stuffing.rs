@@ -1,0 +1,140 @@
+//! A mail as it goes over the wire: leading dots doubled, ended by a lone one (RFC 5321 §4.5.2), cut into blocks.
+
+/// Bytes of the mail in one write. Together with the doubled dots and the end, a small mail is one write.
+const BLOCK: usize = 64 << 10;
+
+/// The blocks of a mail, made one at a time in the same buffer.
+pub(super) struct Blocks<'a> {
+    rest: &'a [u8],
+    at_line_start: bool,
+    finished: bool,
+    buffer: Vec<u8>,
+}
+
+/// Bytes for one write.
+pub(super) struct Block<'b> {
+    pub(super) bytes: &'b [u8],
+    /// Holds the end of the mail.
+    pub(super) is_last: bool,
+}
+
+impl<'a> Blocks<'a> {
+    pub(super) fn new(message: &'a [u8]) -> Self {
+        Self {
+            rest: message,
+            at_line_start: true,
+            finished: false,
+            buffer: Vec::with_capacity(message.len().min(BLOCK) + 64),
+        }
+    }
+
+    pub(super) fn next_block(&mut self) -> Option<Block<'_>> {
+        if self.finished {
+            return None;
+        }
+        self.buffer.clear();
+        let (block, rest) = self.rest.split_at(self.rest.len().min(BLOCK));
+        self.rest = rest;
+        self.stuff(block);
+        if self.rest.is_empty() {
+            self.finished = true;
+            if !self.at_line_start {
+                self.buffer.extend_from_slice(b"\r\n");
+            }
+            self.buffer.extend_from_slice(b".\r\n");
+        }
+        Some(Block {
+            bytes: &self.buffer,
+            is_last: self.finished,
+        })
+    }
+
+    fn stuff(&mut self, block: &[u8]) {
+        let mut copied = 0;
+        let mut from = 0;
+        // Dots are rarer than line ends, and base64 has none.
+        while let Some(found) = block[from..].iter().position(|byte| *byte == b'.') {
+            let dot = from + found;
+            let leads = if dot == 0 {
+                self.at_line_start
+            } else {
+                block[dot - 1] == b'\n'
+            };
+            if leads {
+                self.buffer.extend_from_slice(&block[copied..dot]);
+                self.buffer.push(b'.');
+                copied = dot;
+            }
+            from = dot + 1;
+        }
+        self.buffer.extend_from_slice(&block[copied..]);
+        if let Some(last) = block.last() {
+            self.at_line_start = *last == b'\n';
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn stuffed(message: &[u8]) -> (Vec<u8>, usize) {
+        let mut blocks = Blocks::new(message);
+        let (mut out, mut count) = (Vec::new(), 0);
+        while let Some(block) = blocks.next_block() {
+            assert_eq!(block.is_last, blocks_end(block.bytes));
+            out.extend_from_slice(block.bytes);
+            count += 1;
+        }
+        (out, count)
+    }
+
+    fn blocks_end(bytes: &[u8]) -> bool {
+        bytes.ends_with(b".\r\n") && (bytes.len() == 3 || bytes.ends_with(b"\n.\r\n"))
+    }
+
+    #[test]
+    fn a_small_mail_is_one_block() {
+        for (message, wire) in [
+            ("a\r\n", "a\r\n.\r\n"),
+            ("a", "a\r\n.\r\n"),
+            ("", ".\r\n"),
+            (".a\r\n..\r\nb.\r\n", "..a\r\n...\r\nb.\r\n.\r\n"),
+            ("a\n.\nb", "a\n..\nb\r\n.\r\n"),
+        ] {
+            let (out, count) = stuffed(message.as_bytes());
+            assert_eq!(String::from_utf8(out).unwrap(), wire);
+            assert_eq!(count, 1);
+        }
+    }
+
+    #[test]
+    fn a_dot_that_begins_a_block_is_doubled_only_at_the_start_of_a_line() {
+        let mut message = vec![b'a'; BLOCK];
+        message.extend_from_slice(b".\r\n");
+        assert!(stuffed(&message).0.ends_with(b"a.\r\n.\r\n"));
+        message[BLOCK - 2..BLOCK].copy_from_slice(b"\r\n");
+        let (out, count) = stuffed(&message);
+        assert!(out.ends_with(b"a\r\n..\r\n.\r\n"));
+        assert_eq!(count, 2);
+    }
+
+    proptest! {
+        #[test]
+        fn no_mail_holds_its_own_end(lines in proptest::collection::vec("[.a\r\n]{0,4}", 0..60)) {
+            let message = lines.join("\r\n");
+            let (out, _) = stuffed(message.as_bytes());
+            let end = out.windows(5).position(|w| w == b"\r\n.\r\n").map_or(3, |at| at + 5);
+            prop_assert_eq!(end, out.len());
+            let text = String::from_utf8(out).unwrap();
+            let back: String = text
+                .split_inclusive('\n')
+                .map(|line| line.strip_prefix('.').unwrap_or(line))
+                .collect();
+            let body = back.strip_suffix("\r\n").unwrap();
+            prop_assert!(body == message || body.strip_suffix("\r\n") == Some(message.as_str()));
+        }
+    }
+}
