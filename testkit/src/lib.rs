@@ -1,7 +1,6 @@
-//! Servers the tests, the demo and the benchmarks of postroom talk to.
+//! Servers and instruments for the tests, the demo and the benchmarks of postroom.
 pub mod files;
 pub mod s3;
-//! Servers and instruments for the tests, the demo and the benchmarks of postroom.
 pub mod scratch;
 pub mod smtp;
 pub mod tls;

@@ -8,4 +8,5 @@
 mod broker_commands;
 mod broker_session;
 mod broker_topology;
+mod sends;
 mod support;
