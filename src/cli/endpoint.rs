@@ -38,6 +38,23 @@ pub enum EndpointCommandError {
     Io(#[from] io::Error),
 }
 
+impl EndpointCommandError {
+    /// Whether other arguments or input would do: exit code 2, else 1.
+    #[must_use]
+    pub fn is_wrong_use(&self) -> bool {
+        match self {
+            Self::Endpoint(error) => {
+                matches!(
+                    error,
+                    EndpointError::UrlMissing { .. } | EndpointError::NotPlatform
+                )
+            }
+            Self::Secret(_) | Self::Missing(_) | Self::Unprintable(_) => true,
+            Self::Io(_) => false,
+        }
+    }
+}
+
 /// Standard input, output and error of a command.
 pub struct Streams<'a> {
     /// Where secrets are read from.
@@ -57,7 +74,7 @@ impl std::fmt::Debug for Streams<'_> {
 /// Carries out `postroom endpoint …`.
 ///
 /// # Errors
-/// With a sentence for the operator; exit code 1.
+/// With a sentence for the operator; [`EndpointCommandError::is_wrong_use`] tells the exit code.
 pub async fn run(
     command: EndpointCommand,
     db: &Database,
