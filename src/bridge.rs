@@ -1,0 +1,108 @@
+//! The bridge: reports → Postgres → webhooks.
+//!
+//! [`intake`] records each report once by its event id and acks it; from then on Postgres owns it. `dispatch` leases
+//! what is due, endpoints in turn, and `client` POSTs it, signed. A dead endpoint holds up only its own reports. A
+//! crash between a POST and its settlement repeats the POST under the same event id; nothing else does.
+
+mod body;
+mod client;
+mod disable;
+mod dispatch;
+pub mod intake;
+mod queue;
+pub mod schedule;
+pub mod signature;
+pub mod source;
+#[cfg(test)]
+mod tests;
+mod upkeep;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use crate::config;
+use crate::db::{Database, DbError};
+use crate::egress::EgressGuard;
+use crate::secret::Keyring;
+use crate::telemetry::metrics::Metrics;
+use client::Client;
+pub use source::{Delivery, OwnReport, ReportSink, ReportSource};
+
+/// Time limit of one statement with the wait for a connection.
+const SQL_LIMIT: Duration = Duration::from_secs(30);
+
+/// Why the bridge cannot work now.
+#[derive(Debug, thiserror::Error)]
+pub enum BridgeError {
+    /// The database cannot be used now.
+    #[error(transparent)]
+    Database(#[from] DbError),
+    /// The HTTP client cannot be built; the machine has no certificate authorities, most likely.
+    #[error("cannot set up the webhook client (are the system's CA certificates installed?): {0}")]
+    Client(#[source] reqwest::Error),
+}
+
+impl From<tokio_postgres::Error> for BridgeError {
+    fn from(error: tokio_postgres::Error) -> Self {
+        Self::Database(error.into())
+    }
+}
+
+/// A bridge; any number of them share the work through the database.
+#[derive(Debug)]
+pub struct Bridge {
+    database: Database,
+    keyring: Arc<Keyring>,
+    client: Client,
+    config: config::Webhook,
+    metrics: Arc<Metrics>,
+    /// Something was recorded that may be due.
+    due: Notify,
+    /// A report of our own is owed.
+    owed: Notify,
+}
+
+impl Bridge {
+    /// Puts a bridge together; opens nothing.
+    ///
+    /// # Errors
+    /// If TLS cannot be set up.
+    pub fn new(
+        database: Database,
+        keyring: Arc<Keyring>,
+        guard: Arc<EgressGuard>,
+        config: config::Webhook,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, BridgeError> {
+        let client = Client::new(guard, config.timeout).map_err(BridgeError::Client)?;
+        Ok(Self {
+            database,
+            keyring,
+            client,
+            config,
+            metrics,
+            due: Notify::new(),
+            owed: Notify::new(),
+        })
+    }
+
+    /// Works until shutdown: then takes nothing more in, finishes POSTs in flight within their time limit, and
+    /// returns.
+    pub async fn run<S: ReportSource, K: ReportSink>(self, source: S, sink: K, shutdown: CancellationToken) {
+        tokio::join!(
+            Box::pin(self.take_in(source, &shutdown)),
+            Box::pin(self.dispatch(&shutdown)),
+            Box::pin(self.upkeep(&sink, &shutdown)),
+        );
+    }
+}
+
+/// Bounds work on the database.
+async fn within<T>(work: impl Future<Output = Result<T, BridgeError>>) -> Result<T, BridgeError> {
+    tokio::time::timeout(SQL_LIMIT, work)
+        .await
+        .unwrap_or(Err(BridgeError::Database(DbError::Timeout)))
+}

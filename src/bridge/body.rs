@@ -1,0 +1,192 @@
+//! Makes a report fit for a webhook: Standard Webhooks asks for bodies below 20 kB. The whole report stays on the
+//! reports exchange.
+
+use bytes::Bytes;
+use serde_json::{Map, Value};
+
+/// Longest body of a webhook, in bytes.
+pub(super) const MAX_BODY: usize = 20_000;
+
+/// The lists that may be cut, in the order in which they are.
+const LISTS: [&str; 4] = ["recipients", "errors", "links", "tags"];
+
+/// Checks that a report is a JSON object with `type` and `data`, and cuts it if it is too long: first
+/// `data.recipients` (marked by `data.recipients_truncated`), then the other lists likewise, then whole members of
+/// `data`, the largest first (marked by `data.truncated`).
+///
+/// # Errors
+/// If it is not such an object; the text says what is wrong, without repeating any of it.
+pub(super) fn fitted(body: &Bytes) -> Result<Bytes, String> {
+    let envelope: Envelope<'_> = serde_json::from_slice(body).map_err(|error| describe(&error))?;
+    if !envelope.data.get().starts_with('{') {
+        return Err("`data` is not an object".to_owned());
+    }
+    if body.len() < MAX_BODY {
+        return Ok(body.clone());
+    }
+    let mut report: Value = serde_json::from_slice(body).map_err(|error| describe(&error))?;
+    cut(&mut report);
+    Ok(report.to_string().into())
+}
+
+/// What every report has; borrowed, so that checking an ordinary one copies nothing.
+#[derive(serde::Deserialize)]
+struct Envelope<'a> {
+    #[serde(rename = "type")]
+    _kind: Text,
+    #[serde(borrow)]
+    data: &'a serde_json::value::RawValue,
+}
+
+/// Any string, not kept.
+struct Text;
+
+impl<'de> serde::Deserialize<'de> for Text {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Any;
+        impl serde::de::Visitor<'_> for Any {
+            type Value = Text;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a string")
+            }
+            fn visit_str<E>(self, _: &str) -> Result<Text, E> {
+                Ok(Text)
+            }
+        }
+        deserializer.deserialize_str(Any)
+    }
+}
+
+/// serde's own texts may quote the input, which may hold addresses: only the place and the kind are told.
+fn describe(error: &serde_json::Error) -> String {
+    let kind = match error.classify() {
+        serde_json::error::Category::Data => "has no `type` and `data`, or has them wrong",
+        serde_json::error::Category::Eof => "ends too early",
+        serde_json::error::Category::Syntax | serde_json::error::Category::Io => "is not JSON",
+    };
+    format!(
+        "the report {kind} (line {}, column {})",
+        error.line(),
+        error.column()
+    )
+}
+
+fn cut(report: &mut Value) {
+    for list in LISTS {
+        let excess = (report.to_string().len() + 1).saturating_sub(MAX_BODY);
+        if excess == 0 {
+            return;
+        }
+        if let Some(data) = report.get_mut("data").and_then(Value::as_object_mut) {
+            shorten(data, list, excess);
+        }
+    }
+    while report.to_string().len() >= MAX_BODY {
+        let Some(data) = report.get_mut("data").and_then(Value::as_object_mut) else {
+            return;
+        };
+        data.insert("truncated".to_owned(), true.into());
+        let largest = data.iter().max_by_key(|(_, value)| value.to_string().len());
+        let Some(name) = largest
+            .map(|(name, _)| name.clone())
+            .filter(|name| name != "truncated")
+        else {
+            return;
+        };
+        data.shift_remove(&name);
+    }
+}
+
+/// Takes entries off the end of a list until `excess` bytes and the room for the mark are won, or it is empty.
+fn shorten(data: &mut Map<String, Value>, list: &str, excess: usize) {
+    let mark = format!("{list}_truncated");
+    let wanted = excess + mark.len() + r#""":true,"#.len();
+    let Some(entries) = data.get_mut(list).and_then(Value::as_array_mut) else {
+        return;
+    };
+    let mut won = 0;
+    while won < wanted {
+        let Some(entry) = entries.pop() else { break };
+        // With the comma before it.
+        won += entry.to_string().len() + 1;
+    }
+    data.insert(mark, true.into());
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    fn report(recipients: usize, metadata: &str) -> Bytes {
+        let recipients: Vec<Value> = (0..recipients)
+            .map(|n| json!({"address": format!("user{n}@example.com"), "status": "accepted", "text": "x".repeat(n % 300)}))
+            .collect();
+        json!({"type": "mail.sent", "timestamp": "2026-01-01T00:00:00Z",
+               "data": {"job": "1", "tenant": "acme", "recipients": recipients, "final": true, "metadata": {"m": metadata}}})
+        .to_string()
+        .into()
+    }
+
+    #[test]
+    fn a_short_report_is_passed_on_byte_by_byte() {
+        let body = Bytes::from_static(b"{ \"type\":\"mail.sent\",\n \"data\": {\"recipients\": [] } }");
+        assert_eq!(fitted(&body).unwrap(), body);
+    }
+
+    #[test]
+    fn the_recipients_of_a_long_report_are_cut_and_marked() {
+        let body = report(400, "m");
+        let fitted = fitted(&body).unwrap();
+        assert!(
+            fitted.len() < MAX_BODY && fitted.len() > MAX_BODY - 1000,
+            "{}",
+            fitted.len()
+        );
+        let (cut, whole): (Value, Value) = (
+            serde_json::from_slice(&fitted).unwrap(),
+            serde_json::from_slice(&body).unwrap(),
+        );
+        let kept = cut["data"]["recipients"].as_array().unwrap();
+        assert_eq!(
+            kept[..],
+            whole["data"]["recipients"].as_array().unwrap()[..kept.len()]
+        );
+        assert_eq!(cut["data"]["recipients_truncated"], true);
+        assert_eq!(cut["data"]["metadata"], whole["data"]["metadata"]);
+        assert_eq!(cut["data"]["final"], true);
+    }
+
+    #[test]
+    fn what_is_no_report_is_refused_without_quoting_it() {
+        for body in [
+            "",
+            "x",
+            "[]",
+            "null",
+            "7",
+            "{}",
+            r#"{"type":1,"data":{}}"#,
+            r#"{"type":"a"}"#,
+            r#"{"type":"a","data":[]}"#,
+            r#"{"type":"a","data":{}} x"#,
+            "{\"type\":\"a\",\"data\":{\"a\":\"\u{0}\"}}",
+        ] {
+            let error = fitted(&Bytes::from(body)).unwrap_err();
+            assert!(!error.contains('\u{0}') && error.len() < 120, "{body}: {error}");
+        }
+        assert!(fitted(&Bytes::from_static(b"{\"type\":\"\xff\",\"data\":{}}")).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_long_in_a_report_it_fits_in_the_end(recipients in 0_usize..600, length in 0_usize..40_000) {
+            let fitted = fitted(&report(recipients, &"ü".repeat(length))).unwrap();
+            prop_assert!(fitted.len() < MAX_BODY);
+            let value: Value = serde_json::from_slice(&fitted).unwrap();
+            prop_assert_eq!(&value["data"]["job"], "1");
+        }
+    }
+}

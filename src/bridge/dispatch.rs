@@ -1,0 +1,357 @@
+//! Calls webhooks: leases what is due, endpoints in turn, POSTs it and settles the outcome.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::task::{JoinError, JoinSet};
+use tokio_util::sync::CancellationToken;
+use url::Url;
+
+use super::client::{Answer, Client, Post, Refusal};
+use super::queue::{Leased, Outcome, Settled};
+use super::{Bridge, schedule};
+use crate::config;
+use crate::telemetry::metrics::Metrics;
+
+/// How often to look for work that nothing announced: retries, other bridges' intake.
+const IDLE: Duration = Duration::from_millis(500);
+/// Waits while the database is away.
+const FIRST_WAIT: Duration = Duration::from_millis(200);
+const LONGEST_WAIT: Duration = Duration::from_secs(15);
+/// How long a delivery waits for a key that this process does not have.
+const NO_KEY_WAIT: f64 = 60.0;
+/// Beyond the time limit of a POST: how long shutdown waits for what is in flight.
+const DRAIN_MARGIN: Duration = Duration::from_secs(5);
+
+/// The loop's own state. Outcomes stay in `finished` until they are written.
+struct Dispatcher<'a> {
+    bridge: &'a Bridge,
+    attempt: Arc<Attempt>,
+    posts: JoinSet<Settled>,
+    finished: Vec<Settled>,
+    wait: Duration,
+}
+
+impl Bridge {
+    /// Dispatches until shutdown, then finishes what is in flight, within a bound.
+    pub(super) async fn dispatch(&self, shutdown: &CancellationToken) {
+        let mut dispatcher = Dispatcher {
+            bridge: self,
+            attempt: Arc::new(Attempt {
+                client: self.client.clone(),
+                config: self.config.clone(),
+                metrics: Arc::clone(&self.metrics),
+            }),
+            posts: JoinSet::new(),
+            finished: Vec::new(),
+            wait: FIRST_WAIT,
+        };
+        while !shutdown.is_cancelled() {
+            dispatcher.turn(shutdown).await;
+        }
+        dispatcher.drain().await;
+    }
+}
+
+impl Dispatcher<'_> {
+    /// Settles what has finished, leases what there is room for, and waits for something to happen.
+    async fn turn(&mut self, shutdown: &CancellationToken) {
+        while let Some(done) = self.posts.try_join_next() {
+            self.keep(done);
+        }
+        // In this order: settling makes room, and what cannot be settled must not become more.
+        let wait = if self.settle().await && self.start().await {
+            self.wait = FIRST_WAIT;
+            IDLE
+        } else {
+            let wait = self.wait;
+            self.wait = (wait * 2).min(LONGEST_WAIT);
+            wait
+        };
+        let room = self.posts.len() < self.bridge.config.concurrency;
+        tokio::select! {
+            biased;
+            () = shutdown.cancelled() => {}
+            Some(done) = self.posts.join_next(), if self.finished.is_empty() => self.keep(done),
+            () = self.bridge.due.notified(), if room && self.finished.is_empty() => {}
+            () = tokio::time::sleep(wait) => {}
+        }
+    }
+
+    /// Whether everything that has finished is written.
+    async fn settle(&mut self) -> bool {
+        if self.finished.is_empty() {
+            return true;
+        }
+        match self.bridge.settle(&self.finished).await {
+            Ok(failing) => {
+                self.bridge.disable(&self.finished, &failing).await;
+                self.finished.clear();
+                true
+            }
+            Err(error) => {
+                tracing::warn!(%error, outcomes = self.finished.len(), "cannot record webhook outcomes, will try again");
+                false
+            }
+        }
+    }
+
+    /// Whether the database could be asked. Starts what it gives.
+    async fn start(&mut self) -> bool {
+        let config = &self.bridge.config;
+        let room = config.concurrency.saturating_sub(self.posts.len());
+        if room == 0 {
+            return true;
+        }
+        // Slow endpoints may take half of the places; the other half is for everybody, one by one.
+        let per_endpoint = if room * 2 < config.concurrency {
+            1
+        } else {
+            config.per_endpoint
+        };
+        match self.bridge.lease(room, per_endpoint).await {
+            Ok(leased) => {
+                for leased in leased {
+                    let attempt = Arc::clone(&self.attempt);
+                    self.posts.spawn(async move { attempt.make(leased).await });
+                }
+                true
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot look for due webhooks, will try again");
+                false
+            }
+        }
+    }
+
+    fn keep(&mut self, done: Result<Settled, JoinError>) {
+        match done {
+            Ok(settled) => self.finished.push(settled),
+            // Its lease runs out, and it is made again.
+            Err(error) => tracing::error!(%error, "a webhook attempt ended without an outcome"),
+        }
+    }
+
+    /// What does not finish in time is made again by whoever leases it next, under the same event id.
+    async fn drain(mut self) {
+        let limit = self.bridge.config.timeout + DRAIN_MARGIN;
+        let drained = tokio::time::timeout(limit, async {
+            while let Some(done) = self.posts.join_next().await {
+                self.keep(done);
+            }
+            let mut wait = FIRST_WAIT;
+            while !self.settle().await {
+                tokio::time::sleep(wait).await;
+                wait *= 2;
+            }
+        })
+        .await;
+        if drained.is_err() {
+            tracing::warn!("webhooks in flight were given up at shutdown; they will be repeated");
+        }
+    }
+}
+
+/// What one attempt needs, shared by all.
+struct Attempt {
+    client: Client,
+    config: config::Webhook,
+    metrics: Arc<Metrics>,
+}
+
+impl Attempt {
+    async fn make(&self, mut leased: Leased) -> Settled {
+        let body = std::mem::take(&mut leased.body);
+        let (secrets, auth) = match (&leased.secrets, &leased.auth) {
+            (Ok(secrets), Ok(auth)) => (secrets, auth),
+            (Err(error), _) | (_, Err(error)) => {
+                let error = error.to_string();
+                tracing::error!(
+                    tenant = leased.owner,
+                    endpoint = leased.name,
+                    error,
+                    "cannot open the endpoint's secrets; its webhooks wait"
+                );
+                return release(&leased, error);
+            }
+        };
+        let begun = Instant::now();
+        let post = Post {
+            url: &leased.url,
+            event_id: &leased.event_id,
+            body,
+            secrets,
+            auth,
+        };
+        let answer = self.client.post(post).await;
+        let took = begun.elapsed();
+        self.metrics.webhook_seconds.observe(took.as_secs_f64());
+        let settled = judge(&leased, answer, &self.config);
+        self.note(&leased, &settled, took);
+        settled
+    }
+
+    /// One line per attempt, and the count. The host only: paths of webhooks often hold tokens.
+    fn note(&self, leased: &Leased, settled: &Settled, took: Duration) {
+        let result = match settled.outcome {
+            _ if settled.gone => "disabled",
+            Outcome::Delivered => "delivered",
+            Outcome::Failed => "failed",
+            Outcome::Retry(_) | Outcome::Release(_) => "retried",
+        };
+        self.metrics.webhook_attempts.with_label_values(&[result]).inc();
+        let url = Url::parse(&leased.url).ok();
+        tracing::info!(
+            event = leased.event_id,
+            r#type = leased.kind,
+            tenant = leased.tenant,
+            endpoint = format_args!("{}/{}", leased.owner, leased.name),
+            host = url.as_ref().and_then(Url::host_str),
+            attempt = leased.attempts + 1,
+            result,
+            status = settled.status,
+            // The receiver's own words may repeat what we sent it.
+            error = settled.error.as_deref().filter(|_| settled.status.is_none()),
+            duration_ms = took.as_millis() as u64,
+            next_in_s = Some(settled.outcome.delay()).filter(|delay| *delay > 0.0),
+            "webhook"
+        );
+    }
+}
+
+fn release(leased: &Leased, error: String) -> Settled {
+    Settled {
+        event: leased.event,
+        endpoint: leased.endpoint,
+        lease: leased.lease,
+        outcome: Outcome::Release(NO_KEY_WAIT),
+        status: None,
+        error: Some(error),
+        blame: false,
+        pause: NO_KEY_WAIT,
+        gone: false,
+    }
+}
+
+/// The next state of a delivery, from the answer to its latest attempt.
+fn judge(leased: &Leased, answer: Answer, config: &config::Webhook) -> Settled {
+    let gone = answer == Answer::Gone;
+    let refusal = match answer {
+        Answer::Taken(status) => {
+            return Settled {
+                outcome: Outcome::Delivered,
+                status: Some(status),
+                error: None,
+                pause: 0.0,
+                ..release(leased, String::new())
+            };
+        }
+        Answer::Gone => Refusal {
+            status: Some(410),
+            error: "HTTP 410: the endpoint is gone".to_owned(),
+            retry_after: None,
+            blame: true,
+        },
+        Answer::Refused(refusal) => refusal,
+    };
+    let next = schedule::next_wait(
+        leased.attempts + 1,
+        refusal.retry_after,
+        config.retry_scale,
+        rand::random(),
+    );
+    Settled {
+        // A disabled endpoint keeps what it has not got, in case it comes back.
+        outcome: match next {
+            Some(wait) => Outcome::Retry(wait.as_secs_f64()),
+            None if gone => Outcome::Release(0.0),
+            None => Outcome::Failed,
+        },
+        status: refusal.status,
+        error: Some(refusal.error),
+        blame: refusal.blame,
+        pause: refusal.retry_after.unwrap_or_default().as_secs_f64(),
+        gone,
+        ..release(leased, String::new())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::endpoint::Auth;
+
+    fn leased(attempts: u32) -> Leased {
+        Leased {
+            event: 1,
+            endpoint: 2,
+            lease: 3,
+            attempts,
+            event_id: "evt_1".into(),
+            tenant: "acme".into(),
+            kind: "mail.sent".into(),
+            body: b"{}".to_vec(),
+            owner: "acme".into(),
+            name: "default".into(),
+            url: "https://example.com/hook".into(),
+            secrets: Ok(Vec::new()),
+            auth: Ok(Auth::None),
+        }
+    }
+
+    fn refused(retry_after: Option<u64>) -> Answer {
+        Answer::Refused(Refusal {
+            status: Some(503),
+            error: "HTTP 503".into(),
+            retry_after: retry_after.map(Duration::from_secs),
+            blame: true,
+        })
+    }
+
+    fn config() -> config::Webhook {
+        config::Webhook {
+            timeout: Duration::from_secs(15),
+            concurrency: 4,
+            per_endpoint: 2,
+            disable_after: Duration::from_hours(120),
+            retention: Duration::from_hours(720),
+            retry_scale: 1.0,
+        }
+    }
+
+    #[test]
+    fn a_2xx_delivers() {
+        let settled = judge(&leased(9), Answer::Taken(204), &config());
+        assert_eq!((settled.outcome, settled.status), (Outcome::Delivered, Some(204)));
+        assert_eq!((settled.error, settled.blame, settled.pause), (None, false, 0.0));
+    }
+
+    #[test]
+    fn the_tenth_refusal_is_the_last() {
+        let outcome = judge(&leased(8), refused(None), &config()).outcome;
+        assert!(
+            matches!(outcome, Outcome::Retry(wait) if wait > 60_000.0),
+            "{outcome:?}"
+        );
+        assert_eq!(
+            judge(&leased(9), refused(None), &config()).outcome,
+            Outcome::Failed
+        );
+    }
+
+    #[test]
+    fn retry_after_delays_the_event_and_pauses_the_endpoint() {
+        let settled = judge(&leased(0), refused(Some(900)), &config());
+        assert_eq!(settled.outcome, Outcome::Retry(900.0));
+        assert!((settled.pause - 900.0).abs() < 0.1);
+    }
+
+    #[test]
+    fn what_a_gone_endpoint_has_not_got_is_kept() {
+        for attempts in [0, 9, 20] {
+            let settled = judge(&leased(attempts), Answer::Gone, &config());
+            assert!(settled.gone);
+            assert!(matches!(settled.outcome, Outcome::Retry(_) | Outcome::Release(_)));
+        }
+    }
+}

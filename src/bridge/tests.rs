@@ -1,0 +1,7 @@
+//! The bridge against a real Postgres and real HTTP.
+
+mod delivers;
+mod disables;
+mod isolates;
+mod manages;
+mod world;

@@ -1,0 +1,116 @@
+//! What the bridge does beside: forgets old events, measures its backlog, publishes the reports it owes.
+
+use std::time::Duration;
+
+use tokio::time::{MissedTickBehavior, interval};
+use tokio_postgres::types::Type;
+use tokio_util::sync::CancellationToken;
+
+use super::source::ReportSink;
+use super::{Bridge, BridgeError, within};
+
+/// How often the backlog is measured and owed reports are looked for.
+const OFTEN: Duration = Duration::from_secs(15);
+/// How often old events are looked for.
+const SELDOM: Duration = Duration::from_mins(5);
+/// Events per deletion: short transactions, which block nobody.
+const CHUNK: i64 = 1000;
+/// Deletions in a row, so that one round has an end.
+const CHUNKS: usize = 200;
+
+impl Bridge {
+    /// Works until shutdown. Trouble with the database is told and tried again at the next round.
+    pub(super) async fn upkeep<K: ReportSink>(&self, sink: &K, shutdown: &CancellationToken) {
+        let (mut often, mut seldom) = (interval(OFTEN), interval(SELDOM));
+        often.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        seldom.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let work = async {
+            loop {
+                let (round, done) = tokio::select! {
+                    () = self.owed.notified() => ("publish", self.publish_owed(sink).await),
+                    _ = often.tick() => ("measure", async {
+                        self.publish_owed(sink).await?;
+                        self.measure().await
+                    }.await),
+                    _ = seldom.tick() => ("forget", self.forget().await.map(|_| ())),
+                };
+                if let Err(error) = done {
+                    tracing::warn!(%error, round, "upkeep of the bridge failed, will try again");
+                }
+            }
+        };
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            () = work => {}
+        }
+    }
+
+    /// Deletes events older than the retention with their deliveries. One that an enabled endpoint still waits for
+    /// stays. Answers how many went.
+    ///
+    /// # Errors
+    /// If the database cannot do it now; what went before stays gone.
+    pub async fn forget(&self) -> Result<u64, BridgeError> {
+        let sql = self.database.sql(
+            "DELETE FROM {s}.webhook_event WHERE id = ANY (ARRAY( \
+               SELECT v.id FROM {s}.webhook_event v \
+                WHERE v.received_at < clock_timestamp() - make_interval(secs => $1) \
+                  AND NOT EXISTS (SELECT FROM {s}.webhook_delivery d JOIN {s}.endpoint e ON e.id = d.endpoint \
+                                   WHERE d.event = v.id AND d.state = 'pending' AND e.enabled) \
+                ORDER BY v.received_at LIMIT $2 FOR UPDATE SKIP LOCKED))",
+        );
+        let retention = self.config.retention.as_secs_f64();
+        self.forget_previous_secrets().await?;
+        let mut gone = 0;
+        for _ in 0..CHUNKS {
+            let chunk = within(async {
+                let client = self.database.client().await?;
+                Ok(client
+                    .execute_typed(&sql, &[(&retention, Type::FLOAT8), (&CHUNK, Type::INT8)])
+                    .await?)
+            })
+            .await?;
+            gone += chunk;
+            if chunk < CHUNK.unsigned_abs() {
+                break;
+            }
+        }
+        if gone > 0 {
+            tracing::info!(events = gone, "forgot old webhook events");
+        }
+        Ok(gone)
+    }
+
+    /// What no longer signs need not be kept.
+    async fn forget_previous_secrets(&self) -> Result<(), BridgeError> {
+        let sql = self.database.sql(
+            "UPDATE {s}.endpoint SET previous_secret = NULL, previous_secret_until = NULL \
+             WHERE previous_secret_until < clock_timestamp()",
+        );
+        within(async {
+            let client = self.database.client().await?;
+            client.execute_typed(&sql, &[]).await?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Sets the gauges of the backlog. Disabled endpoints do not count: nobody waits for them.
+    pub(super) async fn measure(&self) -> Result<(), BridgeError> {
+        let sql = self.database.sql(
+            "SELECT p.pending, coalesce(extract(epoch FROM clock_timestamp() - v.received_at), 0)::bigint FROM ( \
+               SELECT count(*) AS pending, min(d.event) AS oldest \
+                 FROM {s}.webhook_delivery d JOIN {s}.endpoint e ON e.id = d.endpoint AND e.enabled \
+                WHERE d.state = 'pending') p \
+             LEFT JOIN {s}.webhook_event v ON v.id = p.oldest",
+        );
+        let row = within(async {
+            let client = self.database.client().await?;
+            Ok(client.query_typed_one(&sql, &[]).await?)
+        })
+        .await?;
+        self.metrics.webhook_pending.set(row.try_get(0)?);
+        self.metrics.webhook_oldest.set(row.try_get(1)?);
+        Ok(())
+    }
+}

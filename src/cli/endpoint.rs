@@ -1,0 +1,237 @@
+//! `postroom endpoint`: where a tenant's reports go.
+
+mod args;
+mod print;
+
+use std::io::{self, BufRead, Write};
+
+use jiff::Timestamp;
+use secrecy::{ExposeSecret as _, SecretString};
+
+use crate::bridge::signature::{self, InvalidSecret, SigningKey};
+use crate::db::Database;
+use crate::endpoint::{self, Change, Endpoint, EndpointError, Replay, SealedAuth};
+use crate::secret::Keyring;
+
+pub use args::{EndpointCommand, EventFilter, ListArgs, NameArgs, ReplayArgs, SetArgs, ShowArgs};
+
+/// Longest line read from standard input for a secret, in bytes.
+const MAX_SECRET: u64 = 8 << 10;
+
+/// Why the command did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum EndpointCommandError {
+    /// The endpoint or the database.
+    #[error(transparent)]
+    Endpoint(#[from] EndpointError),
+    /// The secret read from standard input.
+    #[error(transparent)]
+    Secret(#[from] InvalidSecret),
+    /// Nothing on standard input.
+    #[error("no {0} on standard input")]
+    Missing(&'static str),
+    /// A token or password that no header may carry.
+    #[error("the {0} may only have printable ASCII characters")]
+    Unprintable(&'static str),
+    /// Reading or writing.
+    #[error("standard input or output: {0}")]
+    Io(#[from] io::Error),
+}
+
+impl EndpointCommandError {
+    /// Whether other arguments or input would do: exit code 2, else 1.
+    #[must_use]
+    pub fn is_wrong_use(&self) -> bool {
+        match self {
+            Self::Endpoint(error) => {
+                matches!(
+                    error,
+                    EndpointError::UrlMissing { .. } | EndpointError::NotPlatform
+                )
+            }
+            Self::Secret(_) | Self::Missing(_) | Self::Unprintable(_) => true,
+            Self::Io(_) => false,
+        }
+    }
+}
+
+/// Standard input, output and error of a command.
+pub struct Streams<'a> {
+    /// Where secrets are read from.
+    pub input: &'a mut dyn BufRead,
+    /// Where results go.
+    pub output: &'a mut dyn Write,
+    /// Where remarks go.
+    pub remarks: &'a mut dyn Write,
+}
+
+impl std::fmt::Debug for Streams<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Streams")
+    }
+}
+
+/// Carries out `postroom endpoint …`.
+///
+/// # Errors
+/// With a sentence for the operator; [`EndpointCommandError::is_wrong_use`] tells the exit code.
+pub async fn run(
+    command: EndpointCommand,
+    db: &Database,
+    keyring: &Keyring,
+    streams: Streams<'_>,
+) -> Result<(), EndpointCommandError> {
+    match command {
+        EndpointCommand::Set(args) => set(*args, db, keyring, streams).await,
+        EndpointCommand::Show(ShowArgs { which, json }) => {
+            let found = endpoint::show(db, &which.tenant, &which.name).await?;
+            let printed = if json {
+                print::json(&found, streams.output)
+            } else {
+                print::one(&found, streams.output)
+            };
+            Ok(printed?)
+        }
+        EndpointCommand::List(ListArgs { tenant, json }) => {
+            let found = endpoint::list(db, tenant.as_ref()).await?;
+            let printed = if json {
+                print::json(&found, streams.output)
+            } else {
+                print::table(&found, streams.output)
+            };
+            Ok(printed?)
+        }
+        EndpointCommand::Remove(which) => Ok(endpoint::remove(db, &which.tenant, &which.name).await?),
+        EndpointCommand::Replay(args) => replay(args, db, streams).await,
+    }
+}
+
+async fn set(
+    args: SetArgs,
+    db: &Database,
+    keyring: &Keyring,
+    streams: Streams<'_>,
+) -> Result<(), EndpointCommandError> {
+    let NameArgs { tenant, name } = &args.which;
+    let secret = if args.generate_secret {
+        Some(signature::generate())
+    } else if args.secret_stdin {
+        Some(read_secret(streams.input, "signing secret")?)
+    } else {
+        None
+    };
+    if let Some(secret) = &secret {
+        SigningKey::parse(secret)?;
+    }
+    let seal = |secret: &SecretString, aad: &str| keyring.seal(secret.expose_secret().as_bytes(), aad);
+    let credential =
+        |secret: &SecretString| seal(secret, &endpoint::credential_aad(tenant.as_str(), name.as_str()));
+    let auth = if let Some(username) = args.basic_user {
+        let password = read_secret(streams.input, "password")?;
+        Some(SealedAuth::Basic {
+            username,
+            password: credential(&password),
+        })
+    } else if args.bearer_stdin {
+        let token = read_secret(streams.input, "bearer token")?;
+        if !token.expose_secret().bytes().all(|b| b.is_ascii_graphic()) {
+            return Err(EndpointCommandError::Unprintable("bearer token"));
+        }
+        Some(SealedAuth::Bearer(credential(&token)))
+    } else {
+        args.no_auth.then_some(SealedAuth::None)
+    };
+    let change = Change {
+        url: args.url,
+        secret: secret
+            .as_ref()
+            .map(|s| seal(s, &endpoint::secret_aad(tenant.as_str(), name.as_str()))),
+        keep_previous: args.rotate_keep,
+        auth,
+        events: args.events.map(|filter| filter.0),
+        all_tenants: args.all,
+        enabled: if args.enable {
+            Some(true)
+        } else {
+            args.disable.then_some(false)
+        },
+    };
+    let before = if args.enable {
+        endpoint::show(db, tenant, name).await.ok()
+    } else {
+        None
+    };
+    endpoint::set(db, tenant, name, &change).await?;
+    if let Some(secret) = secret.filter(|_| args.generate_secret) {
+        writeln!(streams.output, "{}", secret.expose_secret())?;
+    }
+    let after = endpoint::show(db, tenant, name).await?;
+    remark(
+        &after,
+        before.and_then(|endpoint| endpoint.disabled_at),
+        streams.remarks,
+    )
+}
+
+/// What the operator should know about an endpoint just set.
+fn remark(
+    endpoint: &Endpoint,
+    was_disabled: Option<Timestamp>,
+    out: &mut dyn Write,
+) -> Result<(), EndpointCommandError> {
+    let Endpoint { tenant, name, .. } = endpoint;
+    if endpoint.url.starts_with("http:") {
+        writeln!(
+            out,
+            "warning: reports travel to {tenant}/{name} in clear; use an https URL"
+        )?;
+    }
+    if !endpoint.has_secret {
+        writeln!(
+            out,
+            "warning: deliveries to {tenant}/{name} are not signed; add --generate-secret"
+        )?;
+    }
+    if !endpoint.enabled {
+        writeln!(out, "note: {tenant}/{name} is disabled; --enable switches it on")?;
+    }
+    if let Some(since) = was_disabled {
+        writeln!(
+            out,
+            "note: reports since {since} were not queued for it: postroom endpoint replay {tenant} {name} --since {since}"
+        )?;
+    }
+    Ok(())
+}
+
+async fn replay(args: ReplayArgs, db: &Database, streams: Streams<'_>) -> Result<(), EndpointCommandError> {
+    let ReplayArgs {
+        which,
+        event,
+        since,
+        until,
+        failed,
+    } = args;
+    let what = match (event, since) {
+        (Some(event), _) => Replay::Event(event),
+        (None, Some(since)) if !failed => Replay::Received { since, until },
+        (None, since) => Replay::Failed { since, until },
+    };
+    let replayed = endpoint::replay(db, &which.tenant, &which.name, &what).await?;
+    writeln!(streams.output, "{replayed} events will be sent again")?;
+    Ok(())
+}
+
+/// One line, without its end.
+fn read_secret(input: &mut dyn BufRead, what: &'static str) -> Result<SecretString, EndpointCommandError> {
+    let mut line = zeroize::Zeroizing::new(String::new());
+    io::Read::take(input, MAX_SECRET).read_line(&mut line)?;
+    let secret = line.trim_end_matches(['\r', '\n']);
+    if secret.is_empty() {
+        return Err(EndpointCommandError::Missing(what));
+    }
+    if secret.chars().any(char::is_control) {
+        return Err(EndpointCommandError::Unprintable(what));
+    }
+    Ok(secret.into())
+}
