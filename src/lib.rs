@@ -1,6 +1,7 @@
 //! Postroom: the mail room for teams that run `RabbitMQ` and Postgres.
 pub mod address;
 pub mod attachment;
+pub mod bridge;
 pub mod broker;
 pub mod cli;
 pub mod compose;
@@ -8,8 +9,6 @@ pub mod config;
 pub mod db;
 pub mod directory;
 pub mod egress;
-pub mod bridge;
-pub mod config;
 pub mod endpoint;
 pub mod failure;
 pub mod health;

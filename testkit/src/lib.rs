@@ -4,6 +4,4 @@ pub mod s3;
 pub mod scratch;
 pub mod smtp;
 pub mod tls;
-//! Servers that the tests, the demo and the benchmarks of postroom talk to.
-
 pub mod webhook;
