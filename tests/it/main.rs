@@ -6,6 +6,8 @@
 )]
 
 mod broker_commands;
+mod broker_restart;
 mod broker_session;
+mod broker_tls;
 mod broker_topology;
 mod support;
