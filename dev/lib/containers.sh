@@ -12,17 +12,13 @@ images_are_here() {
     done
 }
 
-pull_images() {
-    docker compose --file "$top/docker-compose.yml" pull --quiet > /dev/null 2>&1
-}
-
 containers_are_possible() {
     command -v docker > /dev/null 2>&1 || return 1
     limited 10 docker info > /dev/null 2>&1 || return 1
     docker compose version > /dev/null 2>&1 || return 1
     images_are_here && return 0
     say "fetching container images (at most a minute) ..."
-    limited 60 pull_images && images_are_here
+    limited 60 docker compose --file "$top/docker-compose.yml" pull --quiet > /dev/null 2>&1 && images_are_here
 }
 
 start_containers() {

@@ -28,10 +28,19 @@ choose_ports() {
     free_port; POSTGRES_PORT=$chosen_port
 }
 
+# ps(1) is missing in small images, /proc on macOS.
+command_line() {
+    if [ -r "/proc/$1/cmdline" ]; then
+        tr '\0' ' ' < "/proc/$1/cmdline"
+    else
+        ps -ww -o command= -p "$1"
+    fi 2> /dev/null
+}
+
 # process_is PID MARKER: whether PID runs and its command line holds MARKER. A stale pid file must not name a stranger.
 process_is() {
     [ -n "$1" ] && kill -0 "$1" 2>/dev/null || return 1
-    case "$(ps -ww -o command= -p "$1" 2>/dev/null)" in
+    case "$(command_line "$1")" in
         *"$2"*) return 0 ;;
         *) return 1 ;;
     esac

@@ -5,3 +5,4 @@ pub mod scratch;
 pub mod smtp;
 pub mod tls;
 pub mod webhook;
+pub mod tunnel;

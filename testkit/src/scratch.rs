@@ -174,22 +174,29 @@ impl Scratch {
         with_path(&self.servers.database, &self.name)
     }
 
-    /// Closes every AMQP connection to the vhost from the broker's side; the number of them.
+    /// Names of the AMQP connections to the vhost. The broker lists them with some seconds' delay.
     ///
     /// # Errors
     /// If the management API refuses.
-    pub async fn close_connections(&self) -> Result<usize, String> {
+    pub async fn connections(&self) -> Result<Vec<String>, String> {
         let path = format!("vhosts/{}/connections", self.name);
         let listed = self.servers.management(Method::GET, &path, None).await?;
         let listed: Vec<serde_json::Value> =
             serde_json::from_str(&listed).map_err(|error| format!("management API: {error}"))?;
-        for connection in &listed {
-            let name = percent_encoded(connection["name"].as_str().unwrap_or_default());
-            self.servers
-                .management(Method::DELETE, &format!("connections/{name}"), None)
-                .await?;
+        let names = listed.iter().filter_map(|connection| connection["name"].as_str());
+        Ok(names.map(str::to_owned).collect())
+    }
+
+    /// Closes these connections from the broker's side.
+    ///
+    /// # Errors
+    /// If the management API refuses.
+    pub async fn close_connections(&self, names: &[String]) -> Result<(), String> {
+        for name in names {
+            let path = format!("connections/{}", percent_encoded(name));
+            self.servers.management(Method::DELETE, &path, None).await?;
         }
-        Ok(listed.len())
+        Ok(())
     }
 
     /// Leaves both behind when dropped.

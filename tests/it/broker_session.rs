@@ -7,6 +7,7 @@ use lapin::BasicProperties;
 use postroom::broker::{
     BrokerError, Consumer, DeadLetter, Properties, PublishError, Publisher, Session, Subscription, Supervisor,
 };
+use postroom::config;
 use postroom::level::Level;
 use postroom::telemetry::metrics::Metrics;
 use tokio::sync::mpsc;
@@ -19,17 +20,17 @@ const QUEUE: &str = "mail.jobs.low";
 const LIMIT: Duration = Duration::from_secs(20);
 
 /// A supervisor that hands its sessions to the test.
-struct Running {
-    supervisor: Arc<Supervisor>,
+pub(crate) struct Running {
+    pub(crate) supervisor: Arc<Supervisor>,
     sessions: mpsc::UnboundedReceiver<Session>,
     shutdown: CancellationToken,
     task: JoinHandle<Result<(), BrokerError>>,
 }
 
 impl Running {
-    fn start(world: &World) -> Self {
+    pub(crate) fn start(config: config::Broker) -> Self {
         let metrics = Arc::new(Metrics::new().unwrap());
-        let supervisor = Arc::new(Supervisor::new(world.broker_config(), metrics));
+        let supervisor = Arc::new(Supervisor::new(config, metrics));
         let (sender, sessions) = mpsc::unbounded_channel();
         let shutdown = CancellationToken::new();
         let task = tokio::spawn({
@@ -57,14 +58,14 @@ impl Running {
         }
     }
 
-    async fn session(&mut self) -> Session {
+    pub(crate) async fn session(&mut self) -> Session {
         tokio::time::timeout(LIMIT, self.sessions.recv())
             .await
             .unwrap()
             .unwrap()
     }
 
-    async fn stop(self) {
+    pub(crate) async fn stop(self) {
         self.shutdown.cancel();
         tokio::time::timeout(LIMIT, self.task)
             .await
@@ -74,7 +75,7 @@ impl Running {
     }
 }
 
-async fn consume(session: &Session, prefetch: u16) -> Consumer {
+pub(crate) async fn consume(session: &Session, prefetch: u16) -> Consumer {
     let subscription = Subscription {
         queue: QUEUE.into(),
         level: Some(Level::Low),
@@ -83,7 +84,7 @@ async fn consume(session: &Session, prefetch: u16) -> Consumer {
     session.consume(subscription).await.unwrap()
 }
 
-async fn publish_many(world: &World, count: usize) {
+pub(crate) async fn publish_many(world: &World, count: usize) {
     for number in 0..count {
         let properties = BasicProperties::default().with_message_id(number.to_string().into());
         world
@@ -112,7 +113,7 @@ async fn wait_messages(world: &World, queue: &str, count: u64) {
 #[tokio::test]
 async fn deliveries_carry_what_the_producer_said() {
     let world = World::new().await;
-    let mut running = Running::start(&world);
+    let mut running = Running::start(world.broker_config());
     let session = running.session().await;
     let mut headers = lapin::types::FieldTable::default();
     headers.insert(
@@ -156,7 +157,7 @@ async fn deliveries_carry_what_the_producer_said() {
 #[tokio::test]
 async fn one_unfinished_delivery_does_not_stop_the_others() {
     let world = World::new().await;
-    let mut running = Running::start(&world);
+    let mut running = Running::start(world.broker_config());
     let session = running.session().await;
     publish_many(&world, 200).await;
     let mut consumer = consume(&session, 16).await;
@@ -179,7 +180,7 @@ async fn one_unfinished_delivery_does_not_stop_the_others() {
 #[tokio::test]
 async fn what_is_given_back_or_dropped_comes_again() {
     let world = World::new().await;
-    let mut running = Running::start(&world);
+    let mut running = Running::start(world.broker_config());
     let session = running.session().await;
     publish_many(&world, 3).await;
     let mut consumer = consume(&session, 10).await;
@@ -201,7 +202,7 @@ async fn what_is_given_back_or_dropped_comes_again() {
 #[tokio::test]
 async fn after_stop_the_buffered_deliveries_come_out_and_acknowledgements_are_written() {
     let world = World::new().await;
-    let mut running = Running::start(&world);
+    let mut running = Running::start(world.broker_config());
     let session = running.session().await;
     publish_many(&world, 30).await;
     let mut consumer = consume(&session, 10).await;
@@ -221,7 +222,7 @@ async fn after_stop_the_buffered_deliveries_come_out_and_acknowledgements_are_wr
 #[tokio::test]
 async fn a_lost_connection_ends_the_session_and_a_new_one_begins() {
     let world = World::new().await;
-    let mut running = Running::start(&world);
+    let mut running = Running::start(world.broker_config());
     let first = running.session().await;
     publish_many(&world, 1).await;
     let mut consumer = consume(&first, 10).await;
@@ -229,11 +230,13 @@ async fn a_lost_connection_ends_the_session_and_a_new_one_begins() {
     let connected = running.supervisor.connected();
     assert!(*connected.borrow());
 
-    // The management API learns of connections with a delay.
-    eventually(LIMIT, || async {
-        world.scratch().close_connections().await.unwrap() >= 2
+    // The session's two and the test's own.
+    let all = eventually_some(LIMIT, || async {
+        let all = world.scratch().connections().await.unwrap();
+        (all.len() >= 3).then_some(all)
     })
     .await;
+    world.scratch().close_connections(&all).await.unwrap();
     tokio::time::timeout(LIMIT, first.ended().cancelled())
         .await
         .unwrap();
@@ -267,7 +270,7 @@ async fn a_lost_connection_ends_the_session_and_a_new_one_begins() {
 #[tokio::test]
 async fn a_deleted_queue_ends_the_session_and_is_declared_again() {
     let world = World::new().await;
-    let mut running = Running::start(&world);
+    let mut running = Running::start(world.broker_config());
     let first = running.session().await;
     let mut consumer = consume(&first, 10).await;
     let channel = &world.amqp().await.channel;
@@ -290,7 +293,7 @@ async fn a_deleted_queue_ends_the_session_and_is_declared_again() {
 #[tokio::test]
 async fn publishing_is_confirmed_by_many_callers_at_once() {
     let world = World::new().await;
-    let mut running = Running::start(&world);
+    let mut running = Running::start(world.broker_config());
     let session = running.session().await;
     let publishes = (0..500).map(|_| {
         let publisher = session.publisher().clone();
@@ -310,7 +313,7 @@ async fn publishing_is_confirmed_by_many_callers_at_once() {
 #[tokio::test]
 async fn a_message_no_queue_wants_is_not_called_stored() {
     let world = World::new().await;
-    let mut running = Running::start(&world);
+    let mut running = Running::start(world.broker_config());
     let session = running.session().await;
     // Without the alternate exchange that catches everything in a complete topology.
     let channel = &world.amqp().await.channel;
@@ -374,7 +377,7 @@ async fn a_broker_that_is_down_is_waited_for_until_shutdown() {
 #[tokio::test]
 async fn a_dead_letter_carries_its_reason_and_only_the_producers_headers() {
     let world = World::new().await;
-    let mut running = Running::start(&world);
+    let mut running = Running::start(world.broker_config());
     let session = running.session().await;
     // Straight to the queue, as some producers do: the key says nothing then.
     world

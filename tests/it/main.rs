@@ -6,7 +6,9 @@
 )]
 
 mod broker_commands;
+mod broker_restart;
 mod broker_session;
+mod broker_tls;
 mod broker_topology;
 mod sends;
 mod support;

@@ -27,7 +27,7 @@ mod wait;
 mod world;
 
 pub(crate) use amqp::{Amqp, producers_names};
-pub(crate) use private::Private;
+pub(crate) use private::{POSTGRES, Private, RABBITMQ};
 pub(crate) use process::{Finished, Process};
 pub(crate) use reports::{Received, Reports};
 pub(crate) use wait::{eventually, eventually_some};

@@ -88,24 +88,16 @@ impl Topology {
         for exchange in &self.exchanges {
             let name = format!("exchange {}", exchange.name);
             let was_missing = matches!(exchange.look(connection).await?, Found::Missing);
-            note(
-                exchange.declare(connection).await?,
-                name,
-                was_missing,
-                &mut applied,
-                &mut wrong,
-            );
+            let found = exchange.declare(connection).await?;
+            let found = if was_missing { found } else { seen(found) };
+            note(found, name, was_missing, &mut applied, &mut wrong);
         }
         for queue in &self.queues {
             let name = format!("queue {}", queue.name);
             let was_missing = matches!(queue.look(connection).await?, Found::Missing);
-            note(
-                queue.declare(connection).await?,
-                name,
-                was_missing,
-                &mut applied,
-                &mut wrong,
-            );
+            let found = queue.declare(connection).await?;
+            let found = if was_missing { found } else { seen(found) };
+            note(found, name, was_missing, &mut applied, &mut wrong);
         }
         if !wrong.is_empty() {
             return Err(wrong.into());
