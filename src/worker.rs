@@ -117,7 +117,12 @@ pub struct InFlight {
 impl Drop for InFlight {
     fn drop(&mut self) {
         self.worker.metrics.in_flight.dec();
-        self.worker.claims.lock().unwrap_or_else(PoisonError::into_inner).in_flight.remove(&self.claim);
+        self.worker
+            .claims
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .in_flight
+            .remove(&self.claim);
     }
 }
 
@@ -132,7 +137,10 @@ impl Worker {
     #[must_use]
     pub fn claim(&self) -> Lease {
         let epoch = self.epoch();
-        Lease { claim: epoch.next_claim(), epoch }
+        Lease {
+            claim: epoch.next_claim(),
+            epoch,
+        }
     }
 
     /// Registers as a new worker after the old epoch died.
@@ -150,8 +158,15 @@ impl Worker {
     fn in_flight(self: &Arc<Self>, row: &Row) -> InFlight {
         self.metrics.in_flight.inc();
         let claim = row.lease.claim;
-        self.claims.lock().unwrap_or_else(PoisonError::into_inner).in_flight.insert(claim);
-        InFlight { worker: Arc::clone(self), claim }
+        self.claims
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .in_flight
+            .insert(claim);
+        InFlight {
+            worker: Arc::clone(self),
+            claim,
+        }
     }
 
     /// Claims being worked on, and the number that claims had reached one look ago.
@@ -193,7 +208,10 @@ impl Worker {
     async fn correct_clock(&self) -> Result<(), DbError> {
         let client = self.ledger.database().client().await?;
         let sent = (Instant::now(), Timestamp::now());
-        let theirs: Timestamp = client.query_one("SELECT clock_timestamp()", &[]).await?.try_get(0)?;
+        let theirs: Timestamp = client
+            .query_one("SELECT clock_timestamp()", &[])
+            .await?
+            .try_get(0)?;
         let half = sent.0.elapsed() / 2;
         let ours = sent.1.checked_add(half).unwrap_or(sent.1);
         self.clock.correct(theirs, ours, half);
@@ -219,7 +237,11 @@ impl Worker {
         if let Some(failure) = &attempt.failure {
             self.metrics
                 .failures
-                .with_label_values(&[failure.class.as_str(), failure.fault.as_str(), failure.stage.as_str()])
+                .with_label_values(&[
+                    failure.class.as_str(),
+                    failure.fault.as_str(),
+                    failure.stage.as_str(),
+                ])
                 .inc();
         }
         tracing::info!(

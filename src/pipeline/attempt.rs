@@ -65,7 +65,11 @@ impl Pipeline {
     /// Makes one attempt. Never fails: whatever happens is a verdict.
     pub async fn attempt(&self, task: &Task) -> Attempt {
         let known = &task.row.recipients;
-        let recipients = if known.is_empty() { all_pending(&task.job) } else { known.clone() };
+        let recipients = if known.is_empty() {
+            all_pending(&task.job)
+        } else {
+            known.clone()
+        };
         let mut attempt = Attempt::of(recipients, task.row.message_id.clone());
         attempt.verdict = match self.run(task, &mut attempt).await {
             Ok(verdict) | Err(verdict) => verdict,
@@ -82,12 +86,21 @@ impl Pipeline {
             return Err(Verdict::Expired);
         }
         let entries = self.entries(&task.job.tenant).await?;
-        attempt.on_uncertain = task.job.on_uncertain.unwrap_or(entries.tenant.tenant.on_uncertain);
-        let mut chosen = self.choose(&task.job, &entries).map_err(|failure| started(attempt, failure))?;
+        attempt.on_uncertain = task
+            .job
+            .on_uncertain
+            .unwrap_or(entries.tenant.tenant.on_uncertain);
+        let mut chosen = self
+            .choose(&task.job, &entries)
+            .map_err(|failure| started(attempt, failure))?;
         let fetched = Instant::now();
         let prepared = self
             .attachments
-            .prepare(&task.job.tenant, &task.job.attachments, &entries.tenant.tenant.large_files)
+            .prepare(
+                &task.job.tenant,
+                &task.job.attachments,
+                &entries.tenant.tenant.large_files,
+            )
             .await
             .map_err(|failure| started(attempt, failure))?;
         self.note_files(task, attempt, &prepared, fetched);
@@ -95,7 +108,9 @@ impl Pipeline {
             let verdict = match self.send(task, attempt, &entries, &chosen, &prepared).await {
                 Ok(verdict) | Err(verdict) => verdict,
             };
-            let Verdict::Failed(failure) = &verdict else { return Ok(verdict) };
+            let Verdict::Failed(failure) = &verdict else {
+                return Ok(verdict);
+            };
             let platform = entries.platform.as_deref();
             match sender::after_failure(&chosen, failure, &task.job, &entries.tenant, platform) {
                 Some(other) => chosen = other,
@@ -114,8 +129,15 @@ impl Pipeline {
             Some(entry) => entry,
             None => Arc::new(sender::unknown_tenant(tenant, self.unknown_tenant).map_err(Verdict::Failed)?),
         };
-        let platform = self.directory.tenant(&TenantId::platform()).await.map_err(unreadable)?;
-        Ok(Entries { tenant: entry, platform })
+        let platform = self
+            .directory
+            .tenant(&TenantId::platform())
+            .await
+            .map_err(unreadable)?;
+        Ok(Entries {
+            tenant: entry,
+            platform,
+        })
     }
 
     /// Who sends.
@@ -170,12 +192,17 @@ impl Pipeline {
             let granted = match slot.take().filter(Slot::is_valid) {
                 Some(slot) => slot,
                 None if !limited => Slot::unlimited(),
-                None => self.take_slot(task, chosen, open.len(), !tried.is_empty()).await?,
+                None => {
+                    self.take_slot(task, chosen, open.len(), !tried.is_empty())
+                        .await?
+                }
             };
             let part: Vec<Address> = open.into_iter().take(granted.recipients as usize).collect();
             tried.extend(part.iter().map(ToString::to_string));
             let begun = Instant::now();
-            let email = self.compose(task, chosen, prepared, &message_id, &part).map_err(|f| started(attempt, f))?;
+            let email = self
+                .compose(task, chosen, prepared, &message_id, &part)
+                .map_err(|f| started(attempt, f))?;
             self.observe("compose", begun);
             if task.is_expired(self.clock.now()) {
                 return Err(Verdict::Expired);
@@ -235,7 +262,10 @@ impl Pipeline {
         let since = Instant::now();
         let account = &chosen.account;
         let checked_out = if chosen.via == Via::Override {
-            self.pools.connect_once(&account.server).await.map_err(CheckoutError::Failed)
+            self.pools
+                .connect_once(&account.server)
+                .await
+                .map_err(CheckoutError::Failed)
         } else {
             let submission = Submission {
                 key: account.key.clone(),
@@ -250,7 +280,10 @@ impl Pipeline {
             Ok(lease) => Ok(lease),
             Err(CheckoutError::Busy) => {
                 tracing::debug!(job = %task.job.id, account = %account.key, "no connection is free");
-                Err(Verdict::Wait { reason: WaitReason::Busy, delay: BUSY_DELAY })
+                Err(Verdict::Wait {
+                    reason: WaitReason::Busy,
+                    delay: BUSY_DELAY,
+                })
             }
             Err(CheckoutError::Failed(failure)) => Err(started(attempt, failure)),
         }
@@ -276,7 +309,10 @@ impl Pipeline {
         self.observe("slot", since);
         match answer {
             Some(SlotAnswer::Granted(slot)) => Ok(slot),
-            Some(SlotAnswer::Denied(delay)) => Err(Verdict::Wait { reason: WaitReason::Rate, delay }),
+            Some(SlotAnswer::Denied(delay)) => Err(Verdict::Wait {
+                reason: WaitReason::Rate,
+                delay,
+            }),
             Some(SlotAnswer::LeaseLost) | None => Err(Verdict::GiveBack),
         }
     }
@@ -291,8 +327,13 @@ impl Pipeline {
         part: &[Address],
     ) -> Result<(), Verdict> {
         attempt.started = true;
-        let envelope = Envelope { from: email.envelope_from.clone(), to: email.recipients.clone() };
-        let opened = lease.open(&envelope, email.message.len(), email.needs_utf8, email.is_8bit).await;
+        let envelope = Envelope {
+            from: email.envelope_from.clone(),
+            to: email.recipients.clone(),
+        };
+        let opened = lease
+            .open(&envelope, email.message.len(), email.needs_utf8, email.is_8bit)
+            .await;
         let transaction = match opened {
             Ok(transaction) => transaction,
             Err(error) if error.mail_sent => {
@@ -320,7 +361,10 @@ impl Pipeline {
     }
 
     fn observe(&self, stage: &str, since: Instant) {
-        self.metrics.stage.with_label_values(&[stage]).observe(since.elapsed().as_secs_f64());
+        self.metrics
+            .stage
+            .with_label_values(&[stage])
+            .observe(since.elapsed().as_secs_f64());
     }
 }
 
@@ -377,7 +421,9 @@ fn account_name(task: &Task, chosen: &Chosen) -> Option<String> {
 fn record<'a>(attempt: &mut Attempt, part: &[Address], results: impl Iterator<Item = &'a smtp::RcptResult>) {
     for (address, result) in part.iter().zip(results) {
         let address: &str = address.as_ref();
-        let Some(mine) = attempt.recipients.iter_mut().find(|r| r.address == address) else { continue };
+        let Some(mine) = attempt.recipients.iter_mut().find(|r| r.address == address) else {
+            continue;
+        };
         let status = match result.failure() {
             None => RecipientStatus::Accepted,
             Some(failure) if failure.is_transient() => RecipientStatus::Deferred,
@@ -392,7 +438,10 @@ fn record<'a>(attempt: &mut Attempt, part: &[Address], results: impl Iterator<It
 
 /// A transient failure decides when to come back, so it is the one to keep.
 fn keep_worse(attempt: &mut Attempt, failure: &Failure) {
-    let keep = attempt.failure.as_ref().is_some_and(|f| f.severity == Severity::Transient);
+    let keep = attempt
+        .failure
+        .as_ref()
+        .is_some_and(|f| f.severity == Severity::Transient);
     if !keep {
         attempt.failure = Some(failure.clone());
     }

@@ -12,8 +12,8 @@ use crate::broker::Delivery;
 use crate::directory::Via;
 use crate::failure::Failure;
 use crate::id::{AccountKey, TenantId};
-use crate::job::decode::{self, Incoming, RejectReason, Rejection};
 use crate::job::MailJob;
+use crate::job::decode::{self, Incoming, RejectReason, Rejection};
 use crate::ledger::batches::pauses;
 use crate::level::Level;
 use crate::pipeline::Verdict;
@@ -70,7 +70,10 @@ impl Worker {
     ) -> Option<Arrival> {
         let since = Instant::now();
         let decoded = decode::decode(&incoming(&delivery), &self.limits);
-        self.metrics.stage.with_label_values(&["decode"]).observe(since.elapsed().as_secs_f64());
+        self.metrics
+            .stage
+            .with_label_values(&["decode"])
+            .observe(since.elapsed().as_secs_f64());
         let job = match decoded {
             Ok(job) => job,
             Err(rejection) => {
@@ -88,13 +91,27 @@ impl Worker {
             }
         };
         let ended = ended.clone();
-        Some(Arrival { delivery, job: Arc::new(job), account, connections, level, properties, since, ended })
+        Some(Arrival {
+            delivery,
+            job: Arc::new(job),
+            account,
+            connections,
+            level,
+            properties,
+            since,
+            ended,
+        })
     }
 
     /// The account whose limits the job counts against, and its connections here. An account that cannot send today
     /// is no error: the attempt will tell. A tenant or a named account that does not exist is.
     async fn expected_account(&self, job: &MailJob) -> Result<(AccountKey, usize), Failure> {
-        let unknown = || (AccountKey::from_stored(&format!("{}/", job.tenant)), self.pool_size);
+        let unknown = || {
+            (
+                AccountKey::from_stored(&format!("{}/", job.tenant)),
+                self.pool_size,
+            )
+        };
         let mut waits = pauses();
         let entries = loop {
             match self.pipeline.entries(&job.tenant).await {
@@ -109,7 +126,10 @@ impl Worker {
                 Ok((AccountKey::for_override(&job.tenant), self.permits_total))
             }
             Ok(chosen) => {
-                let cap = chosen.account.max_connections.map_or(usize::MAX, |cap| cap as usize);
+                let cap = chosen
+                    .account
+                    .max_connections
+                    .map_or(usize::MAX, |cap| cap as usize);
                 Ok((chosen.account.key.clone(), self.pool_size.min(cap)))
             }
             Err(failure) if failure.reason == "account_not_found" => Err(failure),
@@ -121,7 +141,10 @@ impl Worker {
         let Some(sent) = delivery.timestamp() else { return };
         let now = self.clock.now().as_second();
         let age = now.saturating_sub(i64::try_from(sent).unwrap_or(now)).max(0);
-        self.metrics.queue_age.with_label_values(&[level.as_str()]).observe(age as f64);
+        self.metrics
+            .queue_age
+            .with_label_values(&[level.as_str()])
+            .observe(age as f64);
     }
 
     /// Dead-letters a delivery that is no valid job and tells its tenant, then acknowledges it. Beside the queue: the
@@ -196,7 +219,10 @@ fn rejected(job: &MailJob, failure: &Failure) -> Rejection {
     };
     Rejection {
         reason,
-        errors: vec![crate::report::FieldError { pointer: pointer.to_owned(), message: failure.message.clone() }],
+        errors: vec![crate::report::FieldError {
+            pointer: pointer.to_owned(),
+            message: failure.message.clone(),
+        }],
         tenant: Some(job.tenant.clone()),
         id: Some(job.id.clone()),
     }

@@ -101,7 +101,10 @@ async fn find_forgotten(worker: &Arc<Worker>) {
     match worker.ledger.forgotten(&worker.epoch(), &known, before).await {
         Ok(0) => {}
         Ok(found) => {
-            tracing::warn!(found, "jobs were leased by statements whose answer got lost; they wait again");
+            tracing::warn!(
+                found,
+                "jobs were leased by statements whose answer got lost; they wait again"
+            );
             worker.nudge.notify_one();
         }
         Err(error) => worker.database_trouble("forgotten", &error),
@@ -112,8 +115,15 @@ async fn count_waiting(worker: &Arc<Worker>) {
     const MOST: i64 = 200_000;
     if let Ok(counts) = worker.ledger.waiting(MOST).await {
         for reason in crate::ledger::WaitReason::ALL {
-            let count = counts.iter().find(|(r, _)| *r == reason).map_or(0, |(_, count)| *count);
-            worker.metrics.waiting.with_label_values(&[reason.as_str()]).set(count);
+            let count = counts
+                .iter()
+                .find(|(r, _)| *r == reason)
+                .map_or(0, |(_, count)| *count);
+            worker
+                .metrics
+                .waiting
+                .with_label_values(&[reason.as_str()])
+                .set(count);
         }
     }
 }

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -94,18 +94,37 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError
     let override_keys = overrides.map_err(WorkerError::OverrideKeys)?;
     let database = Database::connect(&settings.database)?;
     let ready = service.readiness.component("database");
-    let amqp = service.readiness.component("amqp");
     if !database.wait_until_usable(&ready, &service.shutdown.soft).await? {
         return Ok(service.finish().await?);
     }
     verify_keys(&database, &keys).await?;
     let supervisor = Supervisor::new(settings.broker.clone(), Arc::clone(&service.metrics));
-    let (worker, arrivals) = build(settings, &service, keys, override_keys, database, ready, &supervisor).await?;
+    let (worker, arrivals) = build(
+        settings,
+        &service,
+        keys,
+        override_keys,
+        database,
+        ready,
+        &supervisor,
+    )
+    .await?;
     let end = CancellationToken::new();
-    let parts = Parts { worker: Arc::clone(&worker), service: &service, end: end.clone() };
-    let admission_ended = parts.start(arrivals, amqp);
+    let parts = Parts {
+        worker: Arc::clone(&worker),
+        service: &service,
+        end: end.clone(),
+    };
+    let admission_ended = parts.start(arrivals);
     let soft = service.shutdown.soft.clone();
-    let serving = Box::pin(supervisor.run(&soft, |session| serve(Arc::clone(&worker), session, soft.clone(), admission_ended.clone())));
+    let serving = Box::pin(supervisor.run(&soft, |session| {
+        serve(
+            Arc::clone(&worker),
+            session,
+            soft.clone(),
+            admission_ended.clone(),
+        )
+    }));
     let served = serving.await;
     if served.is_err() {
         soft.cancel();
@@ -123,7 +142,10 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError
 }
 
 /// Puts a worker together.
-#[expect(clippy::too_many_arguments, reason = "the parts of a worker meet here and nowhere else")]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the parts of a worker meet here and nowhere else"
+)]
 async fn build(
     settings: Settings,
     service: &Service,
@@ -138,7 +160,10 @@ async fn build(
     let name = host_name();
     let epoch = ledger.register(&name, settings.worker.lease).await?;
     let guard = Arc::new(EgressGuard::new(settings.egress));
-    let caps = Arc::new(Caps { ledger: ledger.clone(), epoch: RwLock::new(Arc::clone(&epoch)) });
+    let caps = Arc::new(Caps {
+        ledger: ledger.clone(),
+        epoch: RwLock::new(Arc::clone(&epoch)),
+    });
     let (arrivals, taken) = mpsc::channel(64);
     let clock = Arc::new(SharedClock::default());
     let batches = Batches::new(&ledger);
@@ -151,7 +176,12 @@ async fn build(
             Arc::clone(&guard),
             Arc::clone(&metrics),
         )?,
-        pools: Pools::new(settings.smtp, guard, Arc::clone(&caps) as Arc<dyn ConnectionCaps>, Arc::clone(&metrics))?,
+        pools: Pools::new(
+            settings.smtp,
+            guard,
+            Arc::clone(&caps) as Arc<dyn ConnectionCaps>,
+            Arc::clone(&metrics),
+        )?,
         batches: batches.clone(),
         keys,
         override_keys,
@@ -200,36 +230,36 @@ struct Parts<'a> {
 
 impl Parts<'_> {
     /// Starts them. The token is cancelled when admission has ended and given back what it had in hand.
-    fn start(self, arrivals: mpsc::Receiver<Arrival>, amqp: health::Handle) -> CancellationToken {
+    fn start(self, arrivals: mpsc::Receiver<Arrival>) -> CancellationToken {
         let soft = self.service.shutdown.soft.clone();
         let spawn = &self.service.shutdown;
         let ended = CancellationToken::new();
-        let (admission, stop, done) = (Admission::new(Arc::clone(&self.worker)), soft.clone(), ended.clone());
+        let (admission, stop, done) = (
+            Admission::new(Arc::clone(&self.worker)),
+            soft.clone(),
+            ended.clone(),
+        );
         spawn.spawn("admission", async move {
             // Whatever ends it, nobody waits for it in vain.
             let _done = done.drop_guard();
             admission.run(arrivals, stop).await;
         });
-        spawn.spawn("dispatcher", dispatcher::run(Arc::clone(&self.worker), soft.clone()));
+        spawn.spawn(
+            "dispatcher",
+            dispatcher::run(Arc::clone(&self.worker), soft.clone()),
+        );
         spawn.spawn("outbox", reporter::sweep(Arc::clone(&self.worker), soft.clone()));
-        spawn.spawn("housekeeping", housekeeping::run(Arc::clone(&self.worker), soft.clone(), self.end));
-        spawn.spawn("readiness", follow_connection(self.worker.connected.clone(), amqp, soft));
+        spawn.spawn(
+            "housekeeping",
+            housekeeping::run(Arc::clone(&self.worker), soft.clone(), self.end),
+        );
+        let database = self.worker.ledger.database().clone();
+        spawn.spawn(
+            "database",
+            database.watch(self.worker.database.clone(), soft.clone()),
+        );
+        self.service.follow_broker(self.worker.connected.clone());
         ended
-    }
-}
-
-/// Readiness of the broker.
-async fn follow_connection(mut connected: watch::Receiver<bool>, amqp: health::Handle, stop: CancellationToken) {
-    loop {
-        if *connected.borrow_and_update() {
-            amqp.ready();
-        } else {
-            amqp.not_ready("no session with RabbitMQ");
-        }
-        tokio::select! {
-            () = stop.cancelled() => return,
-            changed = connected.changed() => if changed.is_err() { return },
-        }
     }
 }
 
@@ -244,7 +274,11 @@ async fn serve(
     let mut consumers = tokio::task::JoinSet::new();
     for (level, queue) in worker.topology.job_queues() {
         let prefetch = prefetch(*level, worker.permits_total);
-        let subscription = Subscription { queue: queue.as_str().into(), level: Some(*level), prefetch };
+        let subscription = Subscription {
+            queue: queue.as_str().into(),
+            level: Some(*level),
+            prefetch,
+        };
         let consumer = session.consume(subscription).await?;
         let (worker, ended, soft) = (Arc::clone(&worker), session.ended().clone(), soft.clone());
         consumers.spawn(consume(worker, consumer, *level, ended, soft));
@@ -321,12 +355,20 @@ pub(super) struct Caps {
 
 impl Caps {
     fn epoch(&self) -> Arc<Epoch> {
-        Arc::clone(&self.epoch.read().unwrap_or_else(std::sync::PoisonError::into_inner))
+        Arc::clone(
+            &self
+                .epoch
+                .read()
+                .unwrap_or_else(std::sync::PoisonError::into_inner),
+        )
     }
 
     /// Leases belong to an epoch; a new one begins with none.
     pub(super) fn renew(&self, epoch: &Arc<Epoch>) {
-        *self.epoch.write().unwrap_or_else(std::sync::PoisonError::into_inner) = Arc::clone(epoch);
+        *self
+            .epoch
+            .write()
+            .unwrap_or_else(std::sync::PoisonError::into_inner) = Arc::clone(epoch);
     }
 }
 
@@ -334,7 +376,10 @@ impl ConnectionCaps for Caps {
     fn acquire<'a>(&'a self, key: &'a AccountKey, _cap: u32) -> BoxFuture<'a, Result<bool, CapsError>> {
         // The cap itself is read where it is kept, under its lock.
         Box::pin(async move {
-            self.ledger.acquire_connection(&self.epoch(), key).await.map_err(|error| CapsError(error.to_string()))
+            self.ledger
+                .acquire_connection(&self.epoch(), key)
+                .await
+                .map_err(|error| CapsError(error.to_string()))
         })
     }
 
