@@ -157,10 +157,10 @@ fn short_words_must_stand_alone() {
 
 proptest::proptest! {
     #[test]
-    fn every_reply_has_a_class_and_only_the_code_or_a_limit_makes_it_pass(code in 400u16..600, text in ".{0,80}") {
+    fn every_reply_has_a_class_and_only_the_code_a_limit_or_the_account_makes_it_pass(code in 400u16..600, text in ".{0,80}") {
         for stage in [Stage::Connect, Stage::Auth, Stage::MailFrom, Stage::RcptTo, Stage::Data] {
             let failure = refusal(stage, Reply::new(code, &text));
-            let passes = code < 500 || code == 503 || failure.class == Rate;
+            let passes = code < 500 || code == 503 || matches!(failure.class, Rate | Auth);
             proptest::prop_assert_eq!(failure.is_transient(), passes);
         }
     }
