@@ -19,7 +19,7 @@ use crate::ledger::batches::Batches;
 use crate::ledger::slots::{SlotAnswer, SlotRequest};
 use crate::ledger::{Slot, WaitReason};
 use crate::report::{LinkedFile, RecipientStatus};
-use crate::secret::Keyring;
+use crate::secret::{Keys, SharedKeyring};
 use crate::settlement::all_pending;
 use crate::smtp::{self, CheckoutError, Envelope, Outcome, Pools, Submission, Transaction};
 use crate::telemetry::metrics::Metrics;
@@ -38,10 +38,8 @@ pub struct Pipeline {
     pub pools: Arc<Pools>,
     /// Slots and marks.
     pub batches: Batches,
-    /// Keys at rest.
-    pub keys: Arc<Keyring>,
-    /// Keys producers seal overrides with.
-    pub override_keys: Option<Keyring>,
+    /// Keys at rest, and those producers seal overrides with.
+    pub keys: Keys,
     /// Keys Message-IDs.
     pub installation_secret: Vec<u8>,
     /// What to do with unknown tenants.
@@ -90,9 +88,13 @@ impl Pipeline {
             .job
             .on_uncertain
             .unwrap_or(entries.tenant.tenant.on_uncertain);
-        let mut chosen = self
-            .choose(&task.job, &entries)
-            .map_err(|failure| started(attempt, failure))?;
+        let mut chosen = self.choose(&task.job, &entries).map_err(|failure| {
+            if failure.is_missing_key() {
+                tracing::warn!(%failure, "the job waits for a key");
+                return Verdict::Failed(failure);
+            }
+            started(attempt, failure)
+        })?;
         let fetched = Instant::now();
         let prepared = self
             .attachments
@@ -145,7 +147,8 @@ impl Pipeline {
     /// # Errors
     /// Why nobody does.
     pub fn choose(&self, job: &MailJob, entries: &Entries) -> Result<Chosen, Failure> {
-        let opened = overrides::open_override(job, &self.keys, self.override_keys.as_ref())?;
+        let overrides = self.keys.overrides.as_ref().map(SharedKeyring::current);
+        let opened = overrides::open_override(job, &self.keys.encryption.current(), overrides.as_deref())?;
         sender::choose(job, &entries.tenant, entries.platform.as_deref(), opened)
     }
 
