@@ -51,6 +51,12 @@ impl Epoch {
         }
     }
 
+    /// A fresh epoch that no database knows.
+    #[cfg(test)]
+    pub(crate) fn for_tests() -> Arc<Self> {
+        Arc::new(Self::new(1, Duration::from_secs(45), boot_nanos()))
+    }
+
     /// Its number in the database.
     #[must_use]
     pub fn number(&self) -> i64 {

@@ -5,7 +5,7 @@ mod hint;
 mod verdict;
 mod words;
 
-use crate::failure::{Failure, Reply, Stage};
+use crate::failure::{Class, Failure, Reply, Severity, Stage};
 
 pub use hint::delay_hint;
 use verdict::{
@@ -28,7 +28,12 @@ pub fn refusal(stage: Stage, reply: Reply) -> Failure {
         verdict.reason,
         verdict.message,
     );
-    failure.severity = verdict.severity.unwrap_or_else(|| reply.severity());
+    failure.severity = match (verdict.severity, verdict.class) {
+        (Some(severity), _) => severity,
+        // What is wrong with the account says nothing about the mail: it waits for somebody to mend the account.
+        (None, Class::Auth) => Severity::Transient,
+        (None, _) => reply.severity(),
+    };
     if failure.is_transient() {
         failure.retry_after = delay_hint(&reply.text).or(verdict.wait);
     }

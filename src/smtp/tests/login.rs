@@ -27,7 +27,7 @@ async fn plain_and_login_are_chosen_from_what_the_server_offers() {
 }
 
 #[tokio::test]
-async fn a_wrong_password_is_the_senders_fault_and_stays() {
+async fn a_wrong_password_is_the_senders_fault_and_the_mail_waits() {
     for mechanism in ["PLAIN", "LOGIN"] {
         let smtp = SmtpServer::builder()
             .auth("user", "right")
@@ -47,7 +47,7 @@ async fn a_wrong_password_is_the_senders_fault_and_stays() {
             (
                 Class::Auth,
                 Fault::Sender,
-                Severity::Permanent,
+                Severity::Transient,
                 Stage::Auth,
                 "auth_refused"
             )
