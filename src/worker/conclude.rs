@@ -106,7 +106,14 @@ impl Worker {
     fn task(&self, arrival: super::arrival::Arrival, row: Row) -> (Task, Delivery) {
         let body = plain(&arrival.delivery, &self.limits)
             .ok_or_else(|| "the body cannot be inflated again".to_owned())
-            .and_then(|plain| stored(&arrival.job, &plain, &arrival.properties, &self.pipeline.keys));
+            .and_then(|plain| {
+                stored(
+                    &arrival.job,
+                    &plain,
+                    &arrival.properties,
+                    &self.pipeline.keys.encryption.current(),
+                )
+            });
         let body = body
             .map_err(|error| tracing::error!(%error, job = %arrival.job.id, "body cannot be stored"))
             .ok();
@@ -270,7 +277,13 @@ impl Worker {
         let worker = Arc::clone(self);
         self.tasks.spawn(async move {
             let stored = plain(&arrival.delivery, &worker.limits).and_then(|plain| {
-                stored(&arrival.job, &plain, &arrival.properties, &worker.pipeline.keys).ok()
+                stored(
+                    &arrival.job,
+                    &plain,
+                    &arrival.properties,
+                    &worker.pipeline.keys.encryption.current(),
+                )
+                .ok()
             });
             let Some(Body { bytes, properties }) = stored else {
                 return arrival.give_back();

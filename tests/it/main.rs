@@ -11,5 +11,6 @@ mod broker_restart;
 mod broker_session;
 mod broker_tls;
 mod broker_topology;
+mod keys;
 mod sends;
 mod support;
