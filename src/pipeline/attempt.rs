@@ -141,7 +141,8 @@ impl Pipeline {
 
     async fn look_up(&self, job: &MailJob) -> Result<(Entries, Chosen), Verdict> {
         let entries = self.entries(&job.tenant).await?;
-        let opened = overrides::open_override(job, &self.keys, self.override_keys.as_ref());
+        let overrides = self.keys.overrides.as_ref().map(SharedKeyring::current);
+        let opened = overrides::open_override(job, &self.keys.encryption.current(), overrides.as_deref());
         let chosen = opened
             .and_then(|opened| sender::choose(job, &entries.tenant, entries.platform.as_deref(), opened))
             .map_err(Verdict::Failed)?;
