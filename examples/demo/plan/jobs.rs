@@ -113,7 +113,7 @@ pub(super) fn message(kind: Kind, n: usize, around: &Surroundings) -> Message {
             draft.json.insert("account".to_owned(), json!("typo"));
             draft.message.expect = Expect::Rejected("unknown_account");
         }
-        Kind::Malformed => draft.message.expect = Expect::Rejected("not_json"),
+        Kind::Malformed => return malformed(n, draft.finish()),
         Kind::Misspelt => {
             let subject = draft.json.remove("subject").unwrap_or_default();
             draft.json.insert("subjcet".to_owned(), subject);
@@ -122,6 +122,21 @@ pub(super) fn message(kind: Kind, n: usize, around: &Surroundings) -> Message {
         Kind::Text | Kind::Repeated | Kind::SameIdOtherContent => {}
     }
     draft.finish()
+}
+
+/// Not JSON: a job that breaks off, whose id can still be told, or no job at all.
+fn malformed(n: usize, job: Message) -> Message {
+    let mut message = Message {
+        expect: Expect::Rejected("not_json"),
+        ..job
+    };
+    if n % 2 == 0 {
+        message.body.truncate(message.body.len() / 2);
+    } else {
+        message.body = format!("Dear Sir or Madam, please send mail number {n}").into_bytes();
+        message.id = None;
+    }
+    message
 }
 
 /// A job published once more, without a change: some at once, some while the first waits for its account, some after
@@ -312,10 +327,6 @@ impl Draft {
             **expected = mail;
         }
         message.body = Value::Object(json).to_string().into_bytes();
-        if message.kind == Kind::Malformed {
-            message.body.truncate(message.body.len() / 2);
-            message.id = None;
-        }
         if message.gzip {
             message.body = compressed(&message.body);
         }
