@@ -138,7 +138,7 @@ impl Worker {
 
     /// One job, from its lease to its report.
     async fn run_job(self: Arc<Self>, task: Task, delivery: Option<Delivery>, right: Right) {
-        let _in_flight = self.in_flight(&task.row);
+        let _in_flight = self.in_flight();
         let attempt = AssertUnwindSafe(self.pipeline.attempt(&task))
             .catch_unwind()
             .await;
@@ -164,7 +164,7 @@ impl Worker {
         attempt.account = task.job.account.as_ref().map(ToString::to_string);
         let worker = Arc::clone(self);
         self.tasks.spawn(async move {
-            let _in_flight = worker.in_flight(&task.row);
+            let _in_flight = worker.in_flight();
             worker.conclude(task, Some(delivery), attempt).await;
         });
     }
@@ -210,7 +210,13 @@ impl Worker {
             }
             Settled::LeaseLost => self.lost(&task, delivery, &accepted, &message_id).await,
         }
-        if matches!(settlement.next, Next::Park { .. }) {
+        if matches!(
+            settlement.next,
+            Next::Park {
+                delay: std::time::Duration::ZERO,
+                ..
+            }
+        ) {
             self.nudge.notify_one();
         }
     }

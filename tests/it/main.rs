@@ -6,6 +6,7 @@
 )]
 
 mod attachments;
+mod bad_input;
 mod broker_commands;
 mod broker_restart;
 mod broker_session;
