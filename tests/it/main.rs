@@ -15,3 +15,4 @@ mod broker_topology;
 mod keys;
 mod sends;
 mod support;
+mod webhooks;
