@@ -10,6 +10,7 @@ mod disable;
 mod dispatch;
 pub mod intake;
 mod queue;
+mod run;
 pub mod schedule;
 pub mod signature;
 pub mod source;
@@ -29,6 +30,7 @@ use crate::egress::EgressGuard;
 use crate::secret::Keyring;
 use crate::telemetry::metrics::Metrics;
 use client::Client;
+pub use run::{RunError, Settings, run};
 pub use source::{Delivery, OwnReport, ReportSink, ReportSource};
 
 /// Time limit of one statement with the wait for a connection.

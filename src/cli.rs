@@ -4,7 +4,9 @@
 //! `settings::sections` already.
 
 mod account;
+mod bridge;
 pub mod dead;
+pub mod endpoint;
 mod error;
 mod healthcheck;
 pub mod job;
@@ -56,6 +58,8 @@ struct Cli {
 enum Command {
     /// Consume jobs and send mail. Any number of copies may run.
     Worker,
+    /// Forward reports to webhooks. Any number of copies may run.
+    Bridge,
     /// Create the database schema, or bring it up to date.
     Migrate(migrate::Args),
     /// Exchanges, queues and bindings on the broker.
@@ -75,6 +79,9 @@ enum Command {
     /// SMTP accounts of tenants.
     #[command(subcommand)]
     Account(account::Command),
+    /// Webhook endpoints of tenants.
+    #[command(subcommand)]
+    Endpoint(endpoint::EndpointCommand),
     /// Keys of stored secrets.
     #[command(subcommand)]
     Key(key::Command),
@@ -151,6 +158,8 @@ impl Invocation {
         let sources = self.sources;
         match self.command {
             Command::Worker => Box::pin(worker::run(&sources)).await,
+            Command::Bridge => Box::pin(bridge::run(&sources)).await,
+            Command::Endpoint(command) => endpoint(command, &sources, out).await,
             Command::Topology(command) => topology(&command, &sources, out).await,
             Command::Job(command) => job::run(command, &load(&sources)?, out).await,
             Command::Dead(command) => dead(&command, &sources, out).await,
@@ -206,14 +215,42 @@ async fn dead(
     out: &mut (dyn Write + Send),
 ) -> Result<(), CliError> {
     let broker: config::Broker = load(sources)?;
-    let keys = load::<config::Keys>(sources).ok().and_then(|keys| Keyring::parse(&keys.encryption).ok());
+    let keys = load::<config::Keys>(sources)
+        .ok()
+        .and_then(|keys| Keyring::parse(&keys.encryption).ok());
     let unseal = |sealed: &str| {
         let keys = keys.as_ref().ok_or("set POSTROOM_ENCRYPTION_KEYS to open it")?;
-        let opened = keys.open_bytes(sealed, crate::worker::DEAD_BODY).map_err(|error| error.to_string())?;
+        let opened = keys
+            .open_bytes(sealed, crate::worker::DEAD_BODY)
+            .map_err(|error| error.to_string())?;
         Ok(opened.to_vec())
     };
     match dead::run(command, &broker, &unseal, out).await {
         Err(error) if error.is_usage() => Err(CliError::Usage(error.to_string())),
+        other => Ok(other?),
+    }
+}
+
+/// Secrets come in on standard input; remarks, such as a new secret's fate, go to standard error.
+async fn endpoint(
+    command: endpoint::EndpointCommand,
+    sources: &Sources,
+    out: &mut (dyn Write + Send),
+) -> Result<(), CliError> {
+    let seals = matches!(command, endpoint::EndpointCommand::Set(_));
+    let keys = if seals {
+        Some(encryption_keys(sources)?)
+    } else {
+        None
+    };
+    let database = Database::connect(&load(sources)?)?;
+    let streams = endpoint::Streams {
+        input: &mut std::io::BufReader::new(std::io::stdin()),
+        output: out,
+        remarks: &mut std::io::stderr(),
+    };
+    match endpoint::run(command, &database, keys.as_ref(), streams).await {
+        Err(error) if error.is_wrong_use() => Err(CliError::Usage(error.to_string())),
         other => Ok(other?),
     }
 }

@@ -106,11 +106,11 @@ mod tests {
     #[test]
     fn the_last_attempt_comes_at_the_end_of_the_time_allowed() {
         let policy = RetryPolicy::default();
-        let age = policy.max_age - minutes(30);
+        let age = minutes(72 * 60 - 30);
         assert_eq!(policy.next(9, age, None, 0.5), Some(minutes(30)));
         assert_eq!(policy.next(9, age, Some(minutes(40)), 0.5), None);
         assert_eq!(
-            policy.next(9, policy.max_age - Duration::from_secs(5), None, 0.5),
+            policy.next(9, Duration::from_secs(72 * 3600 - 5), None, 0.5),
             None
         );
         assert_eq!(policy.next(9, policy.max_age, None, 0.5), None);

@@ -48,7 +48,11 @@ pub fn plan(at: &Circumstances<'_>, attempt: Attempt, body: Option<Body>) -> Set
         Verdict::Uncertain(_) if attempt.on_uncertain == OnUncertain::Hold => hold(at, attempt, body),
         Verdict::Uncertain(failure) | Verdict::Failed(failure) => {
             let failure = failure.clone();
-            if failure.is_transient() { again(at, attempt, &failure, body) } else { fail(at, attempt, &failure) }
+            if failure.is_transient() {
+                again(at, attempt, &failure, body)
+            } else {
+                fail(at, attempt, &failure)
+            }
         }
         Verdict::Attempted => attempted(at, attempt, body),
     }
@@ -56,8 +60,14 @@ pub fn plan(at: &Circumstances<'_>, attempt: Attempt, body: Option<Body>) -> Set
 
 /// The server spoke: final if nobody is left, else the rest is tried again.
 fn attempted(at: &Circumstances<'_>, attempt: Attempt, body: Option<Body>) -> Settlement {
-    let deferred = attempt.recipients.iter().any(|r| r.status == RecipientStatus::Deferred);
-    let pending = attempt.recipients.iter().any(|r| r.status == RecipientStatus::Pending);
+    let deferred = attempt
+        .recipients
+        .iter()
+        .any(|r| r.status == RecipientStatus::Deferred);
+    let pending = attempt
+        .recipients
+        .iter()
+        .any(|r| r.status == RecipientStatus::Pending);
     if deferred {
         let failure = attempt.failure.clone().unwrap_or_else(unknown_refusal);
         return again(at, attempt, &failure, body);
@@ -66,8 +76,20 @@ fn attempted(at: &Circumstances<'_>, attempt: Attempt, body: Option<Body>) -> Se
         // Only a part of the envelope was covered by the slot; the rest waits for the next one.
         return wait(at, attempt, WaitReason::Rate, Duration::ZERO, body);
     }
-    let accepted = attempt.recipients.iter().any(|r| r.status == RecipientStatus::Accepted);
-    finish(at, attempt, if accepted { ReportType::Sent } else { ReportType::Failed }, None)
+    let accepted = attempt
+        .recipients
+        .iter()
+        .any(|r| r.status == RecipientStatus::Accepted);
+    finish(
+        at,
+        attempt,
+        if accepted {
+            ReportType::Sent
+        } else {
+            ReportType::Failed
+        },
+        None,
+    )
 }
 
 fn unknown_refusal() -> Failure {
@@ -90,7 +112,11 @@ fn again(at: &Circumstances<'_>, mut attempt: Attempt, failure: &Failure, body: 
         return give_up(at, attempt, failure);
     };
     attempt.failure = Some(failure.clone());
-    let reason = if failure.reason == "key_unknown" { WaitReason::Key } else { WaitReason::Retry };
+    let reason = if failure.reason == "key_unknown" {
+        WaitReason::Key
+    } else {
+        WaitReason::Retry
+    };
     wait(at, attempt, reason, delay, body)
 }
 
@@ -100,26 +126,49 @@ fn give_up(at: &Circumstances<'_>, mut attempt: Attempt, failure: &Failure) -> S
         recipient.status = RecipientStatus::Refused;
     }
     let mut failure = failure.clone();
-    failure.message = format!("given up after {} attempts; last: {}", attempt.number(at.row), failure.message);
+    failure.message = format!(
+        "given up after {} attempts; last: {}",
+        attempt.number(at.row),
+        failure.message
+    );
     failure.severity = Severity::Permanent;
     fail(at, attempt, &failure)
 }
 
 fn fail(at: &Circumstances<'_>, mut attempt: Attempt, failure: &Failure) -> Settlement {
-    let accepted = attempt.recipients.iter().any(|r| r.status == RecipientStatus::Accepted);
+    let accepted = attempt
+        .recipients
+        .iter()
+        .any(|r| r.status == RecipientStatus::Accepted);
     for recipient in attempt.recipients.iter_mut().filter(|r| r.is_open()) {
         recipient.record(RecipientStatus::Refused, failure.reply.as_ref());
     }
     attempt.failure = Some(failure.clone());
-    finish(at, attempt, if accepted { ReportType::Sent } else { ReportType::Failed }, None)
+    finish(
+        at,
+        attempt,
+        if accepted {
+            ReportType::Sent
+        } else {
+            ReportType::Failed
+        },
+        None,
+    )
 }
 
 fn finish(at: &Circumstances<'_>, attempt: Attempt, kind: ReportType, detail: Option<&str>) -> Settlement {
-    let accepted = attempt.recipients.iter().any(|r| r.status == RecipientStatus::Accepted);
+    let accepted = attempt
+        .recipients
+        .iter()
+        .any(|r| r.status == RecipientStatus::Accepted);
     // What somebody has received was sent, whatever ended the rest.
     let kind = if accepted { ReportType::Sent } else { kind };
     let mut report = report(at, &attempt, kind);
-    report.data.partial = accepted && attempt.recipients.iter().any(|r| r.status != RecipientStatus::Accepted);
+    report.data.partial = accepted
+        && attempt
+            .recipients
+            .iter()
+            .any(|r| r.status != RecipientStatus::Accepted);
     if report.data.detail.is_none() {
         report.data.detail = detail.map(str::to_owned);
     }
@@ -144,8 +193,14 @@ fn wait(
 ) -> Settlement {
     let report = is_reported(at, &attempt, reason, delay).then(|| {
         let mut report = report(at, &attempt, ReportType::Deferred);
-        report.data.reason.get_or_insert_with(|| reason.as_str().to_owned());
-        report.data.next_attempt_at = at.now.checked_add(SignedDuration::try_from(delay).unwrap_or_default()).ok();
+        report
+            .data
+            .reason
+            .get_or_insert_with(|| reason.as_str().to_owned());
+        report.data.next_attempt_at = at
+            .now
+            .checked_add(SignedDuration::try_from(delay).unwrap_or_default())
+            .ok();
         report
     });
     settlement(at, &attempt, Next::Park { reason, delay, body }, report)
@@ -166,7 +221,11 @@ fn settlement(at: &Circumstances<'_>, attempt: &Attempt, next: Next, report: Opt
     Settlement {
         row: at.row.clone(),
         next,
-        attempts: if attempt.started { attempt.number(at.row) } else { at.row.attempts },
+        attempts: if attempt.started {
+            attempt.number(at.row)
+        } else {
+            at.row.attempts
+        },
         recipients: known.then(|| attempt.recipients.clone()),
         message_id: attempt.message_id.clone(),
         report,
@@ -182,7 +241,11 @@ fn report(at: &Circumstances<'_>, attempt: &Attempt, kind: ReportType) -> Report
         tenant: at.job.tenant.clone(),
         account: attempt.account.clone(),
         sender: attempt.sender.clone(),
-        attempt: if attempt.started { attempt.number(at.row) } else { at.row.attempts },
+        attempt: if attempt.started {
+            attempt.number(at.row)
+        } else {
+            at.row.attempts
+        },
         message_id: attempt.message_id.clone(),
         recipients: attempt.recipients.clone(),
         partial: false,
@@ -207,7 +270,12 @@ fn report(at: &Circumstances<'_>, attempt: &Attempt, kind: ReportType) -> Report
         data.blame(failure);
     }
     Report {
-        id: event_id(at.job.tenant.as_str(), "job", at.job.id.as_str(), &sequence.to_string()),
+        id: event_id(
+            at.job.tenant.as_str(),
+            "job",
+            at.job.id.as_str(),
+            &sequence.to_string(),
+        ),
         kind: kind.as_str(),
         timestamp: at.now,
         data,
@@ -225,7 +293,9 @@ fn timings(at: &Circumstances<'_>, attempt: &Attempt) -> Option<Timings> {
 /// The recipients of a job that nobody has tried yet.
 #[must_use]
 pub fn all_pending(job: &MailJob) -> Vec<RecipientResult> {
-    job.recipients().map(|address| RecipientResult::pending(&address.to_string())).collect()
+    job.recipients()
+        .map(|address| RecipientResult::pending(&address.to_string()))
+        .collect()
 }
 
 #[cfg(test)]

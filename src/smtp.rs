@@ -9,7 +9,7 @@
 //! the last check whether we may still send stands between the two. Every refusal is classified where it is read
 //! ([`classify`]) and carried to the end unchanged.
 //!
-//! lettre's low-level connection reads the replies. The socket ([`wire`]), the pool and the conversation are our own:
+//! lettre's low-level connection reads the replies. The socket (`wire`), the pool and the conversation are our own:
 //! lettre's give up at the first refused recipient, wait for delayed acknowledgements, and bound only idle connections.
 
 mod auth;

@@ -33,6 +33,9 @@ pub enum EndpointCommandError {
     /// A token or password that no header may carry.
     #[error("the {0} may only have printable ASCII characters")]
     Unprintable(&'static str),
+    /// Secrets are stored sealed.
+    #[error("POSTROOM_ENCRYPTION_KEYS is not set: secrets of endpoints are stored sealed")]
+    NoKeys,
     /// Reading or writing.
     #[error("standard input or output: {0}")]
     Io(#[from] io::Error),
@@ -49,7 +52,7 @@ impl EndpointCommandError {
                     EndpointError::UrlMissing { .. } | EndpointError::NotPlatform
                 )
             }
-            Self::Secret(_) | Self::Missing(_) | Self::Unprintable(_) => true,
+            Self::Secret(_) | Self::Missing(_) | Self::Unprintable(_) | Self::NoKeys => true,
             Self::Io(_) => false,
         }
     }
@@ -71,18 +74,21 @@ impl std::fmt::Debug for Streams<'_> {
     }
 }
 
-/// Carries out `postroom endpoint …`.
+/// Carries out `postroom endpoint …`. Only `set` needs the keys.
 ///
 /// # Errors
 /// With a sentence for the operator; [`EndpointCommandError::is_wrong_use`] tells the exit code.
 pub async fn run(
     command: EndpointCommand,
     db: &Database,
-    keyring: &Keyring,
+    keyring: Option<&Keyring>,
     streams: Streams<'_>,
 ) -> Result<(), EndpointCommandError> {
     match command {
-        EndpointCommand::Set(args) => set(*args, db, keyring, streams).await,
+        EndpointCommand::Set(args) => {
+            let keyring = keyring.ok_or(EndpointCommandError::NoKeys)?;
+            set(*args, db, keyring, streams).await
+        }
         EndpointCommand::Show(ShowArgs { which, json }) => {
             let found = endpoint::show(db, &which.tenant, &which.name).await?;
             let printed = if json {

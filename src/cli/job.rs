@@ -89,13 +89,21 @@ fn ledger(database: Database) -> Result<Ledger, CliError> {
 }
 
 async fn list(database: &Database, args: &ListArgs, out: &mut (dyn Write + Send)) -> Result<(), CliError> {
-    let state = args.state.as_ref().and_then(|s| STATES.iter().position(|name| name == s)).map(|n| n as i16);
+    let state = args
+        .state
+        .as_ref()
+        .and_then(|s| STATES.iter().position(|name| name == s))
+        .map(|n| n as i16);
     let sql = database.sql(&format!(
         "{SELECT} WHERE ($1::text IS NULL OR tenant = $1) AND ($2::smallint IS NULL OR state = $2)
          ORDER BY created_at DESC, tenant, id LIMIT $3"
     ));
     let tenant = args.tenant.as_ref().map(TenantId::as_str);
-    let rows = database.client().await?.query(&sql, &[&tenant, &state, &args.limit]).await?;
+    let rows = database
+        .client()
+        .await?
+        .query(&sql, &[&tenant, &state, &args.limit])
+        .await?;
     let mut lines = Vec::with_capacity(rows.len());
     for row in &rows {
         let job = object(row)?;
@@ -106,7 +114,16 @@ async fn list(database: &Database, args: &ListArgs, out: &mut (dyn Write + Send)
         }
     }
     if !args.json {
-        let header = ["TENANT", "JOB", "LEVEL", "STATE", "ACCOUNT", "ATTEMPTS", "NEXT ATTEMPT", "LAST ERROR"];
+        let header = [
+            "TENANT",
+            "JOB",
+            "LEVEL",
+            "STATE",
+            "ACCOUNT",
+            "ATTEMPTS",
+            "NEXT ATTEMPT",
+            "LAST ERROR",
+        ];
         table::columns(out, &header, lines)?;
     }
     Ok(())
@@ -139,7 +156,11 @@ fn line(job: &Value) -> Vec<String> {
 async fn show(database: &Database, args: &OneArgs, out: &mut (dyn Write + Send)) -> Result<(), CliError> {
     let sql = database.sql(&format!("{SELECT} WHERE tenant = $1 AND id = $2"));
     let key = &args.name;
-    let row = database.client().await?.query_opt(&sql, &[&key.tenant.as_str(), &key.id.as_str()]).await?;
+    let row = database
+        .client()
+        .await?
+        .query_opt(&sql, &[&key.tenant.as_str(), &key.id.as_str()])
+        .await?;
     let Some(row) = row else { return Err(unknown(key)) };
     let job = object(&row)?;
     if args.json {
@@ -153,7 +174,14 @@ async fn show(database: &Database, args: &OneArgs, out: &mut (dyn Write + Send))
             Value::Array(recipients) if name == "recipients" => {
                 for recipient in recipients {
                     let of = |key: &str| recipient[key].as_str().unwrap_or_default();
-                    writeln!(out, "{:<16} {} {} {}", "recipient", of("address"), of("status"), of("text"))?;
+                    writeln!(
+                        out,
+                        "{:<16} {} {} {}",
+                        "recipient",
+                        of("address"),
+                        of("status"),
+                        of("text")
+                    )?;
                 }
             }
             other => writeln!(out, "{name:<16} {other}")?,
@@ -167,7 +195,12 @@ async fn cancel(ledger: &Ledger, key: &NameArgs, out: &mut (dyn Write + Send)) -
         Cancel::Cancelled => "cancelled",
         Cancel::InFlight => "in flight: it is cancelled unless the attempt under way succeeds",
         Cancel::Noted => "not here yet: it will be cancelled when it comes",
-        Cancel::TooLate => return Err(refused(key, "is over already; `postroom job show` tells how it ended")),
+        Cancel::TooLate => {
+            return Err(refused(
+                key,
+                "is over already; `postroom job show` tells how it ended",
+            ));
+        }
     };
     Ok(writeln!(out, "{said}")?)
 }
@@ -190,7 +223,12 @@ struct Refused {
 }
 
 fn refused(key: &NameArgs, why: &'static str) -> CliError {
-    Refused { tenant: key.tenant.clone(), id: key.id.clone(), why }.into()
+    Refused {
+        tenant: key.tenant.clone(),
+        id: key.id.clone(),
+        why,
+    }
+    .into()
 }
 
 fn unknown(key: &NameArgs) -> CliError {
@@ -202,10 +240,15 @@ const SELECT: &str = "SELECT tenant, id, level, state, account, attempt, uncerta
     body_size FROM {s}.job";
 
 fn object(row: &tokio_postgres::Row) -> Result<Value, tokio_postgres::Error> {
-    let time = |name: &str| row.try_get::<_, Option<Timestamp>>(name).map(|at| at.map(|at| at.to_string()));
+    let time = |name: &str| {
+        row.try_get::<_, Option<Timestamp>>(name)
+            .map(|at| at.map(|at| at.to_string()))
+    };
     let state: i16 = row.try_get("state")?;
     let level = crate::level::Level::from_index(row.try_get("level")?);
-    let reason = row.try_get::<_, Option<i16>>("reason")?.and_then(WaitReason::from_number);
+    let reason = row
+        .try_get::<_, Option<i16>>("reason")?
+        .and_then(WaitReason::from_number);
     let waits = state == 2;
     Ok(json!({
         "tenant": row.try_get::<_, &str>("tenant")?,

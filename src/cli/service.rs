@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -77,6 +78,24 @@ impl Service {
             metrics,
             http,
         })
+    }
+
+    /// Lets readiness follow the session with the broker.
+    pub fn follow_broker(&self, mut connected: watch::Receiver<bool>) {
+        let (amqp, soft) = (self.readiness.component("amqp"), self.shutdown.soft.clone());
+        self.shutdown.spawn("readiness", async move {
+            loop {
+                if *connected.borrow_and_update() {
+                    amqp.ready();
+                } else {
+                    amqp.not_ready("no session with RabbitMQ");
+                }
+                tokio::select! {
+                    () = soft.cancelled() => return,
+                    changed = connected.changed() => if changed.is_err() { return },
+                }
+            }
+        });
     }
 
     /// Waits for the soft token, then for the tasks to end, at most until the hard token; closes the port.

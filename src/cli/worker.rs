@@ -5,8 +5,21 @@ use crate::config::{self, Sources};
 use crate::worker;
 
 type Sections = (
-    (config::Telemetry, config::Process, config::Broker, config::Database, config::Keys),
-    (config::Smtp, Option<config::Storage>, config::Fetch, config::JobLimits, config::Worker, config::Egress),
+    (
+        config::Telemetry,
+        config::Process,
+        config::Broker,
+        config::Database,
+        config::Keys,
+    ),
+    (
+        config::Smtp,
+        Option<config::Storage>,
+        config::Fetch,
+        config::JobLimits,
+        config::Worker,
+        config::Egress,
+    ),
 );
 
 /// Runs a worker until it is told to end.
@@ -16,6 +29,16 @@ pub(super) async fn run(sources: &Sources) -> Result<(), CliError> {
         (smtp, storage, fetch, limits, worker, egress),
     ): Sections = load(sources)?;
     let service = Service::start(&telemetry, process).await?;
-    let settings = worker::Settings { broker, database, keys, smtp, storage, fetch, limits, worker, egress };
+    let settings = worker::Settings {
+        broker,
+        database,
+        keys,
+        smtp,
+        storage,
+        fetch,
+        limits,
+        worker,
+        egress,
+    };
     Ok(worker::run(settings, service).await?)
 }

@@ -112,6 +112,14 @@ impl Directory {
         Ok(())
     }
 
+    /// Forgets what is known of these, so that they are read anew: what ends a job is not to be said from memory.
+    pub fn forget(&self, ids: &[&TenantId]) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        for id in ids {
+            known.remove(*id);
+        }
+    }
+
     /// What is known and fresh; the inner `None` says that there is no such tenant.
     #[expect(
         clippy::option_option,

@@ -222,10 +222,7 @@ impl<'a> Columns<'a> {
             ids: batch.iter().map(|r| r.id.as_str()).collect(),
             levels: batch.iter().map(|r| r.level as i16).collect(),
             accounts: batch.iter().map(|r| r.account.as_str()).collect(),
-            costs: batch
-                .iter()
-                .map(|r| r.recipients.max(1) as i32)
-                .collect(),
+            costs: batch.iter().map(|r| r.recipients.max(1) as i32).collect(),
             digests: batch.iter().map(|r| r.digest.as_slice()).collect(),
             send_at: batch.iter().map(|r| r.send_at).collect(),
             expires_at: batch.iter().map(|r| r.expires_at).collect(),

@@ -29,9 +29,18 @@ impl Batches {
     /// Starts the tasks behind the calls.
     #[must_use]
     pub fn new(ledger: &Ledger) -> Self {
-        let (a, b, c, d, e) =
-            (ledger.clone(), ledger.clone(), ledger.clone(), ledger.clone(), ledger.clone());
-        let rows = |parallel| Bounds { rows: 256, weight: BODY_BYTES, parallel };
+        let (a, b, c, d, e) = (
+            ledger.clone(),
+            ledger.clone(),
+            ledger.clone(),
+            ledger.clone(),
+            ledger.clone(),
+        );
+        let rows = |parallel| Bounds {
+            rows: 256,
+            weight: BODY_BYTES,
+            parallel,
+        };
         Self {
             settle: Coalescer::spawn(rows(2), move |batch| settle(a.clone(), batch)),
             slots: Coalescer::spawn(rows(1), move |batch| slots(b.clone(), batch)),
@@ -45,7 +54,10 @@ impl Batches {
     pub async fn settle(&self, settlement: Settlement) -> Settled {
         let weight = settlement.weight();
         // The task ends only with the process; then nobody reads this.
-        self.settle.call(settlement, weight).await.unwrap_or(Settled::LeaseLost)
+        self.settle
+            .call(settlement, weight)
+            .await
+            .unwrap_or(Settled::LeaseLost)
     }
 
     /// Takes a slot; `None` if Postgres cannot be asked.
@@ -187,11 +199,18 @@ fn by_epoch<T>(batch: Vec<T>, epoch: impl Fn(&T) -> i64) -> Vec<(Vec<usize>, Vec
         parts[at].1.push(place);
         parts[at].2.push(item);
     }
-    parts.into_iter().map(|(_, places, items)| (places, items)).collect()
+    parts
+        .into_iter()
+        .map(|(_, places, items)| (places, items))
+        .collect()
 }
 
 fn trouble(ledger: &Ledger, statement: &str, error: &DbError) {
-    ledger.metrics.sql_errors.with_label_values(&[error.class()]).inc();
+    ledger
+        .metrics
+        .sql_errors
+        .with_label_values(&[error.class()])
+        .inc();
     tracing::warn!(statement, %error, "the database did not answer; trying again");
 }
 
@@ -212,6 +231,9 @@ mod tests {
     #[test]
     fn a_batch_is_parted_by_epoch_and_keeps_its_places() {
         let parts = by_epoch(vec![(7, 'a'), (8, 'b'), (7, 'c')], |item| item.0);
-        assert_eq!(parts, [(vec![0, 2], vec![(7, 'a'), (7, 'c')]), (vec![1], vec![(8, 'b')])]);
+        assert_eq!(
+            parts,
+            [(vec![0, 2], vec![(7, 'a'), (7, 'c')]), (vec![1], vec![(8, 'b')])]
+        );
     }
 }

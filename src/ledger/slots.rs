@@ -19,7 +19,10 @@ impl Slot {
     /// The slot of a send that nothing limits.
     #[must_use]
     pub fn unlimited() -> Self {
-        Self { recipients: u32::MAX, until: None }
+        Self {
+            recipients: u32::MAX,
+            until: None,
+        }
     }
 
     /// Reads what the database granted. `sent` is when the statement was sent. Half of the validity stays for the way
@@ -84,7 +87,10 @@ impl Ledger {
         let statement = client.prepare_cached(&self.sql.slots).await?;
         let sent = Instant::now();
         let rows = client
-            .query(&statement, &[&epoch, &tenants, &ids, &claims, &accounts, &costs, &keep])
+            .query(
+                &statement,
+                &[&epoch, &tenants, &ids, &claims, &accounts, &costs, &keep],
+            )
             .await?;
         self.observe("slots", batch.len(), sent.elapsed());
         let mut answers = vec![SlotAnswer::LeaseLost; batch.len()];

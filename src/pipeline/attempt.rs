@@ -65,7 +65,11 @@ impl Pipeline {
     /// Makes one attempt. Never fails: whatever happens is a verdict.
     pub async fn attempt(&self, task: &Task) -> Attempt {
         let known = &task.row.recipients;
-        let recipients = if known.is_empty() { all_pending(&task.job) } else { known.clone() };
+        let recipients = if known.is_empty() {
+            all_pending(&task.job)
+        } else {
+            known.clone()
+        };
         let mut attempt = Attempt::of(recipients, task.row.message_id.clone());
         attempt.verdict = match self.run(task, &mut attempt).await {
             Ok(verdict) | Err(verdict) => verdict,
@@ -81,13 +85,23 @@ impl Pipeline {
         if task.is_expired(self.clock.now()) {
             return Err(Verdict::Expired);
         }
-        let entries = self.entries(&task.job.tenant).await?;
-        attempt.on_uncertain = task.job.on_uncertain.unwrap_or(entries.tenant.tenant.on_uncertain);
-        let mut chosen = self.choose(&task.job, &entries).map_err(|failure| started(attempt, failure))?;
+        let resolved = self.resolve(&task.job).await;
+        let (entries, mut chosen) = resolved.map_err(|verdict| match verdict {
+            Verdict::Failed(failure) => started(attempt, failure),
+            other => other,
+        })?;
+        attempt.on_uncertain = task
+            .job
+            .on_uncertain
+            .unwrap_or(entries.tenant.tenant.on_uncertain);
         let fetched = Instant::now();
         let prepared = self
             .attachments
-            .prepare(&task.job.tenant, &task.job.attachments, &entries.tenant.tenant.large_files)
+            .prepare(
+                &task.job.tenant,
+                &task.job.attachments,
+                &entries.tenant.tenant.large_files,
+            )
             .await
             .map_err(|failure| started(attempt, failure))?;
         self.note_files(task, attempt, &prepared, fetched);
@@ -95,7 +109,9 @@ impl Pipeline {
             let verdict = match self.send(task, attempt, &entries, &chosen, &prepared).await {
                 Ok(verdict) | Err(verdict) => verdict,
             };
-            let Verdict::Failed(failure) = &verdict else { return Ok(verdict) };
+            let Verdict::Failed(failure) = &verdict else {
+                return Ok(verdict);
+            };
             let platform = entries.platform.as_deref();
             match sender::after_failure(&chosen, failure, &task.job, &entries.tenant, platform) {
                 Some(other) => chosen = other,
@@ -104,8 +120,33 @@ impl Pipeline {
         }
     }
 
+    /// Who sends a job, and from which entries that was chosen. A refusal is never said from memory: tenant or account may
+    /// have been set up a moment ago.
+    ///
+    /// # Errors
+    /// `Failed`: why nobody sends. `GiveBack`: the directory cannot be read.
+    pub async fn resolve(&self, job: &MailJob) -> Result<(Entries, Chosen), Verdict> {
+        let resolved = self.look_up(job).await;
+        match resolved {
+            Err(Verdict::Failed(failure)) if !failure.is_transient() => {
+                self.directory.forget(&[&job.tenant, &TenantId::platform()]);
+                self.look_up(job).await
+            }
+            resolved => resolved,
+        }
+    }
+
+    async fn look_up(&self, job: &MailJob) -> Result<(Entries, Chosen), Verdict> {
+        let entries = self.entries(&job.tenant).await?;
+        let opened = overrides::open_override(job, &self.keys, self.override_keys.as_ref());
+        let chosen = opened
+            .and_then(|opened| sender::choose(job, &entries.tenant, entries.platform.as_deref(), opened))
+            .map_err(Verdict::Failed)?;
+        Ok((entries, chosen))
+    }
+
     /// The tenant's accounts and the platform's. An unreadable directory is our trouble: the job goes back.
-    pub async fn entries(&self, tenant: &TenantId) -> Result<Entries, Verdict> {
+    async fn entries(&self, tenant: &TenantId) -> Result<Entries, Verdict> {
         let unreadable = |error| {
             tracing::warn!(%error, "the directory cannot be read");
             Verdict::GiveBack
@@ -114,17 +155,15 @@ impl Pipeline {
             Some(entry) => entry,
             None => Arc::new(sender::unknown_tenant(tenant, self.unknown_tenant).map_err(Verdict::Failed)?),
         };
-        let platform = self.directory.tenant(&TenantId::platform()).await.map_err(unreadable)?;
-        Ok(Entries { tenant: entry, platform })
-    }
-
-    /// Who sends.
-    ///
-    /// # Errors
-    /// Why nobody does.
-    pub fn choose(&self, job: &MailJob, entries: &Entries) -> Result<Chosen, Failure> {
-        let opened = overrides::open_override(job, &self.keys, self.override_keys.as_ref())?;
-        sender::choose(job, &entries.tenant, entries.platform.as_deref(), opened)
+        let platform = self
+            .directory
+            .tenant(&TenantId::platform())
+            .await
+            .map_err(unreadable)?;
+        Ok(Entries {
+            tenant: entry,
+            platform,
+        })
     }
 
     fn note_files(&self, task: &Task, attempt: &mut Attempt, prepared: &Prepared, since: Instant) {
@@ -156,7 +195,8 @@ impl Pipeline {
     ) -> Result<Verdict, Verdict> {
         attempt.sender = Some(chosen.sender());
         attempt.account = account_name(task, chosen);
-        attempt.retry = Some(chosen.account.retry);
+        // An override has no schedule of its own: the installation's holds.
+        attempt.retry = (chosen.via != Via::Override).then_some(chosen.account.retry);
         let message_id = self.message_id(task, chosen, attempt);
         let limited = entries.tenant.tenant.limited || chosen.account.limited || task.row.slot.is_none();
         let mut slot = task.row.slot.filter(|_| chosen.account.key == task.row.account);
@@ -170,12 +210,17 @@ impl Pipeline {
             let granted = match slot.take().filter(Slot::is_valid) {
                 Some(slot) => slot,
                 None if !limited => Slot::unlimited(),
-                None => self.take_slot(task, chosen, open.len(), !tried.is_empty()).await?,
+                None => {
+                    self.take_slot(task, chosen, open.len(), !tried.is_empty())
+                        .await?
+                }
             };
             let part: Vec<Address> = open.into_iter().take(granted.recipients as usize).collect();
             tried.extend(part.iter().map(ToString::to_string));
             let begun = Instant::now();
-            let email = self.compose(task, chosen, prepared, &message_id, &part).map_err(|f| started(attempt, f))?;
+            let email = self
+                .compose(task, chosen, prepared, &message_id, &part)
+                .map_err(|f| started(attempt, f))?;
             self.observe("compose", begun);
             if task.is_expired(self.clock.now()) {
                 return Err(Verdict::Expired);
@@ -235,7 +280,10 @@ impl Pipeline {
         let since = Instant::now();
         let account = &chosen.account;
         let checked_out = if chosen.via == Via::Override {
-            self.pools.connect_once(&account.server).await.map_err(CheckoutError::Failed)
+            self.pools
+                .connect_once(&account.server)
+                .await
+                .map_err(CheckoutError::Failed)
         } else {
             let submission = Submission {
                 key: account.key.clone(),
@@ -250,7 +298,10 @@ impl Pipeline {
             Ok(lease) => Ok(lease),
             Err(CheckoutError::Busy) => {
                 tracing::debug!(job = %task.job.id, account = %account.key, "no connection is free");
-                Err(Verdict::Wait { reason: WaitReason::Busy, delay: BUSY_DELAY })
+                Err(Verdict::Wait {
+                    reason: WaitReason::Busy,
+                    delay: BUSY_DELAY,
+                })
             }
             Err(CheckoutError::Failed(failure)) => Err(started(attempt, failure)),
         }
@@ -276,7 +327,10 @@ impl Pipeline {
         self.observe("slot", since);
         match answer {
             Some(SlotAnswer::Granted(slot)) => Ok(slot),
-            Some(SlotAnswer::Denied(delay)) => Err(Verdict::Wait { reason: WaitReason::Rate, delay }),
+            Some(SlotAnswer::Denied(delay)) => Err(Verdict::Wait {
+                reason: WaitReason::Rate,
+                delay,
+            }),
             Some(SlotAnswer::LeaseLost) | None => Err(Verdict::GiveBack),
         }
     }
@@ -291,8 +345,13 @@ impl Pipeline {
         part: &[Address],
     ) -> Result<(), Verdict> {
         attempt.started = true;
-        let envelope = Envelope { from: email.envelope_from.clone(), to: email.recipients.clone() };
-        let opened = lease.open(&envelope, email.message.len(), email.needs_utf8, email.is_8bit).await;
+        let envelope = Envelope {
+            from: email.envelope_from.clone(),
+            to: email.recipients.clone(),
+        };
+        let opened = lease
+            .open(&envelope, email.message.len(), email.needs_utf8, email.is_8bit)
+            .await;
         let transaction = match opened {
             Ok(transaction) => transaction,
             Err(error) if error.mail_sent => {
@@ -320,7 +379,10 @@ impl Pipeline {
     }
 
     fn observe(&self, stage: &str, since: Instant) {
-        self.metrics.stage.with_label_values(&[stage]).observe(since.elapsed().as_secs_f64());
+        self.metrics
+            .stage
+            .with_label_values(&[stage])
+            .observe(since.elapsed().as_secs_f64());
     }
 }
 
@@ -377,7 +439,9 @@ fn account_name(task: &Task, chosen: &Chosen) -> Option<String> {
 fn record<'a>(attempt: &mut Attempt, part: &[Address], results: impl Iterator<Item = &'a smtp::RcptResult>) {
     for (address, result) in part.iter().zip(results) {
         let address: &str = address.as_ref();
-        let Some(mine) = attempt.recipients.iter_mut().find(|r| r.address == address) else { continue };
+        let Some(mine) = attempt.recipients.iter_mut().find(|r| r.address == address) else {
+            continue;
+        };
         let status = match result.failure() {
             None => RecipientStatus::Accepted,
             Some(failure) if failure.is_transient() => RecipientStatus::Deferred,
@@ -392,7 +456,10 @@ fn record<'a>(attempt: &mut Attempt, part: &[Address], results: impl Iterator<It
 
 /// A transient failure decides when to come back, so it is the one to keep.
 fn keep_worse(attempt: &mut Attempt, failure: &Failure) {
-    let keep = attempt.failure.as_ref().is_some_and(|f| f.severity == Severity::Transient);
+    let keep = attempt
+        .failure
+        .as_ref()
+        .is_some_and(|f| f.severity == Severity::Transient);
     if !keep {
         attempt.failure = Some(failure.clone());
     }

@@ -53,7 +53,8 @@ impl SharedClock {
     pub fn now(&self) -> Timestamp {
         let offset = self.offset_micros.load(std::sync::atomic::Ordering::Relaxed);
         let now = Timestamp::now();
-        now.checked_add(SignedDuration::from_micros(offset)).unwrap_or(now)
+        now.checked_add(SignedDuration::from_micros(offset))
+            .unwrap_or(now)
     }
 
     /// Corrects the clock: the database said `theirs` at about our time `ours`, give or take `half_trip`. Differences
@@ -62,7 +63,8 @@ impl SharedClock {
         let offset = theirs.as_microsecond() - ours.as_microsecond();
         let noise = half_trip.as_micros() as i64 + 1_000;
         let offset = if offset.abs() <= noise { 0 } else { offset };
-        self.offset_micros.store(offset, std::sync::atomic::Ordering::Relaxed);
+        self.offset_micros
+            .store(offset, std::sync::atomic::Ordering::Relaxed);
     }
 }
 
@@ -74,9 +76,17 @@ mod tests {
     fn the_shared_clock_follows_the_database_but_not_the_noise() {
         let clock = SharedClock::default();
         let ours = Timestamp::now();
-        clock.correct(ours + SignedDuration::from_secs(100), ours, Duration::from_millis(5));
+        clock.correct(
+            ours + SignedDuration::from_secs(100),
+            ours,
+            Duration::from_millis(5),
+        );
         assert!(clock.now() > Timestamp::now() + SignedDuration::from_secs(99));
-        clock.correct(ours + SignedDuration::from_millis(3), ours, Duration::from_millis(5));
+        clock.correct(
+            ours + SignedDuration::from_millis(3),
+            ours,
+            Duration::from_millis(5),
+        );
         assert!(clock.now() <= Timestamp::now());
     }
 }

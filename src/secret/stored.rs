@@ -24,12 +24,38 @@ pub struct SealedColumn {
 }
 
 /// All of them.
-pub const COLUMNS: &[SealedColumn] = &[SealedColumn {
-    table: "account",
-    keys: &["tenant", "id"],
-    column: "password",
-    aad: |keys| format!("account:{}:password", keys.join("/")),
-}];
+pub const COLUMNS: &[SealedColumn] = &[
+    SealedColumn {
+        table: "account",
+        keys: &["tenant", "id"],
+        column: "password",
+        aad: |keys| format!("account:{}:password", keys.join("/")),
+    },
+    SealedColumn {
+        table: "endpoint",
+        keys: ENDPOINT,
+        column: "secret",
+        aad: endpoint_secret,
+    },
+    SealedColumn {
+        table: "endpoint",
+        keys: ENDPOINT,
+        column: "previous_secret",
+        aad: endpoint_secret,
+    },
+    SealedColumn {
+        table: "endpoint",
+        keys: ENDPOINT,
+        column: "credential",
+        aad: |keys| format!("endpoint:{}:credential", keys.join("/")),
+    },
+];
+
+const ENDPOINT: &[&str] = &["tenant", "name"];
+
+fn endpoint_secret(keys: &[&str]) -> String {
+    format!("endpoint:{}:secret", keys.join("/"))
+}
 
 /// Additional data of an account's password.
 #[must_use]

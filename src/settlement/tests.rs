@@ -1,1 +1,316 @@
+use serde_json::json;
+
 use super::*;
+use crate::id::AccountKey;
+use crate::job::decode::{self, Incoming};
+use crate::ledger::lease;
+
+fn job(more: &serde_json::Value) -> MailJob {
+    let mut body = json!({
+        "id": "1", "tenant": "acme", "to": ["a@example.org", "b@example.org"], "subject": "s", "text": "t",
+        "tags": ["x"], "batch": "spring",
+    });
+    for (name, value) in more.as_object().into_iter().flatten() {
+        body[name] = value.clone();
+    }
+    let body = body.to_string();
+    let incoming = Incoming {
+        body: body.as_bytes(),
+        ..Incoming::default()
+    };
+    decode::decode(&incoming, &crate::config::JobLimits::default()).unwrap()
+}
+
+fn row(attempts: u32) -> Row {
+    Row {
+        tenant: "acme".parse().unwrap(),
+        id: "1".parse().unwrap(),
+        account: AccountKey::from_stored("acme/main"),
+        lease: lease::Epoch::for_tests().claim(),
+        born: 1000,
+        sequence: 1000,
+        attempts,
+        created: Timestamp::UNIX_EPOCH,
+        recipients: Vec::new(),
+        message_id: None,
+        uncertain: 0,
+        slot: None,
+    }
+}
+
+fn policy(max_attempts: u32) -> RetryPolicy {
+    RetryPolicy {
+        max_attempts,
+        max_age: Duration::from_hours(1),
+        base: Duration::from_secs(10),
+        cap: Duration::from_mins(10),
+    }
+}
+
+struct Case {
+    job: MailJob,
+    row: Row,
+    retry: RetryPolicy,
+    new: bool,
+}
+
+impl Case {
+    fn new() -> Self {
+        Self {
+            job: job(&json!({})),
+            row: row(0),
+            retry: policy(3),
+            new: true,
+        }
+    }
+
+    fn plan(&self, attempt: Attempt) -> Settlement {
+        let at = Circumstances {
+            job: &self.job,
+            row: &self.row,
+            correlation_id: "corr",
+            retry: self.retry,
+            new: self.new,
+            deferred_report_after: Duration::from_mins(1),
+            now: Timestamp::UNIX_EPOCH + SignedDuration::from_secs(100),
+            jitter: 0.5,
+        };
+        let body = Body {
+            bytes: bytes::Bytes::from_static(b"{}"),
+            properties: "{}".to_owned(),
+        };
+        plan(&at, attempt, Some(body))
+    }
+
+    /// An attempt in which the server said this about the two recipients.
+    fn answered(&self, results: [RecipientStatus; 2]) -> Attempt {
+        let mut attempt = Attempt::of(all_pending(&self.job), Some("<m@example.com>".to_owned()));
+        for (recipient, status) in attempt.recipients.iter_mut().zip(results) {
+            recipient.status = status;
+        }
+        attempt.verdict = Verdict::Attempted;
+        attempt.started = true;
+        attempt.reached_mail_from = true;
+        if results.contains(&RecipientStatus::Deferred) {
+            attempt.failure = Some(later());
+        }
+        attempt
+    }
+
+    fn concluded(&self, verdict: Verdict) -> Attempt {
+        let mut attempt = Attempt::of(all_pending(&self.job), None);
+        attempt.verdict = verdict;
+        attempt
+    }
+}
+
+fn later() -> Failure {
+    Failure::transient(
+        Class::Infrastructure,
+        Fault::Provider,
+        Stage::RcptTo,
+        "server_error",
+        "trouble",
+    )
+}
+
+fn never() -> Failure {
+    Failure::permanent(
+        Class::Content,
+        Fault::Sender,
+        Stage::Compose,
+        "message_too_large",
+        "too large",
+    )
+}
+
+fn outcome(settlement: &Settlement) -> &'static str {
+    match &settlement.next {
+        Next::Done(kind) => kind.as_str(),
+        Next::Park { reason, .. } => reason.as_str(),
+        Next::GiveBack => "give back",
+        Next::Hold { .. } => "hold",
+    }
+}
+
+#[test]
+fn what_the_server_says_about_the_recipients_decides_the_outcome() {
+    use RecipientStatus::{Accepted, Deferred, Refused};
+    let table = [
+        ([Accepted, Accepted], "mail.sent", false),
+        ([Accepted, Refused], "mail.sent", true),
+        ([Refused, Refused], "mail.failed", false),
+        ([Accepted, Deferred], "retry", false),
+        ([Refused, Deferred], "retry", false),
+    ];
+    for (results, expected, partial) in table {
+        let case = Case::new();
+        let settlement = case.plan(case.answered(results));
+        assert_eq!(outcome(&settlement), expected, "{results:?}");
+        let report = settlement.report.expect("it is reported");
+        assert_eq!(report.data.partial, partial, "{results:?}");
+        assert_eq!(report.data.is_final, expected != "retry");
+        assert_eq!(report.data.sequence, 1001);
+        assert_eq!(settlement.attempts, 1);
+        assert!(!settlement.refund, "MAIL FROM was written");
+    }
+}
+
+#[test]
+fn a_retry_is_reported_once_and_carries_its_time() {
+    use RecipientStatus::{Accepted, Deferred};
+    let mut case = Case::new();
+    let settlement = case.plan(case.answered([Accepted, Deferred]));
+    let report = settlement.report.expect("the first is reported");
+    assert_eq!(report.kind, "mail.deferred");
+    assert!(report.data.next_attempt_at.is_some());
+    assert_eq!(report.data.reason.as_deref(), Some("server_error"));
+    case.row = row(1);
+    assert!(case.plan(case.answered([Accepted, Deferred])).report.is_none());
+}
+
+#[test]
+fn the_last_attempt_refuses_whoever_still_waits() {
+    use RecipientStatus::{Accepted, Deferred, Refused};
+    let mut case = Case::new();
+    case.row = row(2);
+    for (results, expected) in [
+        ([Accepted, Deferred], "mail.sent"),
+        ([Refused, Deferred], "mail.failed"),
+    ] {
+        let settlement = case.plan(case.answered(results));
+        assert_eq!(outcome(&settlement), expected);
+        let report = settlement.report.unwrap();
+        assert_eq!(report.data.recipients[1].status, Refused);
+        assert!(report.data.detail.unwrap().contains("given up after 3 attempts"));
+    }
+}
+
+#[test]
+fn a_job_older_than_its_policy_allows_is_given_up() {
+    let mut case = Case::new();
+    case.retry.max_age = Duration::from_secs(100);
+    let settlement = case.plan(case.concluded(Verdict::Failed(later())));
+    assert_eq!(outcome(&settlement), "mail.failed");
+}
+
+#[test]
+fn a_failure_that_stays_fails_everybody_at_once() {
+    let case = Case::new();
+    let mut attempt = case.concluded(Verdict::Failed(never()));
+    attempt.started = true;
+    let settlement = case.plan(attempt);
+    assert_eq!(outcome(&settlement), "mail.failed");
+    let data = settlement.report.unwrap().data;
+    assert_eq!(
+        (data.class, data.fault, data.stage),
+        (Some("content"), Some("sender"), Some("compose"))
+    );
+    assert!(
+        data.recipients
+            .iter()
+            .all(|r| r.status == RecipientStatus::Refused)
+    );
+    assert!(settlement.refund, "MAIL FROM was never written");
+}
+
+#[test]
+fn waiting_for_room_is_no_attempt_and_costs_nothing() {
+    for reason in [WaitReason::Rate, WaitReason::Busy, WaitReason::Schedule] {
+        let case = Case::new();
+        let settlement = case.plan(case.concluded(Verdict::Wait {
+            reason,
+            delay: Duration::from_secs(5),
+        }));
+        assert_eq!(outcome(&settlement), reason.as_str());
+        assert_eq!(settlement.attempts, 0);
+        assert!(settlement.refund && settlement.report.is_none() && settlement.recipients.is_none());
+        assert!(matches!(settlement.next, Next::Park { body: Some(_), .. }));
+    }
+}
+
+#[test]
+fn long_waits_of_new_jobs_are_reported_and_those_of_waiting_ones_are_not() {
+    let long = Verdict::Wait {
+        reason: WaitReason::Rate,
+        delay: Duration::from_mins(2),
+    };
+    let mut case = Case::new();
+    let report = case
+        .plan(case.concluded(long.clone()))
+        .report
+        .expect("it is worth telling");
+    assert_eq!(
+        (report.kind, report.data.reason.as_deref()),
+        ("mail.deferred", Some("rate"))
+    );
+    assert_eq!(report.data.attempt, 0);
+    case.new = false;
+    assert!(case.plan(case.concluded(long)).report.is_none());
+}
+
+#[test]
+fn an_uncertain_outcome_is_sent_again_or_held_as_the_policy_says() {
+    let case = Case::new();
+    let mut attempt = case.concluded(Verdict::Uncertain(later()));
+    attempt.started = true;
+    attempt.reached_mail_from = true;
+    assert_eq!(outcome(&case.plan(attempt.clone())), "retry");
+    attempt.on_uncertain = OnUncertain::Hold;
+    let settlement = case.plan(attempt);
+    assert_eq!(outcome(&settlement), "hold");
+    let report = settlement.report.unwrap();
+    assert_eq!((report.kind, report.data.is_final), ("mail.uncertain", false));
+    assert_eq!(report.data.uncertain_attempts, 1);
+}
+
+#[test]
+fn what_somebody_has_received_was_sent_whatever_ended_the_rest() {
+    for verdict in [Verdict::Expired, Verdict::Cancelled, Verdict::Failed(never())] {
+        let mut case = Case::new();
+        case.row = row(1);
+        let mut attempt = case.answered([RecipientStatus::Accepted, RecipientStatus::Pending]);
+        attempt.verdict = verdict.clone();
+        let settlement = case.plan(attempt);
+        assert_eq!(outcome(&settlement), "mail.sent", "{verdict:?}");
+        assert!(settlement.report.unwrap().data.partial);
+    }
+}
+
+#[test]
+fn expired_and_cancelled_jobs_say_so() {
+    for (verdict, kind) in [
+        (Verdict::Expired, "mail.expired"),
+        (Verdict::Cancelled, "mail.cancelled"),
+    ] {
+        let case = Case::new();
+        let settlement = case.plan(case.concluded(verdict));
+        let report = settlement.report.unwrap();
+        assert_eq!(
+            (report.kind, report.data.is_final, report.data.attempt),
+            (kind, true, 0)
+        );
+    }
+}
+
+#[test]
+fn a_report_echoes_what_the_producer_gave() {
+    let case = Case::new();
+    let report = case
+        .plan(case.answered([RecipientStatus::Accepted; 2]))
+        .report
+        .unwrap();
+    assert_eq!(report.id, event_id("acme", "job", "1", "1001"));
+    assert_eq!(report.data.correlation_id.as_deref(), Some("corr"));
+    assert_eq!(report.data.tags, ["x"]);
+    assert_eq!(report.data.batch.as_deref(), Some("spring"));
+    assert_eq!(report.data.timings.unwrap().total_ms, 100_000);
+}
+
+#[test]
+fn a_job_given_back_says_nothing_and_returns_its_slot() {
+    let case = Case::new();
+    let settlement = case.plan(case.concluded(Verdict::GiveBack));
+    assert!(settlement.report.is_none() && settlement.refund);
+    assert_eq!(outcome(&settlement), "give back");
+}

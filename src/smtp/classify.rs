@@ -3,18 +3,18 @@
 
 mod hint;
 mod verdict;
+mod words;
 
-use crate::failure::{Failure, Reply, Stage};
+use crate::failure::{Class, Failure, Reply, Severity, Stage};
 
 pub use hint::delay_hint;
 use verdict::{
     ACCOUNT_DISABLED, ADDRESS_REFUSED, AUTH_MECHANISM_REFUSED, AUTH_REFUSED, AUTH_REQUIRED, AUTH_TEMPORARY,
-    BAD_SEQUENCE, CLIENT_BLOCKED, CONNECTION_LIMIT, CONTENT_REFUSED, DOMAIN_REFUSES_MAIL, DOMAIN_UNKNOWN,
-    ENCRYPTION_REQUIRED, GREYLISTED, MAILBOX_DISABLED, MAILBOX_FULL, MAILBOX_UNAVAILABLE, MESSAGE_TOO_LARGE,
-    POLICY_REFUSED, PROTOCOL_ERROR, QUOTA_EXCEEDED, RATE_LIMITED, RECIPIENT_DEFERRED, RECIPIENT_MOVED,
-    RECIPIENT_REFUSED, RECIPIENT_UNKNOWN, RELAY_DENIED, ROUTING_FAILED, SENDER_NOT_AUTHENTICATED,
-    SENDER_REFUSED, SERVER_ERROR, SERVER_FULL, SERVICE_UNAVAILABLE, SMTPUTF8_UNSUPPORTED, SPAM,
-    STARTTLS_REFUSED, TOO_MANY_RECIPIENTS, VIRUS, Verdict,
+    BAD_SEQUENCE, CLIENT_BLOCKED, CONTENT_REFUSED, DOMAIN_REFUSES_MAIL, DOMAIN_UNKNOWN, ENCRYPTION_REQUIRED,
+    MAILBOX_DISABLED, MAILBOX_FULL, MAILBOX_UNAVAILABLE, MESSAGE_TOO_LARGE, POLICY_REFUSED, PROTOCOL_ERROR,
+    QUOTA_EXCEEDED, RATE_LIMITED, RECIPIENT_DEFERRED, RECIPIENT_MOVED, RECIPIENT_REFUSED, RECIPIENT_UNKNOWN,
+    ROUTING_FAILED, SENDER_NOT_AUTHENTICATED, SENDER_REFUSED, SERVER_ERROR, SERVER_FULL, SERVICE_UNAVAILABLE,
+    SMTPUTF8_UNSUPPORTED, SPAM, STARTTLS_REFUSED, TOO_MANY_RECIPIENTS, Verdict,
 };
 
 /// Classifies a negative reply given at a stage.
@@ -28,7 +28,12 @@ pub fn refusal(stage: Stage, reply: Reply) -> Failure {
         verdict.reason,
         verdict.message,
     );
-    failure.severity = verdict.severity.unwrap_or_else(|| reply.severity());
+    failure.severity = match (verdict.severity, verdict.class) {
+        (Some(severity), _) => severity,
+        // What is wrong with the account says nothing about the mail: it waits for somebody to mend the account.
+        (None, Class::Auth) => Severity::Transient,
+        (None, _) => reply.severity(),
+    };
     if failure.is_transient() {
         failure.retry_after = delay_hint(&reply.text).or(verdict.wait);
     }
@@ -56,7 +61,7 @@ fn by_decisive_code(stage: Stage, code: u16, detail: &str, text: &str) -> Option
         }),
         454 if stage != Stage::Auth && text.contains("tls") => STARTTLS_REFUSED,
         432 | 450..=454 if stage == Stage::Auth => throttled(text).unwrap_or(AUTH_TEMPORARY),
-        500..=504 if stage == Stage::Auth => AUTH_MECHANISM_REFUSED,
+        500..=502 | 504 if stage == Stage::Auth => AUTH_MECHANISM_REFUSED,
         534 | 538 => AUTH_MECHANISM_REFUSED,
         535 if text.contains("basic authentication is disabled") => AUTH_MECHANISM_REFUSED,
         535 => AUTH_REFUSED,
@@ -110,206 +115,32 @@ fn by_detail(stage: Stage, reply: &Reply, detail: &str, text: &str) -> Option<Ve
 
 /// Words of servers whose codes say little. The first that fits.
 fn by_text(stage: Stage, text: &str) -> Option<Verdict> {
-    const WORDS: &[(&[&str], Verdict)] = &[
-        (&["greylist", "graylist", "grey list", "greylisted"], GREYLISTED),
-        (&["too many recipients"], TOO_MANY_RECIPIENTS),
-        (
-            &[
-                "mailbox full",
-                "mailbox is full",
-                "over quota",
-                "quota exceeded",
-                "exceeded storage",
-                "out of storage",
-            ],
-            MAILBOX_FULL,
-        ),
-        (
-            &[
-                "message too large",
-                "message size",
-                "size exceeds",
-                "too big",
-                "exceeds maximum",
-                "exceeds size",
-            ],
-            MESSAGE_TOO_LARGE,
-        ),
-        (&["virus", "malware", "infected"], VIRUS),
-        (
-            &[
-                "relay access denied",
-                "relaying denied",
-                "relay denied",
-                "unable to relay",
-                "not permitted to relay",
-            ],
-            RELAY_DENIED,
-        ),
-        (
-            &[
-                "blacklist",
-                "blocklist",
-                "block list",
-                "spamhaus",
-                "spamcop",
-                "barracuda",
-                "dnsbl",
-                "rbl",
-                "reputation",
-            ],
-            CLIENT_BLOCKED,
-        ),
-        (
-            &[
-                "not owned by user",
-                "send as",
-                "sendasdenied",
-                "sender address rejected",
-            ],
-            SENDER_REFUSED,
-        ),
-        (&["spf", "dkim", "dmarc"], SENDER_NOT_AUTHENTICATED),
-        (&["spam", "junk", "unsolicited"], SPAM),
-        (
-            &[
-                "account disabled",
-                "account is disabled",
-                "account suspended",
-                "account has been",
-            ],
-            ACCOUNT_DISABLED,
-        ),
-    ];
-    const RECIPIENT_WORDS: &[(&[&str], Verdict)] = &[
-        (
-            &[
-                "user unknown",
-                "unknown user",
-                "no such user",
-                "no such recipient",
-                "does not exist",
-                "unknown recipient",
-                "recipient not found",
-                "no mailbox",
-                "mailbox not found",
-                "invalid recipient",
-                "user not found",
-                "unknown local",
-                "no such mailbox",
-                "recipient address rejected: unknown",
-            ],
-            RECIPIENT_UNKNOWN,
-        ),
-        (
-            &["disabled", "inactive", "suspended", "no longer"],
-            MAILBOX_DISABLED,
-        ),
-        (
-            &[
-                "domain not found",
-                "unknown domain",
-                "host or domain name not found",
-            ],
-            DOMAIN_UNKNOWN,
-        ),
-    ];
-    throttled(text).or_else(|| {
-        let more = if stage == Stage::RcptTo {
-            RECIPIENT_WORDS
-        } else {
-            &[]
-        };
-        let rules = more.iter().chain(WORDS);
-        rules
-            .filter(|(words, _)| words.iter().any(|word| says(text, word)))
-            .map(|(_, verdict)| *verdict)
-            .next()
-    })
+    let about_recipient = if stage == Stage::RcptTo {
+        words::RECIPIENT
+    } else {
+        &[]
+    };
+    throttled(text)
+        .or_else(|| words::find(about_recipient, text))
+        .or_else(|| words::find(words::GENERAL, text))
 }
 
 /// Whether the server asks to go slower, and how.
 fn throttled(text: &str) -> Option<Verdict> {
-    const WORDS: &[(&[&str], Verdict)] = &[
-        (
-            &[
-                "too many connections",
-                "too many concurrent",
-                "concurrent connections",
-                "connection limit",
-                "too many sessions",
-            ],
-            CONNECTION_LIMIT,
-        ),
-        (
-            &[
-                "daily message quota",
-                "daily sending quota",
-                "daily user sending",
-                "daily limit",
-                "sending limit",
-                "sending quota",
-                "message quota",
-                "quota of messages",
-                "exceeded the recipient limit",
-                "messages per day",
-            ],
-            QUOTA_EXCEEDED,
-        ),
-        (
-            &[
-                "rate limit",
-                "ratelimit",
-                "sending rate",
-                "throttl",
-                "too many messages",
-                "too many mails",
-                "too fast",
-                "too much mail",
-                "slow down",
-                "rate exceeded",
-                "exceeded the rate",
-                "message rate",
-                "submission rate",
-                "too many requests",
-                "too many emails",
-                "messages per",
-                "receiving mail at a rate",
-                "login rate",
-                "too many login",
-                "too many auth",
-            ],
-            RATE_LIMITED,
-        ),
-    ];
-    WORDS
-        .iter()
-        .find(|(words, _)| words.iter().any(|word| says(text, word)))
-        .map(|(_, verdict)| *verdict)
-}
-
-/// Whether the text has the word; a short one must stand alone (`rbl` is no part of `marble`).
-fn says(text: &str, word: &str) -> bool {
-    if word.len() > 4 {
-        return text.contains(word);
-    }
-    text.split(|c: char| !c.is_ascii_alphanumeric())
-        .any(|part| part == word)
+    words::find(words::THROTTLED, text)
 }
 
 /// Enhanced codes that say only the subject.
 fn by_subject(stage: Stage, detail: &str) -> Option<Verdict> {
     let subject = detail.split('.').next()?;
     Some(match (subject, stage) {
-        ("1", Stage::MailFrom) => SENDER_REFUSED,
+        ("1" | "7", Stage::MailFrom) => SENDER_REFUSED,
         ("1", _) => ADDRESS_REFUSED,
-        ("2", Stage::MailFrom) => return None,
+        ("2", Stage::MailFrom) | ("7", Stage::Auth) => return None,
         ("2", _) => MAILBOX_UNAVAILABLE,
         ("3", _) => SERVER_ERROR,
         ("4", _) => ROUTING_FAILED,
         ("5", _) => PROTOCOL_ERROR,
-        ("7", Stage::Auth) => return None,
-        ("7", Stage::MailFrom) => SENDER_REFUSED,
         ("7", _) => POLICY_REFUSED,
         _ => return None,
     })

@@ -61,7 +61,7 @@ impl Connection {
         let smtp = match connected {
             Err(_) => return Err(broken(Trouble::TimedOut(limit))),
             Ok(Err(error)) if error.status().is_some() => {
-                return Err(classify::refusal(Stage::Connect, wire.reply()));
+                return Err(classify::refusal(Stage::Connect, wire.refusal()));
             }
             Ok(Err(error)) => return Err(broken(trouble_of(&wire, error))),
             Ok(Ok(smtp)) => smtp,

@@ -215,4 +215,41 @@ mod tests {
         assert!(race(&[dead]).await.is_err());
         assert!(race(&[]).await.is_err());
     }
+
+    #[tokio::test]
+    async fn the_socket_does_not_wait_to_fill_its_segments() {
+        struct Here;
+        impl Resolver for Here {
+            fn resolve<'a>(
+                &'a self,
+                _: &'a str,
+                port: u16,
+                _: bool,
+            ) -> futures_util::future::BoxFuture<'a, Result<Vec<SocketAddr>, Refusal>> {
+                Box::pin(async move { Ok(vec![SocketAddr::from(([127, 0, 0, 1], port))]) })
+            }
+        }
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let config = config::Smtp {
+            ca_file: None,
+            ehlo_name: "x".to_owned(),
+            pool_size: 1,
+            max_messages: 1,
+            max_age: STAGGER,
+            max_idle: STAGGER,
+            timeouts: config::SmtpTimeouts::default(),
+        };
+        let metrics = Arc::new(Metrics::new().unwrap());
+        let dialer = Dialer::new(config, Arc::new(Here), Tls::new(None).unwrap(), metrics);
+        let server = Server {
+            host: "localhost".to_owned(),
+            port: listener.local_addr().unwrap().port(),
+            tls: TlsMode::None,
+            credentials: None,
+            allow_plaintext_auth: false,
+            ca_pem: None,
+            trusted: false,
+        };
+        assert!(dialer.reach(&server).await.unwrap().nodelay().unwrap());
+    }
 }

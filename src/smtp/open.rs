@@ -207,6 +207,9 @@ impl Opening<'_> {
         if reply.code == 421 {
             return Err(Box::new(classify::refusal(stage, reply)));
         }
+        if (300..400).contains(&reply.code) && command != Command::Data {
+            return Err(Box::new(Trouble::Malformed.failure(stage)));
+        }
         match command {
             Command::Mail => self.mail_reply = Some(reply),
             Command::Rcpt => {

@@ -7,41 +7,61 @@ use crate::failure::Reply;
 /// Text kept of one reply, in bytes; lettre gives up at 100 000.
 const MAX_TEXT: usize = 16 << 10;
 
-/// The latest reply.
+/// The latest reply, and the one before.
 #[derive(Debug, Default)]
 pub(super) struct ReplyText {
+    latest: Said,
+    before: Said,
+    complete: bool,
+}
+
+#[derive(Debug, Default)]
+struct Said {
     code: u16,
     /// Text of the lines, without codes, each ended by a line feed.
     text: String,
-    complete: bool,
-    count: u32,
 }
 
 impl ReplyText {
     /// Takes a line with its end, and leaves of it what lettre's parser needs.
     pub(super) fn push(&mut self, line: &mut BytesMut) {
         if self.complete {
-            *self = Self {
-                count: self.count,
-                ..Self::default()
-            };
+            self.before = std::mem::take(&mut self.latest);
+            self.complete = false;
         }
         let said = String::from_utf8_lossy(line);
         let said = said.trim_end();
-        self.code = said.get(..3).and_then(|code| code.parse().ok()).unwrap_or(0);
-        if self.text.len() + said.len() < MAX_TEXT {
-            self.text.push_str(said.get(4..).unwrap_or_default());
-            self.text.push('\n');
+        self.latest.code = said.get(..3).and_then(|code| code.parse().ok()).unwrap_or(0);
+        if self.latest.text.len() + said.len() < MAX_TEXT {
+            self.latest.text.push_str(said.get(4..).unwrap_or_default());
+            self.latest.text.push('\n');
         }
-        if said.as_bytes().get(3) != Some(&b'-') {
-            self.complete = true;
-            self.count += 1;
-        }
+        self.complete = said.as_bytes().get(3) != Some(&b'-');
         make_parseable(line);
     }
 
-    /// The reply as a value; an enhanced code repeated on every line is kept once.
+    /// The latest reply.
     pub(super) fn reply(&self) -> Reply {
+        self.latest.reply()
+    }
+
+    /// The latest reply if it is negative, else the one before: lettre says QUIT by itself when EHLO is refused.
+    pub(super) fn refusal(&self) -> Reply {
+        if self.latest.code >= 400 {
+            self.latest.reply()
+        } else {
+            self.before.reply()
+        }
+    }
+
+    pub(super) fn lines(&self) -> std::str::Lines<'_> {
+        self.latest.text.lines()
+    }
+}
+
+impl Said {
+    /// As a value; an enhanced code repeated on every line is kept once.
+    fn reply(&self) -> Reply {
         let mut lines = self.text.lines();
         let first = lines.next().unwrap_or_default();
         let code = first.split(' ').next().unwrap_or_default();
@@ -52,14 +72,6 @@ impl ReplyText {
             text.push_str(repeated.unwrap_or(line).trim());
         }
         Reply::new(self.code, &text)
-    }
-
-    pub(super) fn lines(&self) -> std::str::Lines<'_> {
-        self.text.lines()
-    }
-
-    pub(super) fn count(&self) -> u32 {
-        self.count
     }
 }
 

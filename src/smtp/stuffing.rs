@@ -7,6 +7,8 @@ const BLOCK: usize = 64 << 10;
 pub(super) struct Blocks<'a> {
     rest: &'a [u8],
     at_line_start: bool,
+    /// The mail does not end with CRLF; a lone LF is no end of line.
+    lacks_line_end: bool,
     finished: bool,
     buffer: Vec<u8>,
 }
@@ -23,6 +25,7 @@ impl<'a> Blocks<'a> {
         Self {
             rest: message,
             at_line_start: true,
+            lacks_line_end: !message.is_empty() && !message.ends_with(b"\r\n"),
             finished: false,
             buffer: Vec::with_capacity(message.len().min(BLOCK) + 64),
         }
@@ -38,7 +41,7 @@ impl<'a> Blocks<'a> {
         self.stuff(block);
         if self.rest.is_empty() {
             self.finished = true;
-            if !self.at_line_start {
+            if self.lacks_line_end {
                 self.buffer.extend_from_slice(b"\r\n");
             }
             self.buffer.extend_from_slice(b".\r\n");
@@ -103,6 +106,7 @@ mod tests {
             ("", ".\r\n"),
             (".a\r\n..\r\nb.\r\n", "..a\r\n...\r\nb.\r\n.\r\n"),
             ("a\n.\nb", "a\n..\nb\r\n.\r\n"),
+            ("a\n", "a\n\r\n.\r\n"),
         ] {
             let (out, count) = stuffed(message.as_bytes());
             assert_eq!(String::from_utf8(out).unwrap(), wire);

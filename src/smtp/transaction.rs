@@ -79,13 +79,15 @@ impl Transaction {
         let sent = send(connection, message).await;
         self.lease.observe_data(begun.elapsed());
         match sent {
-            Sent::Reply(reply) if reply.is_positive() => {
+            Sent::Reply(reply) if reply.code >= 400 => {
+                done(self.results, &classify::refusal(Stage::Data, reply))
+            }
+            Sent::Reply(reply) => {
                 for (_, result) in self.results.iter_mut().filter(|(_, result)| result.is_accepted()) {
                     *result = RcptResult::Accepted(reply.clone());
                 }
                 Outcome::Done(self.results)
             }
-            Sent::Reply(reply) => done(self.results, &classify::refusal(Stage::Data, reply)),
             Sent::Unfinished(trouble) => done(self.results, &trouble.failure(Stage::Data)),
             Sent::Unknown(trouble) => {
                 let (accepted, refused): (Results, Results) = self
@@ -123,7 +125,7 @@ async fn send(connection: &mut Connection, message: &[u8]) -> Sent {
         let Err(trouble) = result else { continue };
         // A server that refuses early says why before it closes; a refusal is certain.
         if let Ok(reply) = connection.reply(LAST_WORDS).await
-            && !reply.is_positive()
+            && (block.is_last || !reply.is_positive())
         {
             return Sent::Reply(reply);
         }
@@ -137,6 +139,11 @@ async fn send(connection: &mut Connection, message: &[u8]) -> Sent {
     }
     connection.leave_data();
     match connection.reply(connection.timeouts.final_reply).await {
+        // Still asking for the mail: that is no verdict.
+        Ok(reply) if (300..400).contains(&reply.code) => {
+            connection.give_up();
+            Sent::Unknown(Trouble::Malformed)
+        }
         Ok(reply) => Sent::Reply(reply),
         Err(trouble) => Sent::Unknown(trouble),
     }

@@ -78,14 +78,14 @@ impl Wire {
         self.lock().reply.reply()
     }
 
+    /// The latest refusal, even if lettre said QUIT since.
+    pub(super) fn refusal(&self) -> crate::failure::Reply {
+        self.lock().reply.refusal()
+    }
+
     /// The text lines of the latest reply.
     pub(super) fn reply_lines(&self) -> Vec<String> {
         self.lock().reply.lines().map(str::to_owned).collect()
-    }
-
-    /// Complete replies read so far.
-    pub(super) fn replies(&self) -> u32 {
-        self.lock().reply.count()
     }
 
     /// Whether the server closed the connection.

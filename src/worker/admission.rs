@@ -53,7 +53,11 @@ impl Admission {
     /// An empty hand.
     #[must_use]
     pub fn new(worker: Arc<Worker>) -> Self {
-        Self { worker, levels: Default::default(), statements: Arc::new(Semaphore::new(STATEMENTS)) }
+        Self {
+            worker,
+            levels: Default::default(),
+            statements: Arc::new(Semaphore::new(STATEMENTS)),
+        }
     }
 
     /// Runs until `stop`; what is still in hand then is given back to RabbitMQ.
@@ -73,7 +77,10 @@ impl Admission {
             while let Ok(arrival) = arrivals.try_recv() {
                 self.take(arrival);
             }
-            self.admit_what_can_run().await;
+            tokio::select! {
+                () = stop.cancelled() => break,
+                () = self.admit_what_can_run() => {}
+            }
         }
         arrivals.close();
         while let Ok(arrival) = arrivals.try_recv() {
@@ -91,7 +98,9 @@ impl Admission {
     async fn admit_what_can_run(&mut self) {
         loop {
             // The batch is picked when it can be sent, so that it is as full as the load makes it.
-            let Ok(statement) = Arc::clone(&self.statements).acquire_owned().await else { return };
+            let Ok(statement) = Arc::clone(&self.statements).acquire_owned().await else {
+                return;
+            };
             let batch = self.pick();
             if batch.is_empty() {
                 return;
@@ -149,12 +158,18 @@ fn pick_one(worker: &Worker, arrival: Arrival, level: Level) -> Result<Picked, A
     let permit = if want == Want::Park {
         None
     } else {
-        let Some(permit) = worker.permits.try_acquire(level) else { return Err(arrival) };
+        let Some(permit) = worker.permits.try_acquire(level) else {
+            return Err(arrival);
+        };
         Some((permit, worker.load.enter(&arrival.account, arrival.connections)))
     };
     let lease = worker.claim();
     let request = AdmitRequest::new(&arrival.job, level, arrival.account.clone(), lease, want);
-    Ok(Picked { arrival, request, permit })
+    Ok(Picked {
+        arrival,
+        request,
+        permit,
+    })
 }
 
 /// Claims a batch and sends every job on its way. Repeated with the same claims until Postgres answers: until then

@@ -27,15 +27,28 @@ impl Worker {
             let job = &arrival.job;
             tracing::warn!(job = %job.id, tenant = %job.tenant, reason, "dead-lettered: {detail}");
             let (tenant, id) = (job.tenant.clone(), job.id.clone());
-            let errors = vec![FieldError { pointer: "/id".to_owned(), message: detail.clone() }];
+            let errors = vec![FieldError {
+                pointer: "/id".to_owned(),
+                message: detail.clone(),
+            }];
             // Not final: the first job under this id stands, and has its own reports.
             let report = rejection_report(&tenant, Some(&id), reason, errors, &arrival.delivery, false);
-            let death = Death { reason, detail: &detail, tenant: Some(tenant.as_str()), report: Some(report) };
+            let death = Death {
+                reason,
+                detail: &detail,
+                tenant: Some(tenant.as_str()),
+                report: Some(report),
+            };
             worker.bury_with(arrival.delivery, death, &arrival.ended).await;
         });
     }
 
-    pub(super) async fn bury_rejected(&self, delivery: Delivery, rejection: Rejection, ended: &CancellationToken) {
+    pub(super) async fn bury_rejected(
+        &self,
+        delivery: Delivery,
+        rejection: Rejection,
+        ended: &CancellationToken,
+    ) {
         let reason = rejection.reason.as_str();
         let detail = rejection.to_string();
         let tenant = told(&rejection);
@@ -43,7 +56,12 @@ impl Worker {
             let errors = rejection.errors.clone();
             rejection_report(tenant, rejection.id.as_ref(), reason, errors, &delivery, true)
         });
-        let death = Death { reason, detail: &detail, tenant: tenant.map(TenantId::as_str), report };
+        let death = Death {
+            reason,
+            detail: &detail,
+            tenant: tenant.map(TenantId::as_str),
+            report,
+        };
         self.bury_with(delivery, death, ended).await;
     }
 
@@ -58,7 +76,11 @@ impl Worker {
             sealed,
         };
         let mut waits = pauses();
-        while let Err(error) = self.publisher.dead_letter(&self.topology, &delivery, &letter).await {
+        while let Err(error) = self
+            .publisher
+            .dead_letter(&self.topology, &delivery, &letter)
+            .await
+        {
             if wait_again(&error, &mut waits, ended).await {
                 return;
             }
@@ -76,8 +98,20 @@ impl Worker {
     /// What of the body may lie in a queue: a plain override sealed; the whole sealed if it cannot be read, or changed
     /// without unpacking it, and may hold a secret. `None`: as it came.
     fn harmless_body(&self, delivery: &Delivery) -> (Option<Vec<u8>>, bool) {
-        let whole = || (Some(self.pipeline.keys.seal(&delivery.body, super::DEAD_BODY).into_bytes()), true);
-        let Ok(plain) = decode::inflate(&incoming(delivery), &self.limits) else { return whole() };
+        let whole = || {
+            (
+                Some(
+                    self.pipeline
+                        .keys
+                        .seal(&delivery.body, super::DEAD_BODY)
+                        .into_bytes(),
+                ),
+                true,
+            )
+        };
+        let Ok(plain) = decode::inflate(&incoming(delivery), &self.limits) else {
+            return whole();
+        };
         if !decode::may_hold_secret(&plain) {
             return (None, false);
         }
@@ -114,7 +148,9 @@ async fn wait_again(
 /// Whether something besides a sealed override may still be a password.
 fn has_password(body: &[u8]) -> bool {
     let text = String::from_utf8_lossy(body).to_ascii_lowercase();
-    ["password", "passwd", "secret", "token"].iter().any(|word| text.contains(word))
+    ["password", "passwd", "secret", "token"]
+        .iter()
+        .any(|word| text.contains(word))
 }
 
 /// Additional data of overrides sealed in dead letters whose job could not be read.
@@ -134,7 +170,10 @@ fn rejection_report(
         let _ = write!(number, "{byte:02x}");
     }
     let subject = id.map_or("-", crate::id::JobId::as_str);
-    let correlation = delivery.correlation_id().map(str::to_owned).or_else(|| id.map(ToString::to_string));
+    let correlation = delivery
+        .correlation_id()
+        .map(str::to_owned)
+        .or_else(|| id.map(ToString::to_string));
     Report {
         id: event_id(tenant.as_str(), "job", subject, &number),
         kind: ReportType::Rejected.as_str(),

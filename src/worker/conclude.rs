@@ -66,14 +66,24 @@ impl Worker {
     pub fn park_busy(self: &Arc<Self>, picked: Picked, row: Box<Row>) {
         let delay = std::time::Duration::ZERO;
         let (task, delivery) = self.task(picked.arrival, *row);
-        self.conclude_at_once(task, delivery, Verdict::Wait { reason: WaitReason::Busy, delay });
+        self.conclude_at_once(
+            task,
+            delivery,
+            Verdict::Wait {
+                reason: WaitReason::Busy,
+                delay,
+            },
+        );
     }
 
     /// Runs a job out of the waiting room.
     pub fn run_released(self: &Arc<Self>, released: Released, right: Right) {
         let properties: Properties = serde_json::from_value(released.properties).unwrap_or_default();
-        let incoming =
-            Incoming { body: &released.body, contract: properties.contract.as_deref(), ..Incoming::default() };
+        let incoming = Incoming {
+            body: &released.body,
+            contract: properties.contract.as_deref(),
+            ..Incoming::default()
+        };
         let job = match decode::decode(&incoming, &self.limits) {
             Ok(job) => Arc::new(job),
             Err(rejection) => {
@@ -97,7 +107,9 @@ impl Worker {
         let body = plain(&arrival.delivery, &self.limits)
             .ok_or_else(|| "the body cannot be inflated again".to_owned())
             .and_then(|plain| stored(&arrival.job, &plain, &arrival.properties, &self.pipeline.keys));
-        let body = body.map_err(|error| tracing::error!(%error, job = %arrival.job.id, "body cannot be stored")).ok();
+        let body = body
+            .map_err(|error| tracing::error!(%error, job = %arrival.job.id, "body cannot be stored"))
+            .ok();
         let correlation = arrival.properties.correlation_id;
         let task = Task {
             correlation_id: correlation.unwrap_or_else(|| arrival.job.id.to_string()),
@@ -113,17 +125,26 @@ impl Worker {
     fn spawn_job(self: &Arc<Self>, task: Task, delivery: Option<Delivery>, right: Right) {
         let worker = Arc::clone(self);
         let span = tracing::info_span!("job", job = %task.job.id, tenant = %task.job.tenant);
-        self.tasks.spawn(async move { worker.run_job(task, delivery, right).await }.instrument(span));
+        self.tasks
+            .spawn(async move { worker.run_job(task, delivery, right).await }.instrument(span));
     }
 
     /// One job, from its lease to its report.
     async fn run_job(self: Arc<Self>, task: Task, delivery: Option<Delivery>, right: Right) {
-        let _in_flight = self.in_flight(&task.row);
-        let attempt = AssertUnwindSafe(self.pipeline.attempt(&task)).catch_unwind().await;
+        let _in_flight = self.in_flight();
+        let attempt = AssertUnwindSafe(self.pipeline.attempt(&task))
+            .catch_unwind()
+            .await;
         let attempt = attempt.unwrap_or_else(|_| crashed(&task));
         // The mail is out, or not: either way the connection is free. What follows is bookkeeping.
         drop(right);
-        if matches!(attempt.verdict, Verdict::Wait { reason: WaitReason::Busy, .. }) {
+        if matches!(
+            attempt.verdict,
+            Verdict::Wait {
+                reason: WaitReason::Busy,
+                ..
+            }
+        ) {
             self.note_busy(&task.row.account);
         }
         self.conclude(task, delivery, attempt).await;
@@ -136,15 +157,19 @@ impl Worker {
         attempt.account = task.job.account.as_ref().map(ToString::to_string);
         let worker = Arc::clone(self);
         self.tasks.spawn(async move {
-            let _in_flight = worker.in_flight(&task.row);
+            let _in_flight = worker.in_flight();
             worker.conclude(task, Some(delivery), attempt).await;
         });
     }
 
     /// plan → settle → acknowledge → report.
     async fn conclude(self: &Arc<Self>, task: Task, delivery: Option<Delivery>, attempt: Attempt) {
-        let accepted: Vec<_> =
-            attempt.recipients.iter().filter(|r| r.status == RecipientStatus::Accepted).cloned().collect();
+        let accepted: Vec<_> = attempt
+            .recipients
+            .iter()
+            .filter(|r| r.status == RecipientStatus::Accepted)
+            .cloned()
+            .collect();
         let message_id = attempt.message_id.clone().unwrap_or_default();
         let at = Circumstances {
             job: &task.job,
@@ -178,7 +203,13 @@ impl Worker {
             }
             Settled::LeaseLost => self.lost(&task, delivery, &accepted, &message_id).await,
         }
-        if matches!(settlement.next, Next::Park { .. }) {
+        if matches!(
+            settlement.next,
+            Next::Park {
+                delay: std::time::Duration::ZERO,
+                ..
+            }
+        ) {
             self.nudge.notify_one();
         }
     }
@@ -189,7 +220,10 @@ impl Worker {
         if settled != Settled::Cancelled {
             return (settlement, settled);
         }
-        let recipients = settlement.recipients.clone().unwrap_or_else(|| all_pending(at.job));
+        let recipients = settlement
+            .recipients
+            .clone()
+            .unwrap_or_else(|| all_pending(at.job));
         let mut attempt = Attempt::of(recipients, settlement.message_id.clone());
         attempt.verdict = Verdict::Cancelled;
         attempt.reached_mail_from = !settlement.refund;
@@ -211,7 +245,11 @@ impl Worker {
         if !accepted.is_empty() {
             let mut waits = crate::ledger::batches::pauses();
             let merged = loop {
-                match self.ledger.merge_acceptance(&task.row.tenant, &task.row.id, accepted, message_id).await {
+                match self
+                    .ledger
+                    .merge_acceptance(&task.row.tenant, &task.row.id, accepted, message_id)
+                    .await
+                {
                     Ok(was_final) => break was_final,
                     Err(error) => self.database_trouble("merge", &error),
                 }
@@ -231,11 +269,23 @@ impl Worker {
     fn absorb(self: &Arc<Self>, arrival: super::arrival::Arrival) {
         let worker = Arc::clone(self);
         self.tasks.spawn(async move {
-            let stored = plain(&arrival.delivery, &worker.limits)
-                .and_then(|plain| stored(&arrival.job, &plain, &arrival.properties, &worker.pipeline.keys).ok());
-            let Some(Body { bytes, properties }) = stored else { return arrival.give_back() };
+            let stored = plain(&arrival.delivery, &worker.limits).and_then(|plain| {
+                stored(&arrival.job, &plain, &arrival.properties, &worker.pipeline.keys).ok()
+            });
+            let Some(Body { bytes, properties }) = stored else {
+                return arrival.give_back();
+            };
             let (tenant, id) = (arrival.job.tenant.clone(), arrival.job.id.clone());
-            if worker.batches.absorb(Absorb { tenant, id, body: bytes, properties }).await {
+            if worker
+                .batches
+                .absorb(Absorb {
+                    tenant,
+                    id,
+                    body: bytes,
+                    properties,
+                })
+                .await
+            {
                 worker.metrics.jobs.with_label_values(&["duplicate"]).inc();
                 arrival.ack();
             } else {
@@ -250,7 +300,11 @@ impl Worker {
         }
         let settlement = Settlement {
             attempts: row.attempts,
-            next: Next::Park { reason: WaitReason::Contract, delay: std::time::Duration::from_mins(1), body: None },
+            next: Next::Park {
+                reason: WaitReason::Contract,
+                delay: std::time::Duration::from_mins(1),
+                body: None,
+            },
             recipients: None,
             message_id: None,
             report: None,
@@ -259,7 +313,8 @@ impl Worker {
             row,
         };
         let worker = Arc::clone(self);
-        self.tasks.spawn(async move { worker.batches.settle(settlement).await });
+        self.tasks
+            .spawn(async move { worker.batches.settle(settlement).await });
     }
 }
 
@@ -269,7 +324,11 @@ fn lacks_body(next: &Next) -> bool {
 }
 
 fn known_recipients(task: &Task) -> Vec<crate::report::RecipientResult> {
-    if task.row.recipients.is_empty() { all_pending(&task.job) } else { task.row.recipients.clone() }
+    if task.row.recipients.is_empty() {
+        all_pending(&task.job)
+    } else {
+        task.row.recipients.clone()
+    }
 }
 
 fn crashed(task: &Task) -> Attempt {

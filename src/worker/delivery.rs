@@ -54,7 +54,10 @@ pub fn stored(job: &MailJob, plain: &Bytes, properties: &Properties, keys: &Keyr
         }
         _ => plain.clone(),
     };
-    Ok(Body { bytes, properties: properties.to_json() })
+    Ok(Body {
+        bytes,
+        properties: properties.to_json(),
+    })
 }
 
 #[cfg(test)]
@@ -69,7 +72,10 @@ mod tests {
             tags: vec!["a".into()],
             ..Properties::default()
         };
-        assert_eq!(serde_json::from_str::<Properties>(&properties.to_json()).unwrap(), properties);
+        assert_eq!(
+            serde_json::from_str::<Properties>(&properties.to_json()).unwrap(),
+            properties
+        );
         assert!(serde_json::from_str::<Properties>(r#"{"later": 1}"#).is_ok());
     }
 }

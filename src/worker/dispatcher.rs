@@ -47,7 +47,12 @@ pub async fn run(worker: Arc<Worker>, stop: CancellationToken) {
 async fn turn(worker: &Arc<Worker>) -> Result<usize, DbError> {
     let due = worker.ledger.due_levels().await?;
     let mut taken = 0;
-    for level in worker.permits.order().into_iter().filter(|level| due.contains(level)) {
+    for level in worker
+        .permits
+        .order()
+        .into_iter()
+        .filter(|level| due.contains(level))
+    {
         taken += level_turn(worker, level).await?;
     }
     Ok(taken)
@@ -56,7 +61,9 @@ async fn turn(worker: &Arc<Worker>) -> Result<usize, DbError> {
 async fn level_turn(worker: &Arc<Worker>, level: Level) -> Result<usize, DbError> {
     // Permits first: what is leased without one would only sit here.
     let most = worker.permits.available(level).min(MOST);
-    let mut permits: Vec<Permit> = (0..most).map_while(|_| worker.permits.try_acquire(level)).collect();
+    let mut permits: Vec<Permit> = (0..most)
+        .map_while(|_| worker.permits.try_acquire(level))
+        .collect();
     if permits.is_empty() {
         return Ok(0);
     }

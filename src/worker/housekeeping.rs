@@ -97,11 +97,13 @@ async fn forget(worker: &Arc<Worker>) {
 
 /// Leases whose statement was answered into the void.
 async fn find_forgotten(worker: &Arc<Worker>) {
-    let (known, before) = worker.old_claims();
-    match worker.ledger.forgotten(&worker.epoch(), &known, before).await {
+    match worker.ledger.forgotten(&worker.epoch()).await {
         Ok(0) => {}
         Ok(found) => {
-            tracing::warn!(found, "jobs were leased by statements whose answer got lost; they wait again");
+            tracing::warn!(
+                found,
+                "jobs were leased by statements whose answer got lost; they wait again"
+            );
             worker.nudge.notify_one();
         }
         Err(error) => worker.database_trouble("forgotten", &error),
@@ -112,8 +114,15 @@ async fn count_waiting(worker: &Arc<Worker>) {
     const MOST: i64 = 200_000;
     if let Ok(counts) = worker.ledger.waiting(MOST).await {
         for reason in crate::ledger::WaitReason::ALL {
-            let count = counts.iter().find(|(r, _)| *r == reason).map_or(0, |(_, count)| *count);
-            worker.metrics.waiting.with_label_values(&[reason.as_str()]).set(count);
+            let count = counts
+                .iter()
+                .find(|(r, _)| *r == reason)
+                .map_or(0, |(_, count)| *count);
+            worker
+                .metrics
+                .waiting
+                .with_label_values(&[reason.as_str()])
+                .set(count);
         }
     }
 }

@@ -39,7 +39,10 @@ impl Load {
     /// Nothing in hand. `permits`: sends in flight in this worker.
     #[must_use]
     pub fn new(permits: usize) -> Arc<Self> {
-        Arc::new(Self { accounts: Mutex::default(), fair: (permits / 2).max(1) })
+        Arc::new(Self {
+            accounts: Mutex::default(),
+            fair: (permits / 2).max(1),
+        })
     }
 
     /// Counts one more job of this account, which has so many connections here.
@@ -50,7 +53,10 @@ impl Load {
         entry.in_hand += 1;
         entry.connections = connections;
         drop(accounts);
-        InHand { load: Arc::clone(self), account: account.clone() }
+        InHand {
+            load: Arc::clone(self),
+            account: account.clone(),
+        }
     }
 
     /// Whether an account has as much in hand as its connections can take. With nobody else about it may use every
@@ -58,7 +64,9 @@ impl Load {
     #[must_use]
     pub fn is_full(&self, account: &AccountKey, connections: usize) -> bool {
         let accounts = self.lock();
-        let Some(entry) = accounts.get(account) else { return false };
+        let Some(entry) = accounts.get(account) else {
+            return false;
+        };
         self.full(entry, connections, accounts.len() > 1)
     }
 
@@ -67,7 +75,9 @@ impl Load {
     pub fn full_accounts(&self) -> Vec<AccountKey> {
         let accounts = self.lock();
         let shared = accounts.len() > 1;
-        let full = accounts.iter().filter(|(_, entry)| self.full(entry, entry.connections, shared));
+        let full = accounts
+            .iter()
+            .filter(|(_, entry)| self.full(entry, entry.connections, shared));
         full.map(|(account, _)| account.clone()).collect()
     }
 
@@ -82,7 +92,8 @@ impl Load {
     fn full(&self, entry: &Account, connections: usize, shared: bool) -> bool {
         let room = connections.saturating_mul(PER_CONNECTION);
         let room = if shared { room.min(self.fair) } else { room };
-        entry.busy_until.is_some_and(|until| until > Instant::now()) || (entry.in_hand > 0 && entry.in_hand >= room)
+        entry.busy_until.is_some_and(|until| until > Instant::now())
+            || (entry.in_hand > 0 && entry.in_hand >= room)
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<AccountKey, Account>> {
@@ -94,7 +105,9 @@ impl Load {
 impl Drop for InHand {
     fn drop(&mut self) {
         let mut accounts = self.load.lock();
-        let Some(entry) = accounts.get_mut(&self.account) else { return };
+        let Some(entry) = accounts.get_mut(&self.account) else {
+            return;
+        };
         entry.in_hand -= 1;
         if entry.in_hand == 0 && entry.busy_until.is_none_or(|until| until <= Instant::now()) {
             accounts.remove(&self.account);

@@ -30,7 +30,10 @@ struct State {
 impl fmt::Debug for Permits {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let state = self.lock();
-        f.debug_struct("Permits").field("used", &state.used).field("shared_used", &state.shared_used).finish()
+        f.debug_struct("Permits")
+            .field("used", &state.used)
+            .field("shared_used", &state.shared_used)
+            .finish()
     }
 }
 
@@ -40,10 +43,25 @@ impl Permits {
     #[must_use]
     pub fn new(total: usize, metrics: Arc<Metrics>) -> Arc<Self> {
         let total = total.max(8);
-        let reserved = [total / 4, (total / 8).max(1), (total / 16).max(1), (total / 16).max(1)];
+        let reserved = [
+            total / 4,
+            (total / 8).max(1),
+            (total / 16).max(1),
+            (total / 16).max(1),
+        ];
         let shared = total - reserved.iter().sum::<usize>();
-        let state = State { reserved, shared, used: [0; 4], shared_used: 0, shared_grants: 0 };
-        Arc::new(Self { state: Mutex::new(state), freed: Notify::new(), metrics })
+        let state = State {
+            reserved,
+            shared,
+            used: [0; 4],
+            shared_used: 0,
+            shared_grants: 0,
+        };
+        Arc::new(Self {
+            state: Mutex::new(state),
+            freed: Notify::new(),
+            metrics,
+        })
     }
 
     /// A permit for this level, if one is free.
@@ -61,8 +79,15 @@ impl Permits {
             return None;
         };
         drop(state);
-        self.metrics.permits_used.with_label_values(&[level.as_str()]).inc();
-        Some(Permit { permits: Arc::clone(self), level, shared })
+        self.metrics
+            .permits_used
+            .with_label_values(&[level.as_str()])
+            .inc();
+        Some(Permit {
+            permits: Arc::clone(self),
+            level,
+            shared,
+        })
     }
 
     /// How many permits this level could get now.
@@ -103,7 +128,10 @@ impl Permits {
             state.used[level.index()] -= 1;
         }
         drop(state);
-        self.metrics.permits_used.with_label_values(&[level.as_str()]).dec();
+        self.metrics
+            .permits_used
+            .with_label_values(&[level.as_str()])
+            .dec();
         self.freed.notify_one();
     }
 
@@ -169,8 +197,12 @@ mod tests {
     fn now_and_then_the_least_urgent_level_asks_first() {
         let permits = permits(64);
         assert_eq!(permits.order()[0], Level::Immediate);
-        let reserved: Vec<_> = (0..16).filter_map(|_| permits.try_acquire(Level::Immediate)).collect();
-        let shared: Vec<_> = (0..7).filter_map(|_| permits.try_acquire(Level::Immediate)).collect();
+        let reserved: Vec<_> = (0..16)
+            .filter_map(|_| permits.try_acquire(Level::Immediate))
+            .collect();
+        let shared: Vec<_> = (0..7)
+            .filter_map(|_| permits.try_acquire(Level::Immediate))
+            .collect();
         assert_eq!((reserved.len(), shared.len()), (16, 7));
         assert_eq!(permits.order()[0], Level::Low);
     }

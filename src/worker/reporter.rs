@@ -30,14 +30,18 @@ pub struct Reporter {
 
 impl Default for Reporter {
     fn default() -> Self {
-        Self { room: Arc::new(Semaphore::new(ON_THEIR_WAY)) }
+        Self {
+            room: Arc::new(Semaphore::new(ON_THEIR_WAY)),
+        }
     }
 }
 
 impl Reporter {
     /// Publishes a report that is in the outbox, without waiting for it.
     pub fn publish(&self, worker: &Arc<Worker>, report: Report) {
-        let Ok(room) = Arc::clone(&self.room).try_acquire_owned() else { return };
+        let Ok(room) = Arc::clone(&self.room).try_acquire_owned() else {
+            return;
+        };
         let worker = Arc::clone(worker);
         Arc::clone(&worker).tasks.spawn(async move {
             let Some(id) = report.data.job.clone() else { return };
@@ -84,14 +88,28 @@ async fn sweep_once(worker: &Arc<Worker>) -> bool {
     let more = owed.len() == CHUNK as usize;
     for job in owed {
         for (sequence, json) in job.reports {
-            let Some((kind, correlation)) = head(&json) else { continue };
+            let Some((kind, correlation)) = head(&json) else {
+                continue;
+            };
             let event = event_id(job.tenant.as_str(), "job", job.id.as_str(), &sequence.to_string());
-            let head = Head { event: &event, tenant: job.tenant.as_str(), kind: &kind, correlation: correlation.as_deref() };
+            let head = Head {
+                event: &event,
+                tenant: job.tenant.as_str(),
+                kind: &kind,
+                correlation: correlation.as_deref(),
+            };
             if let Err(error) = worker.publish_json(&head, json.as_bytes()).await {
                 tracing::warn!(%error, "reports stay in the outbox");
                 return false;
             }
-            worker.batches.clear(ReportKey { tenant: job.tenant.clone(), id: job.id.clone(), sequence }).await;
+            worker
+                .batches
+                .clear(ReportKey {
+                    tenant: job.tenant.clone(),
+                    id: job.id.clone(),
+                    sequence,
+                })
+                .await;
         }
     }
     more
@@ -138,7 +156,9 @@ impl Worker {
             properties = properties.with_correlation_id(correlation);
         }
         let key = routing_key(head.tenant, head.kind);
-        self.publisher.publish(&self.topology.reports_exchange(), &key, properties, json).await
+        self.publisher
+            .publish(&self.topology.reports_exchange(), &key, properties, json)
+            .await
     }
 
     /// Whether there is a session with the broker.
@@ -151,6 +171,9 @@ impl Worker {
 /// Type and correlation id of a stored report.
 fn head(json: &str) -> Option<(String, Option<String>)> {
     let value: serde_json::Value = serde_json::from_str(json).ok()?;
-    let correlation = value.pointer("/data/correlation_id").and_then(|c| c.as_str()).map(str::to_owned);
+    let correlation = value
+        .pointer("/data/correlation_id")
+        .and_then(|c| c.as_str())
+        .map(str::to_owned);
     Some((value.get("type")?.as_str()?.to_owned(), correlation))
 }

@@ -1,10 +1,10 @@
 //! The boot story of `postroom worker`, and its end.
 
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -13,7 +13,7 @@ use super::arrival::Arrival;
 use super::load::Load;
 use super::permits::Permits;
 use super::reporter::{self, Reporter};
-use super::{Claims, Worker, dispatcher, housekeeping};
+use super::{Worker, dispatcher, housekeeping};
 use crate::attachment::{Attachments, StorageError};
 use crate::broker::{BrokerError, Consumer, Session, Subscription, Supervisor};
 use crate::cli::{Service, ServiceError};
@@ -94,27 +94,46 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError
     let override_keys = overrides.map_err(WorkerError::OverrideKeys)?;
     let database = Database::connect(&settings.database)?;
     let ready = service.readiness.component("database");
-    let amqp = service.readiness.component("amqp");
     if !database.wait_until_usable(&ready, &service.shutdown.soft).await? {
         return Ok(service.finish().await?);
     }
     verify_keys(&database, &keys).await?;
     let supervisor = Supervisor::new(settings.broker.clone(), Arc::clone(&service.metrics));
-    let (worker, arrivals) = build(settings, &service, keys, override_keys, database, ready, &supervisor).await?;
+    let (worker, arrivals) = build(
+        settings,
+        &service,
+        keys,
+        override_keys,
+        database,
+        ready,
+        &supervisor,
+    )
+    .await?;
     let end = CancellationToken::new();
-    let parts = Parts { worker: Arc::clone(&worker), service: &service, end: end.clone() };
-    let admission_ended = parts.start(arrivals, amqp);
+    let parts = Parts {
+        worker: Arc::clone(&worker),
+        service: &service,
+        end: end.clone(),
+    };
+    let takers = parts.start(arrivals);
     let soft = service.shutdown.soft.clone();
-    let serving = Box::pin(supervisor.run(&soft, |session| serve(Arc::clone(&worker), session, soft.clone(), admission_ended.clone())));
-    let served = serving.await;
+    let drained = Drained {
+        worker: Arc::clone(&worker),
+        takers,
+        hard: service.shutdown.hard.clone(),
+    };
+    let serving = supervisor.run(&soft, |session| {
+        serve(Arc::clone(&worker), session, soft.clone(), drained.clone())
+    });
+    let served = Box::pin(serving).await;
     if served.is_err() {
         soft.cancel();
     }
-    admission_ended.cancelled().await;
-    drain(&worker, &service).await;
+    let complete = drained.wait().await;
     end.cancel();
     worker.pipeline.pools.close().await;
-    if let Err(error) = worker.ledger.retire(&worker.epoch()).await {
+    // What is still in flight is nobody else's until the lease runs out.
+    if complete && let Err(error) = worker.ledger.retire(&worker.epoch()).await {
         tracing::warn!(%error, "this worker could not sign off; its leases run out by themselves");
     }
     let finished = service.finish().await;
@@ -123,7 +142,10 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError
 }
 
 /// Puts a worker together.
-#[expect(clippy::too_many_arguments, reason = "the parts of a worker meet here and nowhere else")]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the parts of a worker meet here and nowhere else"
+)]
 async fn build(
     settings: Settings,
     service: &Service,
@@ -138,7 +160,10 @@ async fn build(
     let name = host_name();
     let epoch = ledger.register(&name, settings.worker.lease).await?;
     let guard = Arc::new(EgressGuard::new(settings.egress));
-    let caps = Arc::new(Caps { ledger: ledger.clone(), epoch: RwLock::new(Arc::clone(&epoch)) });
+    let caps = Arc::new(Caps {
+        ledger: ledger.clone(),
+        epoch: RwLock::new(Arc::clone(&epoch)),
+    });
     let (arrivals, taken) = mpsc::channel(64);
     let clock = Arc::new(SharedClock::default());
     let batches = Batches::new(&ledger);
@@ -151,7 +176,12 @@ async fn build(
             Arc::clone(&guard),
             Arc::clone(&metrics),
         )?,
-        pools: Pools::new(settings.smtp, guard, Arc::clone(&caps) as Arc<dyn ConnectionCaps>, Arc::clone(&metrics))?,
+        pools: Pools::new(
+            settings.smtp,
+            guard,
+            Arc::clone(&caps) as Arc<dyn ConnectionCaps>,
+            Arc::clone(&metrics),
+        )?,
         batches: batches.clone(),
         keys,
         override_keys,
@@ -178,7 +208,6 @@ async fn build(
         nudge: Notify::new(),
         database: ready,
         epoch: RwLock::new(epoch),
-        claims: Mutex::new(Claims::default()),
         caps,
         arrivals,
         name,
@@ -199,37 +228,29 @@ struct Parts<'a> {
 }
 
 impl Parts<'_> {
-    /// Starts them. The token is cancelled when admission has ended and given back what it had in hand.
-    fn start(self, arrivals: mpsc::Receiver<Arrival>, amqp: health::Handle) -> CancellationToken {
+    /// Starts them. The tracker is empty when nothing new can begin any more: admission has ended and given back what it
+    /// had in hand, and the dispatcher takes nothing out of the waiting room.
+    fn start(self, arrivals: mpsc::Receiver<Arrival>) -> TaskTracker {
         let soft = self.service.shutdown.soft.clone();
         let spawn = &self.service.shutdown;
-        let ended = CancellationToken::new();
-        let (admission, stop, done) = (Admission::new(Arc::clone(&self.worker)), soft.clone(), ended.clone());
-        spawn.spawn("admission", async move {
-            // Whatever ends it, nobody waits for it in vain.
-            let _done = done.drop_guard();
-            admission.run(arrivals, stop).await;
-        });
-        spawn.spawn("dispatcher", dispatcher::run(Arc::clone(&self.worker), soft.clone()));
+        let takers = TaskTracker::new();
+        let admission = Admission::new(Arc::clone(&self.worker)).run(arrivals, soft.clone());
+        spawn.spawn("admission", takers.track_future(admission));
+        let dispatcher = dispatcher::run(Arc::clone(&self.worker), soft.clone());
+        spawn.spawn("dispatcher", takers.track_future(dispatcher));
+        takers.close();
         spawn.spawn("outbox", reporter::sweep(Arc::clone(&self.worker), soft.clone()));
-        spawn.spawn("housekeeping", housekeeping::run(Arc::clone(&self.worker), soft.clone(), self.end));
-        spawn.spawn("readiness", follow_connection(self.worker.connected.clone(), amqp, soft));
-        ended
-    }
-}
-
-/// Readiness of the broker.
-async fn follow_connection(mut connected: watch::Receiver<bool>, amqp: health::Handle, stop: CancellationToken) {
-    loop {
-        if *connected.borrow_and_update() {
-            amqp.ready();
-        } else {
-            amqp.not_ready("no session with RabbitMQ");
-        }
-        tokio::select! {
-            () = stop.cancelled() => return,
-            changed = connected.changed() => if changed.is_err() { return },
-        }
+        spawn.spawn(
+            "housekeeping",
+            housekeeping::run(Arc::clone(&self.worker), soft.clone(), self.end),
+        );
+        let database = self.worker.ledger.database().clone();
+        spawn.spawn(
+            "database",
+            database.watch(self.worker.database.clone(), soft.clone()),
+        );
+        self.service.follow_broker(self.worker.connected.clone());
+        takers
     }
 }
 
@@ -239,22 +260,24 @@ async fn serve(
     worker: Arc<Worker>,
     session: Session,
     soft: CancellationToken,
-    admission_ended: CancellationToken,
+    drained: Drained,
 ) -> Result<(), BrokerError> {
     let mut consumers = tokio::task::JoinSet::new();
     for (level, queue) in worker.topology.job_queues() {
         let prefetch = prefetch(*level, worker.permits_total);
-        let subscription = Subscription { queue: queue.as_str().into(), level: Some(*level), prefetch };
+        let subscription = Subscription {
+            queue: queue.as_str().into(),
+            level: Some(*level),
+            prefetch,
+        };
         let consumer = session.consume(subscription).await?;
         let (worker, ended, soft) = (Arc::clone(&worker), session.ended().clone(), soft.clone());
         consumers.spawn(consume(worker, consumer, *level, ended, soft));
     }
     while consumers.join_next().await.is_some() {}
     if soft.is_cancelled() && !session.ended().is_cancelled() {
-        admission_ended.cancelled().await;
-        worker.tasks.close();
         tokio::select! {
-            () = worker.tasks.wait() => {}
+            _ = drained.wait() => {}
             () = session.ended().cancelled() => {}
         }
     }
@@ -292,22 +315,38 @@ fn prefetch(level: Level, permits: usize) -> u16 {
     u16::try_from(permits * factor).unwrap_or(u16::MAX).max(32)
 }
 
-/// Waits for everything in flight, at most until the hard end.
-async fn drain(worker: &Worker, service: &Service) {
-    worker.tasks.close();
-    let mut told = tokio::time::interval(Duration::from_secs(5));
-    told.tick().await;
-    loop {
-        tokio::select! {
-            () = worker.tasks.wait() => return,
-            () = service.shutdown.hard.cancelled() => {
-                tracing::warn!(jobs = worker.tasks.len(), "the grace period is over; what is in flight is left to other workers");
-                return;
+/// The end of everything in flight.
+#[derive(Clone)]
+struct Drained {
+    worker: Arc<Worker>,
+    takers: TaskTracker,
+    hard: CancellationToken,
+}
+
+impl Drained {
+    /// Waits for everything in flight, at most until the hard end. Whether all of it ended.
+    async fn wait(&self) -> bool {
+        let jobs = &self.worker.tasks;
+        let all = async {
+            self.takers.wait().await;
+            jobs.close();
+            jobs.wait().await;
+        };
+        tokio::pin!(all);
+        let mut told = tokio::time::interval(Duration::from_secs(5));
+        told.tick().await;
+        loop {
+            tokio::select! {
+                () = &mut all => return true,
+                () = self.hard.cancelled() => {
+                    tracing::warn!(jobs = jobs.len(), "the grace period is over; what is in flight is left to other workers");
+                    return false;
+                }
+                _ = told.tick() => tracing::info!(
+                    jobs = jobs.len(),
+                    "waiting for mail in flight; ending now could send it twice"
+                ),
             }
-            _ = told.tick() => tracing::info!(
-                jobs = worker.tasks.len(),
-                "waiting for mail in flight; ending now could send it twice"
-            ),
         }
     }
 }
@@ -321,12 +360,20 @@ pub(super) struct Caps {
 
 impl Caps {
     fn epoch(&self) -> Arc<Epoch> {
-        Arc::clone(&self.epoch.read().unwrap_or_else(std::sync::PoisonError::into_inner))
+        Arc::clone(
+            &self
+                .epoch
+                .read()
+                .unwrap_or_else(std::sync::PoisonError::into_inner),
+        )
     }
 
     /// Leases belong to an epoch; a new one begins with none.
     pub(super) fn renew(&self, epoch: &Arc<Epoch>) {
-        *self.epoch.write().unwrap_or_else(std::sync::PoisonError::into_inner) = Arc::clone(epoch);
+        *self
+            .epoch
+            .write()
+            .unwrap_or_else(std::sync::PoisonError::into_inner) = Arc::clone(epoch);
     }
 }
 
@@ -334,7 +381,10 @@ impl ConnectionCaps for Caps {
     fn acquire<'a>(&'a self, key: &'a AccountKey, _cap: u32) -> BoxFuture<'a, Result<bool, CapsError>> {
         // The cap itself is read where it is kept, under its lock.
         Box::pin(async move {
-            self.ledger.acquire_connection(&self.epoch(), key).await.map_err(|error| CapsError(error.to_string()))
+            self.ledger
+                .acquire_connection(&self.epoch(), key)
+                .await
+                .map_err(|error| CapsError(error.to_string()))
         })
     }
 

@@ -4,5 +4,5 @@ pub mod s3;
 pub mod scratch;
 pub mod smtp;
 pub mod tls;
-pub mod webhook;
 pub mod tunnel;
+pub mod webhook;

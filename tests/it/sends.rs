@@ -12,8 +12,18 @@ use crate::support::World;
 pub(crate) async fn account(world: &World, tenant: &str, server: &SmtpServer, more: &[&str]) {
     world.postroom(&["tenant", "set", tenant]).await.success();
     let port = server.port().to_string();
-    let mut arguments =
-        vec!["account", "set", tenant, "main", "--host", "127.0.0.1", "--port", &port, "--tls", "none"];
+    let mut arguments = vec![
+        "account",
+        "set",
+        tenant,
+        "main",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        &port,
+        "--tls",
+        "none",
+    ];
     arguments.extend(["--from", "Shop <shop@example.com>"]);
     arguments.extend(more);
     world.postroom(&arguments).await.success();
@@ -42,7 +52,10 @@ async fn a_published_job_is_sent_and_reported() {
     let mails = server.received();
     assert_eq!(mails.len(), 1);
     let text = String::from_utf8_lossy(&mails[0].data);
-    assert!(text.contains("To: ann@example.org") && !text.contains("bob@example.org"), "{text}");
+    assert!(
+        text.contains("To: ann@example.org") && !text.contains("bob@example.org"),
+        "{text}"
+    );
     world.wait_depth("mail.jobs.high", 0).await;
     assert!(reports.none_for(Duration::from_millis(300)).await);
 }

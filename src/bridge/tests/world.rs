@@ -136,7 +136,7 @@ impl World {
             output: &mut output,
             remarks: &mut remarks,
         };
-        endpoint::run(line.command, &self.database, &self.keyring, streams)
+        endpoint::run(line.command, &self.database, Some(&self.keyring), streams)
             .await
             .map_err(|error| error.to_string())?;
         Ok((

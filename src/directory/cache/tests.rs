@@ -128,7 +128,11 @@ async fn many_tenants_wanted_at_once_take_few_statements() {
     scratch
         .execute("INSERT INTO {s}.tenant (id) SELECT 't' || n FROM generate_series(1, 1200) n")
         .await;
-    let directory = Arc::new(Directory::new(scratch.db.clone(), keys(KEY), RetryPolicy::default()));
+    let directory = Arc::new(Directory::new(
+        scratch.db.clone(),
+        keys(KEY),
+        RetryPolicy::default(),
+    ));
     let mut tasks = tokio::task::JoinSet::new();
     for n in 1..=1200 {
         let directory = Arc::clone(&directory);
@@ -182,7 +186,11 @@ async fn without_the_database_a_tenant_is_unknown_to_us_not_missing() {
         ca_file: None,
         pool_size: 1,
     };
-    let directory = Directory::new(Database::connect(&config).unwrap(), keys(KEY), RetryPolicy::default());
+    let directory = Directory::new(
+        Database::connect(&config).unwrap(),
+        keys(KEY),
+        RetryPolicy::default(),
+    );
     assert!(matches!(
         directory.tenant(&id("acme")).await,
         Err(DirectoryError::Database(_))
@@ -197,7 +205,11 @@ fn memory_is_bounded() {
         ca_file: None,
         pool_size: 1,
     };
-    let directory = Directory::new(Database::connect(&config).unwrap(), keys(KEY), RetryPolicy::default());
+    let directory = Directory::new(
+        Database::connect(&config).unwrap(),
+        keys(KEY),
+        RetryPolicy::default(),
+    );
     for round in 0..3 {
         let flood = (0..CAPACITY - 1)
             .map(|n| (id(&format!("r{round}n{n}")), Ok(None)))

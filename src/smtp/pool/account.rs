@@ -85,7 +85,9 @@ impl AccountPool {
     }
 
     pub(super) fn is_unused(&self) -> bool {
-        self.checked_out() == 0 && self.lock().idle.is_empty()
+        let state = self.lock();
+        let full = state.full_until.is_some_and(|until| Instant::now() < until);
+        state.idle.is_empty() && !full && self.places.available_permits() >= state.permits
     }
 
     pub(super) fn count_as_full(&self, time: Duration) {
@@ -131,10 +133,10 @@ impl AccountPool {
     /// The latest idle connection of this version.
     pub(super) fn take_idle(&self, version: i64) -> Option<Entry> {
         let mut state = self.lock();
-        if version != state.version {
-            None
-        } else {
+        if version == state.version {
             state.idle.pop()
+        } else {
+            None
         }
     }
 

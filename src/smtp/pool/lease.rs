@@ -4,12 +4,14 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::failure::Stage;
 use crate::smtp::connection::Connection;
 use crate::smtp::envelope::{Envelope, all_failed};
 use crate::smtp::extensions::Extensions;
 use crate::smtp::open::{self, Announcement, NotOpen, OpenError};
 use crate::smtp::server::Submission;
 use crate::smtp::transaction::Transaction;
+use crate::smtp::trouble::Trouble;
 
 use super::account::Place;
 use super::core::{Core, Entry};
@@ -79,7 +81,7 @@ impl Lease {
         let begun = Instant::now();
         loop {
             let Some(entry) = &mut self.entry else {
-                return Err(self.closed(envelope));
+                return Err(closed(envelope));
             };
             match open::open(&mut entry.connection, mail).await {
                 Ok(results) => {
@@ -87,7 +89,7 @@ impl Lease {
                     return Ok(Transaction::new(self, results));
                 }
                 Err(NotOpen::Stale(_)) if self.reused && self.home.is_some() => {
-                    self.replace(envelope).await?
+                    self.replace(envelope).await?;
                 }
                 Err(NotOpen::Stale(error) | NotOpen::Failed(error)) => return Err(error),
             }
@@ -97,7 +99,7 @@ impl Lease {
     /// Puts a fresh connection in the place of a dead one.
     async fn replace(&mut self, envelope: &Envelope) -> Result<(), OpenError> {
         let (Some(old), Some(home)) = (self.entry.take(), &self.home) else {
-            return Err(self.closed(envelope));
+            return Err(closed(envelope));
         };
         let cap = old.into_cap();
         let submission = &home.submission;
@@ -112,16 +114,6 @@ impl Lease {
                 failure,
                 mail_sent: false,
             }),
-        }
-    }
-
-    /// A lease without a connection is not handed out; kept as an answer rather than a panic.
-    fn closed(&self, envelope: &Envelope) -> OpenError {
-        let failure = crate::smtp::trouble::Trouble::Closed.failure(crate::failure::Stage::Connect);
-        OpenError {
-            results: all_failed(&envelope.to, &failure),
-            failure,
-            mail_sent: false,
         }
     }
 
@@ -152,5 +144,15 @@ impl Drop for Lease {
         if let Some(outdated) = pool.put_back(entry) {
             self.core.retire(outdated, Some(place));
         }
+    }
+}
+
+/// A lease without a connection is not handed out; kept as an answer rather than a panic.
+fn closed(envelope: &Envelope) -> OpenError {
+    let failure = Trouble::Closed.failure(Stage::Connect);
+    OpenError {
+        results: all_failed(&envelope.to, &failure),
+        failure,
+        mail_sent: false,
     }
 }

@@ -1,0 +1,188 @@
+//! The words by which servers say what their codes do not. All in lower case; the first row that fits counts.
+
+use super::verdict::{
+    ACCOUNT_DISABLED, CLIENT_BLOCKED, CONNECTION_LIMIT, DOMAIN_UNKNOWN, GREYLISTED, MAILBOX_DISABLED,
+    MAILBOX_FULL, MESSAGE_TOO_LARGE, QUOTA_EXCEEDED, RATE_LIMITED, RECIPIENT_UNKNOWN, RELAY_DENIED,
+    SENDER_NOT_AUTHENTICATED, SENDER_REFUSED, SPAM, TOO_MANY_RECIPIENTS, VIRUS, Verdict,
+};
+
+type Row = (&'static [&'static str], Verdict);
+
+/// About anything.
+pub(super) const GENERAL: &[Row] = &[
+    (&["greylist", "graylist", "grey list", "greylisted"], GREYLISTED),
+    (&["too many recipients"], TOO_MANY_RECIPIENTS),
+    (
+        &[
+            "mailbox full",
+            "mailbox is full",
+            "over quota",
+            "quota exceeded",
+            "exceeded storage",
+            "out of storage",
+        ],
+        MAILBOX_FULL,
+    ),
+    (
+        &[
+            "message too large",
+            "message size",
+            "size exceeds",
+            "too big",
+            "exceeds maximum",
+            "exceeds size",
+        ],
+        MESSAGE_TOO_LARGE,
+    ),
+    (&["virus", "malware", "infected"], VIRUS),
+    (
+        &[
+            "relay access denied",
+            "relaying denied",
+            "relay denied",
+            "unable to relay",
+            "not permitted to relay",
+        ],
+        RELAY_DENIED,
+    ),
+    (
+        &[
+            "blacklist",
+            "blocklist",
+            "block list",
+            "spamhaus",
+            "spamcop",
+            "barracuda",
+            "dnsbl",
+            "rbl",
+            "reputation",
+        ],
+        CLIENT_BLOCKED,
+    ),
+    (
+        &[
+            "not owned by user",
+            "send as",
+            "sendasdenied",
+            "sender address rejected",
+        ],
+        SENDER_REFUSED,
+    ),
+    (&["spf", "dkim", "dmarc"], SENDER_NOT_AUTHENTICATED),
+    (&["spam", "junk", "unsolicited"], SPAM),
+    (
+        &[
+            "account disabled",
+            "account is disabled",
+            "account suspended",
+            "account has been",
+        ],
+        ACCOUNT_DISABLED,
+    ),
+];
+
+/// Only in answers to RCPT.
+pub(super) const RECIPIENT: &[Row] = &[
+    (
+        &[
+            "user unknown",
+            "unknown user",
+            "no such user",
+            "no such recipient",
+            "does not exist",
+            "unknown recipient",
+            "recipient not found",
+            "no mailbox",
+            "mailbox not found",
+            "invalid recipient",
+            "user not found",
+            "unknown local",
+            "no such mailbox",
+            "recipient address rejected: unknown",
+        ],
+        RECIPIENT_UNKNOWN,
+    ),
+    (
+        &["disabled", "inactive", "suspended", "no longer"],
+        MAILBOX_DISABLED,
+    ),
+    (
+        &[
+            "domain not found",
+            "unknown domain",
+            "host or domain name not found",
+        ],
+        DOMAIN_UNKNOWN,
+    ),
+];
+
+/// Requests to go slower.
+pub(super) const THROTTLED: &[Row] = &[
+    (
+        &[
+            "too many connections",
+            "too many concurrent",
+            "concurrent connections",
+            "connection limit",
+            "too many sessions",
+        ],
+        CONNECTION_LIMIT,
+    ),
+    (
+        &[
+            "daily message quota",
+            "daily sending quota",
+            "daily user sending",
+            "daily limit",
+            "sending limit",
+            "sending quota",
+            "message quota",
+            "quota of messages",
+            "exceeded the recipient limit",
+            "messages per day",
+        ],
+        QUOTA_EXCEEDED,
+    ),
+    (
+        &[
+            "rate limit",
+            "ratelimit",
+            "sending rate",
+            "throttl",
+            "too many messages",
+            "too many mails",
+            "too fast",
+            "too much mail",
+            "slow down",
+            "rate exceeded",
+            "exceeded the rate",
+            "message rate",
+            "submission rate",
+            "too many requests",
+            "too many emails",
+            "messages per",
+            "receiving mail at a rate",
+            "login rate",
+            "too many login",
+            "too many auth",
+        ],
+        RATE_LIMITED,
+    ),
+];
+
+/// The meaning of the first row with a word that is in the text.
+pub(super) fn find(rows: &[Row], text: &str) -> Option<Verdict> {
+    let row = rows
+        .iter()
+        .find(|(words, _)| words.iter().any(|word| says(text, word)));
+    row.map(|(_, verdict)| *verdict)
+}
+
+/// Whether the text has the word; a short one must stand alone (`rbl` is no part of `marble`).
+fn says(text: &str, word: &str) -> bool {
+    if word.len() > 4 {
+        return text.contains(word);
+    }
+    text.split(|c: char| !c.is_ascii_alphanumeric())
+        .any(|part| part == word)
+}

@@ -1,0 +1,151 @@
+use std::sync::Mutex;
+
+use postroom_testkit::smtp::{Action, Phase};
+
+use super::*;
+
+/// A cap shared with workers that are not there.
+#[derive(Default)]
+struct Ledger {
+    held: Mutex<u32>,
+    asked: Mutex<u32>,
+}
+
+impl Ledger {
+    fn held(&self) -> u32 {
+        *self.held.lock().unwrap()
+    }
+
+    fn asked(&self) -> u32 {
+        *self.asked.lock().unwrap()
+    }
+}
+
+impl ConnectionCaps for Ledger {
+    fn acquire<'a>(&'a self, _: &'a AccountKey, cap: u32) -> BoxFuture<'a, Result<bool, CapsError>> {
+        Box::pin(async move {
+            *self.asked.lock().unwrap() += 1;
+            let mut held = self.held.lock().unwrap();
+            let granted = *held < cap;
+            *held += u32::from(granted);
+            Ok(granted)
+        })
+    }
+
+    fn release<'a>(&'a self, _: &'a AccountKey) -> BoxFuture<'a, ()> {
+        Box::pin(async move { *self.held.lock().unwrap() -= 1 })
+    }
+}
+
+fn capped(smtp: &SmtpServer, cap: u32) -> Arc<Submission> {
+    Arc::new(Submission {
+        max_connections: Some(cap),
+        ..submission(server_of(smtp))
+    })
+}
+
+fn shared() -> (Arc<Ledger>, Setup) {
+    let ledger = Arc::new(Ledger::default());
+    let setup = Setup {
+        caps: Arc::<Ledger>::clone(&ledger),
+        ..Setup::default()
+    };
+    (ledger, setup)
+}
+
+#[tokio::test]
+async fn a_lease_on_the_cap_lasts_as_long_as_its_connection() {
+    let smtp = scripted(Script::new()).await;
+    let (ledger, mut setup) = shared();
+    setup.tuning.shared_idle = Duration::from_millis(80);
+    let pools = setup.pools();
+    let account = capped(&smtp, 3);
+    send(&pools, &account).await;
+    send(&pools, &account).await;
+    assert_eq!(
+        (ledger.held(), ledger.asked()),
+        (1, 1),
+        "held while idle, asked once"
+    );
+    until("given back after idling", || ledger.held() == 0).await;
+    smtp.wait_closed(SECOND).await;
+    open(lease(&pools, &account).await, &to(&["a@example.org"]))
+        .await
+        .unwrap()
+        .abandon();
+    until("given back after a crash landing", || ledger.held() == 0).await;
+    drop(lease(&pools, &account).await);
+    pools.close().await;
+    assert_eq!(ledger.held(), 0, "given back at the end");
+}
+
+#[tokio::test]
+async fn a_denial_is_busy_and_the_account_counts_as_full_for_a_moment() {
+    let smtp = scripted(Script::new()).await;
+    let (ledger, mut setup) = shared();
+    setup.tuning.full_for = Duration::from_millis(60);
+    let metrics = Arc::clone(&setup.metrics);
+    let pools = setup.pools();
+    let account = capped(&smtp, 2);
+    *ledger.held.lock().unwrap() = 2;
+    assert_eq!(pools.checkout(&account).await.unwrap_err(), CheckoutError::Busy);
+    assert_eq!(pools.capacity(&account.key).total(), 0);
+    assert_eq!(metrics.smtp_connects.with_label_values(&["denied"]).get(), 1);
+    *ledger.held.lock().unwrap() = 1;
+    let room = || pools.capacity_within(&account.key, Some(2)).openable;
+    until("room again", || room() == 2).await;
+    send(&pools, &account).await;
+    assert_eq!(smtp.counters().connections, 1);
+}
+
+#[tokio::test]
+async fn a_replaced_connection_keeps_its_place_under_the_cap() {
+    let smtp = scripted(Script::new().once_after(1, Phase::Mail, Action::Close)).await;
+    let (ledger, setup) = shared();
+    let pools = setup.pools();
+    let account = capped(&smtp, 1);
+    send(&pools, &account).await;
+    send(&pools, &account).await;
+    assert_eq!(
+        (ledger.held(), ledger.asked(), smtp.counters().connections),
+        (1, 1, 2)
+    );
+}
+
+#[tokio::test]
+async fn a_failed_connect_gives_its_place_back() {
+    let smtp = scripted(Script::new().on(Phase::Greeting, Action::reply("421 4.3.2 no"))).await;
+    let (ledger, setup) = shared();
+    let pools = setup.pools();
+    assert!(matches!(
+        pools.checkout(&capped(&smtp, 1)).await,
+        Err(CheckoutError::Failed(_))
+    ));
+    until("given back", || ledger.held() == 0).await;
+}
+
+#[tokio::test]
+async fn a_ledger_that_cannot_be_asked_is_our_own_passing_trouble() {
+    struct Down;
+    impl ConnectionCaps for Down {
+        fn acquire<'a>(&'a self, _: &'a AccountKey, _: u32) -> BoxFuture<'a, Result<bool, CapsError>> {
+            Box::pin(async { Err(CapsError("no database".to_owned())) })
+        }
+        fn release<'a>(&'a self, _: &'a AccountKey) -> BoxFuture<'a, ()> {
+            Box::pin(async {})
+        }
+    }
+    let smtp = scripted(Script::new()).await;
+    let setup = Setup {
+        caps: Arc::new(Down),
+        ..Setup::default()
+    };
+    let Err(CheckoutError::Failed(failure)) = setup.pools().checkout(&capped(&smtp, 1)).await else {
+        panic!("it was granted");
+    };
+    assert_eq!(
+        (failure.reason, failure.fault),
+        ("connection_cap_unavailable", crate::failure::Fault::Us)
+    );
+    assert!(failure.is_transient());
+}

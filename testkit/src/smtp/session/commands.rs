@@ -1,0 +1,232 @@
+//! The commands of a session, one function each.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+
+use super::{Answered, Next, Session, Transaction, next};
+use crate::smtp::builder::TlsSetup;
+use crate::smtp::record::Received;
+use crate::smtp::script::{Action, Phase};
+
+impl Session {
+    pub(super) async fn ehlo(&mut self) -> io::Result<Next> {
+        self.mail = None;
+        let setup = &self.shared.setup;
+        let mut lines = vec!["test.example".to_owned()];
+        if let Some(size) = setup.size {
+            lines.push(format!("SIZE {size}"));
+        }
+        let offer_auth = !setup.users.is_empty() && (self.tls || setup.auth_in_plain);
+        if offer_auth && !setup.mechanisms.is_empty() {
+            lines.push(format!("AUTH {}", setup.mechanisms.join(" ")));
+        }
+        let starttls = matches!(setup.tls, TlsSetup::StartTls(_)) && !self.tls && setup.offer_starttls;
+        let switches = [
+            ("STARTTLS", starttls),
+            ("PIPELINING", setup.pipelining),
+            ("8BITMIME", setup.eight_bit_mime),
+            ("SMTPUTF8", setup.smtputf8),
+            ("CHUNKING", setup.chunking),
+            ("ENHANCEDSTATUSCODES", true),
+        ];
+        lines.extend(
+            switches
+                .iter()
+                .filter(|(_, on)| *on)
+                .map(|(name, _)| (*name).to_owned()),
+        );
+        let last = lines.len() - 1;
+        let reply: Vec<String> = lines
+            .iter()
+            .enumerate()
+            .map(|(n, line)| format!("250{}{line}", if n == last { ' ' } else { '-' }))
+            .collect();
+        self.simple(Phase::Ehlo, &reply.join("\r\n")).await
+    }
+
+    pub(super) async fn starttls(&mut self) -> io::Result<Next> {
+        let shared = Arc::clone(&self.shared);
+        let TlsSetup::StartTls(cert) = &shared.setup.tls else {
+            return Ok(self.say("502 5.5.1 Not implemented"));
+        };
+        match self
+            .answer(Phase::StartTls, "220 2.0.0 Ready to start TLS")
+            .await?
+        {
+            Answered::Code(220) => {
+                self.flush().await?;
+                // Whatever came in clear after STARTTLS is forgotten (RFC 3207 §4.2).
+                self.inbound.clear();
+                self.stream.accept_tls(cert.server_config()).await?;
+                self.tls = true;
+                self.mail = None;
+                Ok(Next::Go)
+            }
+            Answered::Code(_) => Ok(Next::Go),
+            Answered::Close => Ok(Next::Close),
+        }
+    }
+
+    pub(super) async fn auth(&mut self, rest: &str) -> io::Result<Next> {
+        let (mechanism, initial) = rest.split_once(' ').unwrap_or((rest, ""));
+        let offered = self.shared.setup.mechanisms.iter().any(|m| m == mechanism);
+        let given = match mechanism {
+            "PLAIN" if offered => {
+                let response = if initial.is_empty() {
+                    self.challenge("334 ").await?
+                } else {
+                    initial.to_owned()
+                };
+                plain(&response)
+            }
+            "LOGIN" if offered => {
+                let user = self.challenge("334 VXNlcm5hbWU6").await?;
+                let password = self.challenge("334 UGFzc3dvcmQ6").await?;
+                decoded(&user).zip(decoded(&password))
+            }
+            _ => return Ok(self.say("504 5.5.4 Unrecognized authentication type")),
+        };
+        let known = given.filter(|given| self.shared.setup.users.contains(given));
+        let (reply, user) = match known {
+            Some((user, _)) => ("235 2.7.0 Authentication successful", Some(user)),
+            None => ("535 5.7.8 Authentication credentials invalid", None),
+        };
+        let answered = self.answer(Phase::Auth, reply).await?;
+        match (&answered, user) {
+            (Answered::Code(235), Some(user)) => {
+                self.shared.record.logged_in(&user);
+                self.user = Some(user);
+            }
+            _ => self.shared.record.count(|counters| counters.auth_failed += 1),
+        }
+        Ok(next(&answered))
+    }
+
+    pub(super) async fn challenge(&mut self, reply: &str) -> io::Result<String> {
+        self.say(reply);
+        self.line()
+            .await?
+            .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+    }
+
+    pub(super) async fn mail(&mut self, rest: &str) -> io::Result<Next> {
+        if !self.shared.setup.users.is_empty() && self.user.is_none() {
+            return Ok(self.say("530 5.7.0 Authentication required"));
+        }
+        if self.mail.is_some() {
+            return Ok(self.say("503 5.5.1 Nested MAIL command"));
+        }
+        let Some((from, params)) = path(rest, "FROM:") else {
+            return Ok(self.say("501 5.5.4 Syntax: MAIL FROM:<address>"));
+        };
+        let announced = params
+            .split(' ')
+            .find_map(|p| p.strip_prefix("SIZE=")?.parse::<u64>().ok());
+        if announced
+            .zip(self.shared.setup.size)
+            .is_some_and(|(size, limit)| size > limit)
+        {
+            return Ok(self.say("552 5.3.4 Message size exceeds fixed limit"));
+        }
+        let begun = Transaction {
+            from: from.to_owned(),
+            params: params.to_owned(),
+            to: Vec::new(),
+        };
+        let answered = self.answer(Phase::Mail, "250 2.1.0 Ok").await?;
+        if let Answered::Code(250) = answered {
+            self.mail = Some(begun);
+        }
+        Ok(next(&answered))
+    }
+
+    pub(super) async fn rcpt(&mut self, rest: &str) -> io::Result<Next> {
+        if self.mail.is_none() {
+            return Ok(self.say("503 5.5.1 Need MAIL command"));
+        }
+        let Some((to, _)) = path(rest, "TO:") else {
+            return Ok(self.say("501 5.5.4 Syntax: RCPT TO:<address>"));
+        };
+        let refusal = self.script.refusal(to);
+        let reply = refusal.as_deref().unwrap_or("250 2.1.5 Ok");
+        let answered = self.answer(Phase::Rcpt, reply).await?;
+        if let (Answered::Code(250), Some(mail)) = (&answered, &mut self.mail) {
+            mail.to.push(to.to_owned());
+        }
+        Ok(next(&answered))
+    }
+
+    pub(super) async fn data(&mut self) -> io::Result<Next> {
+        let reply = match &self.mail {
+            None => "503 5.5.1 Need MAIL command",
+            Some(mail) if mail.to.is_empty() => "554 5.5.1 No valid recipients",
+            Some(_) => "354 End data with <CR><LF>.<CR><LF>",
+        };
+        match self.answer(Phase::Data, reply).await? {
+            Answered::Close => return Ok(Next::Close),
+            Answered::Code(354) => {}
+            Answered::Code(_) => return Ok(Next::Go),
+        }
+        let Some(data) = self.content().await? else {
+            return Ok(Next::Close);
+        };
+        let mail = self.mail.take().unwrap_or_default();
+        let action = self.script.decide(Phase::FinalDot).cloned();
+        let taken = match &action {
+            None | Some(Action::TakeThenClose | Action::TakeThenSilence) => !mail.to.is_empty(),
+            Some(Action::Reply(reply) | Action::ReplyThenClose(reply)) => reply.starts_with('2'),
+            Some(Action::Close | Action::Silence) => false,
+        };
+        let reply = if mail.to.is_empty() {
+            "554 5.5.1 No valid recipients".to_owned()
+        } else {
+            format!(
+                "250 2.0.0 Ok: queued as {}",
+                self.shared.record.received_count() + 1
+            )
+        };
+        if taken {
+            self.record(mail, data);
+        }
+        let answered = self.perform(Phase::FinalDot, action.as_ref(), &reply).await?;
+        Ok(next(&answered))
+    }
+
+    fn record(&self, mail: Transaction, data: Vec<u8>) {
+        self.shared.record.take(Received {
+            at: Instant::now(),
+            time: SystemTime::now(),
+            from: mail.from,
+            params: mail.params,
+            to: mail.to,
+            data,
+            session: self.id,
+            tls: self.tls,
+            user: self.user.clone(),
+        });
+    }
+}
+
+/// Splits `FROM:<a@b> PARAMS` into address and parameters.
+fn path<'a>(rest: &'a str, keyword: &str) -> Option<(&'a str, &'a str)> {
+    let head = rest.get(..keyword.len())?;
+    if !head.eq_ignore_ascii_case(keyword) {
+        return None;
+    }
+    let (address, params) = rest[keyword.len()..].strip_prefix('<')?.split_once('>')?;
+    Some((address, params.trim()))
+}
+
+fn decoded(text: &str) -> Option<String> {
+    String::from_utf8(STANDARD.decode(text).ok()?).ok()
+}
+
+fn plain(response: &str) -> Option<(String, String)> {
+    let text = decoded(response)?;
+    let mut parts = text.split('\0').skip(1);
+    Some((parts.next()?.to_owned(), parts.next()?.to_owned()))
+}
