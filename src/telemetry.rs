@@ -53,7 +53,7 @@ where
         .with(filter(&config.log))
 }
 
-/// The filter for a text that [`config`](crate::config) has found good.
+/// The filter for a text that [`config`] has found good.
 ///
 /// Libraries log warnings only, unless the text names them, and never below info: at debug and trace several of them
 /// print what they send and receive, passwords included (AMQP's `start-ok`, SQL parameters, HTTP headers).

@@ -5,6 +5,7 @@
     reason = "a scenario that cannot go on has failed"
 )]
 
+mod bad_input;
 mod broker_commands;
 mod broker_restart;
 mod broker_session;
@@ -20,5 +21,6 @@ mod limits;
 mod lost_connections;
 mod retries;
 mod schedule;
+mod keys;
 mod sends;
 mod support;
