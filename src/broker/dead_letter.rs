@@ -59,6 +59,23 @@ impl Publisher {
             .inc();
         Ok(())
     }
+
+    /// Publishes a delivery again as it came, to where it came from, and awaits the confirm: it goes to the end of its
+    /// queue, and its deliveries are counted anew. The caller acknowledges it afterwards.
+    ///
+    /// # Errors
+    /// If it is not known to be stored: do not acknowledge it then.
+    pub async fn send_on(&self, delivery: &Delivery) -> Result<(), PublishError> {
+        let headers = own_headers(delivery.properties.headers().as_ref());
+        let properties = republishable(&delivery.properties, headers);
+        self.publish(
+            &delivery.exchange,
+            &delivery.routing_key,
+            properties,
+            &delivery.body,
+        )
+        .await
+    }
 }
 
 /// The original key if the dead-letter exchange knows it; a message that came another way gets one from its queue.

@@ -19,7 +19,7 @@ use crate::ledger::batches::Batches;
 use crate::ledger::slots::{SlotAnswer, SlotRequest};
 use crate::ledger::{Slot, WaitReason};
 use crate::report::{LinkedFile, RecipientStatus};
-use crate::secret::Keyring;
+use crate::secret::{Keys, SharedKeyring};
 use crate::settlement::all_pending;
 use crate::smtp::{self, CheckoutError, Envelope, Outcome, Pools, Submission, Transaction};
 use crate::telemetry::metrics::Metrics;
@@ -38,10 +38,8 @@ pub struct Pipeline {
     pub pools: Arc<Pools>,
     /// Slots and marks.
     pub batches: Batches,
-    /// Keys at rest.
-    pub keys: Arc<Keyring>,
-    /// Keys producers seal overrides with.
-    pub override_keys: Option<Keyring>,
+    /// Keys at rest, and those producers seal overrides with.
+    pub keys: Keys,
     /// Keys Message-IDs.
     pub installation_secret: Vec<u8>,
     /// What to do with unknown tenants.
@@ -85,14 +83,20 @@ impl Pipeline {
         if task.is_expired(self.clock.now()) {
             return Err(Verdict::Expired);
         }
-        let entries = self.entries(&task.job.tenant).await?;
+        let resolved = self.resolve(&task.job).await;
+        let (entries, mut chosen) = resolved.map_err(|verdict| match verdict {
+            // No attempt: nothing was tried, and the key may come at any time.
+            Verdict::Failed(failure) if failure.is_missing_key() => {
+                tracing::warn!(%failure, "the job waits for a key");
+                Verdict::Failed(failure)
+            }
+            Verdict::Failed(failure) => started(attempt, failure),
+            other => other,
+        })?;
         attempt.on_uncertain = task
             .job
             .on_uncertain
             .unwrap_or(entries.tenant.tenant.on_uncertain);
-        let mut chosen = self
-            .choose(&task.job, &entries)
-            .map_err(|failure| started(attempt, failure))?;
         let fetched = Instant::now();
         let prepared = self
             .attachments
@@ -119,8 +123,34 @@ impl Pipeline {
         }
     }
 
+    /// Who sends a job, and from which entries that was chosen. A refusal is never said from memory: tenant or account may
+    /// have been set up a moment ago.
+    ///
+    /// # Errors
+    /// `Failed`: why nobody sends. `GiveBack`: the directory cannot be read.
+    pub async fn resolve(&self, job: &MailJob) -> Result<(Entries, Chosen), Verdict> {
+        let resolved = self.look_up(job).await;
+        match resolved {
+            Err(Verdict::Failed(failure)) if !failure.is_transient() => {
+                self.directory.forget(&[&job.tenant, &TenantId::platform()]);
+                self.look_up(job).await
+            }
+            resolved => resolved,
+        }
+    }
+
+    async fn look_up(&self, job: &MailJob) -> Result<(Entries, Chosen), Verdict> {
+        let entries = self.entries(&job.tenant).await?;
+        let overrides = self.keys.overrides.as_ref().map(SharedKeyring::current);
+        let opened = overrides::open_override(job, &self.keys.encryption.current(), overrides.as_deref());
+        let chosen = opened
+            .and_then(|opened| sender::choose(job, &entries.tenant, entries.platform.as_deref(), opened))
+            .map_err(Verdict::Failed)?;
+        Ok((entries, chosen))
+    }
+
     /// The tenant's accounts and the platform's. An unreadable directory is our trouble: the job goes back.
-    pub async fn entries(&self, tenant: &TenantId) -> Result<Entries, Verdict> {
+    async fn entries(&self, tenant: &TenantId) -> Result<Entries, Verdict> {
         let unreadable = |error| {
             tracing::warn!(%error, "the directory cannot be read");
             Verdict::GiveBack
@@ -138,15 +168,6 @@ impl Pipeline {
             tenant: entry,
             platform,
         })
-    }
-
-    /// Who sends.
-    ///
-    /// # Errors
-    /// Why nobody does.
-    pub fn choose(&self, job: &MailJob, entries: &Entries) -> Result<Chosen, Failure> {
-        let opened = overrides::open_override(job, &self.keys, self.override_keys.as_ref())?;
-        sender::choose(job, &entries.tenant, entries.platform.as_deref(), opened)
     }
 
     fn note_files(&self, task: &Task, attempt: &mut Attempt, prepared: &Prepared, since: Instant) {
@@ -178,7 +199,8 @@ impl Pipeline {
     ) -> Result<Verdict, Verdict> {
         attempt.sender = Some(chosen.sender());
         attempt.account = account_name(task, chosen);
-        attempt.retry = Some(chosen.account.retry);
+        // An override has no schedule of its own: the installation's holds.
+        attempt.retry = (chosen.via != Via::Override).then_some(chosen.account.retry);
         let message_id = self.message_id(task, chosen, attempt);
         let limited = entries.tenant.tenant.limited || chosen.account.limited || task.row.slot.is_none();
         let mut slot = task.row.slot.filter(|_| chosen.account.key == task.row.account);

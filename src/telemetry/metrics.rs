@@ -63,7 +63,8 @@ macro_rules! make {
 metrics! {
     /// Deliveries taken from job queues.
     deliveries: IntCounterVec "postroom_deliveries_total" ["level", "redelivered"];
-    /// Jobs that ended or changed state, by outcome: sent, failed, rejected, expired, cancelled, uncertain, parked, duplicate.
+    /// Jobs that ended or changed state, by outcome: sent, failed, rejected, expired, cancelled, uncertain, parked, duplicate,
+    /// given_back, too_new.
     jobs: IntCounterVec "postroom_jobs_total" ["outcome"];
     /// Recipients by result: accepted, deferred, refused; with failure class.
     recipients: IntCounterVec "postroom_recipients_total" ["status", "class"];
@@ -103,7 +104,7 @@ metrics! {
     publishes: IntCounterVec "postroom_publishes_total" ["result"];
     /// Age of the oldest report not yet published.
     outbox_age: IntGauge "postroom_outbox_oldest_seconds";
-    /// Attachments fetched, by result.
+    /// Attachments fetched, by result: ok, cached, failed.
     fetches: IntCounterVec "postroom_attachment_fetches_total" ["result"];
     /// Uploads to the object store, by result: stored, present, failed.
     uploads: IntCounterVec "postroom_uploads_total" ["result"];
@@ -111,8 +112,10 @@ metrics! {
     upload_bytes: IntCounter "postroom_upload_bytes_total";
     /// Attachment bytes in memory.
     attachment_bytes: IntGauge "postroom_attachment_bytes";
-    /// Webhook attempts by result: delivered, retried, failed, disabled.
+    /// Webhook attempts by result: delivered, retried, failed, gone.
     webhook_attempts: IntCounterVec "postroom_webhook_attempts_total" ["result"];
+    /// Endpoints disabled by the bridge, by reason: gone, failing.
+    webhook_disabled: IntCounterVec "postroom_webhook_endpoints_disabled_total" ["reason"];
     /// Duration of one webhook POST.
     webhook_seconds: Histogram "postroom_webhook_duration_seconds" in SLOW;
     /// Events waiting for delivery to a webhook.

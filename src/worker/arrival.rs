@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Worker;
 use super::delivery::Properties;
+use crate::address::masked_in;
 use crate::broker::Delivery;
 use crate::directory::Via;
 use crate::failure::Failure;
@@ -18,7 +19,7 @@ use crate::ledger::batches::pauses;
 use crate::level::Level;
 use crate::pipeline::Verdict;
 
-/// How long a job of a newer contract is kept from coming straight back.
+/// How long a job of a newer contract is kept before it goes back to its queue.
 const TOO_NEW: Duration = Duration::from_secs(10);
 
 /// A decoded job in hand, not yet admitted.
@@ -113,27 +114,27 @@ impl Worker {
             )
         };
         let mut waits = pauses();
-        let entries = loop {
-            match self.pipeline.entries(&job.tenant).await {
-                Ok(entries) => break entries,
-                Err(Verdict::Failed(failure)) => return Err(failure),
+        loop {
+            match self.pipeline.resolve(job).await {
+                Ok((_, chosen)) if chosen.via == Via::Override => {
+                    return Ok((AccountKey::for_override(&job.tenant), self.permits_total));
+                }
+                Ok((_, chosen)) => {
+                    let cap = chosen
+                        .account
+                        .max_connections
+                        .map_or(usize::MAX, |cap| cap as usize);
+                    return Ok((chosen.account.key.clone(), self.pool_size.min(cap)));
+                }
+                Err(Verdict::Failed(failure))
+                    if ["tenant_not_found", "account_not_found"].contains(&failure.reason) =>
+                {
+                    return Err(failure);
+                }
+                Err(Verdict::Failed(_)) => return Ok(unknown()),
                 // The directory cannot be read: nothing is decided, nothing acknowledged.
                 Err(_) => tokio::time::sleep(waits.next().unwrap_or(Duration::from_secs(5))).await,
             }
-        };
-        match self.pipeline.choose(job, &entries) {
-            Ok(chosen) if chosen.via == Via::Override => {
-                Ok((AccountKey::for_override(&job.tenant), self.permits_total))
-            }
-            Ok(chosen) => {
-                let cap = chosen
-                    .account
-                    .max_connections
-                    .map_or(usize::MAX, |cap| cap as usize);
-                Ok((chosen.account.key.clone(), self.pool_size.min(cap)))
-            }
-            Err(failure) if failure.reason == "account_not_found" => Err(failure),
-            Err(_) => Ok(unknown()),
         }
     }
 
@@ -150,22 +151,47 @@ impl Worker {
     /// Dead-letters a delivery that is no valid job and tells its tenant, then acknowledges it. Beside the queue: the
     /// next delivery does not wait for the confirms.
     fn reject(self: &Arc<Self>, delivery: Delivery, rejection: Rejection, ended: &CancellationToken) {
+        if rejection.reason == RejectReason::ContractTooNew {
+            return self.leave_to_newer(delivery, &rejection, ended);
+        }
         let (worker, ended) = (Arc::clone(self), ended.clone());
         self.tasks.spawn(async move {
-            if rejection.reason == RejectReason::ContractTooNew {
-                // A newer worker understands it; this one must not be the judge.
-                tokio::time::sleep(TOO_NEW).await;
-                delivery.receipt.give_back();
-                return;
-            }
             tracing::warn!(
                 reason = rejection.reason.as_str(),
                 tenant = rejection.tenant.as_ref().map(tracing::field::display),
                 job = rejection.id.as_ref().map(tracing::field::display),
-                "dead-lettered: {rejection}"
+                "dead-lettered: {}",
+                masked_in(&rejection.to_string())
             );
             worker.metrics.jobs.with_label_values(&["rejected"]).inc();
             worker.bury_rejected(delivery, rejection, &ended).await;
+        });
+    }
+
+    /// A newer worker understands it; this one must not be the judge. It goes to the end of its queue as it came: given
+    /// back it would stand at the head again, and reach the queue's delivery limit.
+    fn leave_to_newer(
+        self: &Arc<Self>,
+        delivery: Delivery,
+        rejection: &Rejection,
+        ended: &CancellationToken,
+    ) {
+        tracing::warn!(queue = %delivery.queue, "left to newer workers: {rejection}");
+        self.metrics.jobs.with_label_values(&["too_new"]).inc();
+        let (worker, ended) = (Arc::clone(self), ended.clone());
+        // Not among the tasks that an ending worker waits for: then the broker takes the delivery back by itself.
+        tokio::spawn(async move {
+            tokio::select! {
+                () = ended.cancelled() => return,
+                () = tokio::time::sleep(TOO_NEW) => {}
+            }
+            // Through an exchange of somebody else's it might reach more queues than this one.
+            let is_ours = delivery.exchange == worker.topology.jobs_exchange();
+            if is_ours && worker.publisher.send_on(&delivery).await.is_ok() {
+                delivery.receipt.ack();
+            } else {
+                delivery.receipt.give_back();
+            }
         });
     }
 }

@@ -5,10 +5,12 @@
     reason = "a scenario that cannot go on has failed"
 )]
 
+mod bad_input;
 mod broker_commands;
 mod broker_restart;
 mod broker_session;
 mod broker_tls;
 mod broker_topology;
+mod keys;
 mod sends;
 mod support;

@@ -31,4 +31,4 @@ pub(crate) use private::{POSTGRES, Private, RABBITMQ};
 pub(crate) use process::{Finished, Process};
 pub(crate) use reports::{Received, Reports};
 pub(crate) use wait::{eventually, eventually_some};
-pub(crate) use world::World;
+pub(crate) use world::{World, new_key};
