@@ -94,6 +94,7 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError
     let override_keys = overrides.map_err(WorkerError::OverrideKeys)?;
     let database = Database::connect(&settings.database)?;
     let ready = service.readiness.component("database");
+    let amqp = service.readiness.component("amqp");
     if !database.wait_until_usable(&ready, &service.shutdown.soft).await? {
         return Ok(service.finish().await?);
     }
@@ -113,6 +114,7 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError
     let parts = Parts {
         worker: Arc::clone(&worker),
         service: &service,
+        amqp,
         end: end.clone(),
     };
     let admission_ended = parts.start(arrivals);
@@ -225,6 +227,7 @@ async fn build(
 struct Parts<'a> {
     worker: Arc<Worker>,
     service: &'a Service,
+    amqp: health::Handle,
     end: CancellationToken,
 }
 
@@ -258,7 +261,8 @@ impl Parts<'_> {
             "database",
             database.watch(self.worker.database.clone(), soft.clone()),
         );
-        self.service.follow_broker(self.worker.connected.clone());
+        self.service
+            .follow_broker(self.amqp, self.worker.connected.clone());
         ended
     }
 }
