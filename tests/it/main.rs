@@ -5,12 +5,23 @@
     reason = "a scenario that cannot go on has failed"
 )]
 
+mod attachments;
 mod bad_input;
 mod broker_commands;
 mod broker_restart;
 mod broker_session;
 mod broker_tls;
 mod broker_topology;
+mod connection_caps;
+mod crash;
+mod duplicates;
+mod fairness;
+mod job_commands;
+mod levels;
+mod limits;
+mod lost_connections;
+mod retries;
+mod schedule;
 mod keys;
 mod sends;
 mod support;
