@@ -5,6 +5,7 @@
     reason = "a scenario that cannot go on has failed"
 )]
 
+mod attachments;
 mod bad_input;
 mod broker_commands;
 mod broker_restart;
@@ -24,3 +25,4 @@ mod retries;
 mod schedule;
 mod sends;
 mod support;
+mod webhooks;
