@@ -143,6 +143,9 @@ impl Worker {
             .catch_unwind()
             .await;
         let attempt = attempt.unwrap_or_else(|_| crashed(&task));
+        if let (Some((_, in_hand)), Some(took)) = (&right, attempt.smtp) {
+            in_hand.note_send(took);
+        }
         // The mail is out, or not: either way the connection is free. What follows is bookkeeping.
         drop(right);
         if matches!(

@@ -17,6 +17,7 @@ mod crash;
 mod duplicates;
 mod fairness;
 mod job_commands;
+mod keys;
 mod levels;
 mod limits;
 mod lost_connections;
