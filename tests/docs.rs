@@ -66,7 +66,10 @@ fn anchor(heading: &str) -> String {
 
 fn anchors(markdown: &str) -> BTreeSet<String> {
     let text = prose(markdown);
-    text.lines().filter(|line| line.starts_with('#')).map(anchor).collect()
+    text.lines()
+        .filter(|line| line.starts_with('#'))
+        .map(anchor)
+        .collect()
 }
 
 /// Targets of `[text](target)`.
@@ -105,7 +108,10 @@ fn metric_rows() -> Vec<String> {
     let source = read("src/telemetry/metrics.rs");
     let (_, table) = source.split_once("\nmetrics! {").unwrap();
     let (table, _) = table.split_once("\n}").unwrap();
-    let lines = table.lines().map(str::trim).filter(|line| !line.starts_with("//"));
+    let lines = table
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.starts_with("//"));
     lines
         .filter_map(|line| {
             let (_, definition) = line.split_once(": ")?;
@@ -123,17 +129,29 @@ fn metric_rows() -> Vec<String> {
 fn every_metric_is_in_the_operations_page() {
     let page = read("docs/operations.md");
     let rows = metric_rows();
-    assert!(rows.len() > 20, "the table of metrics is written otherwise than this test reads it");
+    assert!(
+        rows.len() > 20,
+        "the table of metrics is written otherwise than this test reads it"
+    );
     let missing: Vec<_> = rows.iter().filter(|row| !page.contains(row.as_str())).collect();
-    assert!(missing.is_empty(), "docs/operations.md should have these rows:\n{missing:#?}");
+    assert!(
+        missing.is_empty(),
+        "docs/operations.md should have these rows:\n{missing:#?}"
+    );
 }
 
 #[test]
 fn every_report_type_and_field_is_in_the_reports_page() {
     let page = read("docs/reports.md");
     let source = read("src/report.rs");
-    let types = source.split('"').skip(1).step_by(2).filter(|text| text.starts_with("mail."));
-    let missing: Vec<_> = types.filter(|kind| !page.contains(&format!("`{kind}`"))).collect();
+    let types = source
+        .split('"')
+        .skip(1)
+        .step_by(2)
+        .filter(|text| text.starts_with("mail."));
+    let missing: Vec<_> = types
+        .filter(|kind| !page.contains(&format!("`{kind}`")))
+        .collect();
     assert!(missing.is_empty(), "types: {missing:?}");
     let (_, data) = source.split_once("pub struct ReportData {").unwrap();
     let (data, _) = data.split_once("\n}").unwrap();
@@ -150,9 +168,17 @@ fn every_report_type_and_field_is_in_the_reports_page() {
 fn every_reason_of_a_refused_mail_is_in_the_reports_page() {
     let page = read("docs/reports.md");
     let source = read("src/smtp/classify/verdict.rs");
-    let is_word = |text: &&str| !text.is_empty() && text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
+    let is_word = |text: &&str| {
+        !text.is_empty()
+            && text
+                .chars()
+                .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+    };
     let reasons: Vec<_> = source.split('"').skip(1).step_by(2).filter(is_word).collect();
-    assert!(reasons.len() > 20, "reasons are written otherwise than this test reads them");
+    assert!(
+        reasons.len() > 20,
+        "reasons are written otherwise than this test reads them"
+    );
     let missing: Vec<_> = reasons
         .iter()
         .filter(|reason| !page.contains(&format!("`{reason}`")))
@@ -192,10 +218,15 @@ fn modules_use_their_own_layer_and_those_below() {
             continue;
         };
         let text = fs::read_to_string(&file).unwrap();
-        let (code, _) = text.split_once("#[cfg(test)]\nmod tests {").unwrap_or((&text, ""));
+        let (code, _) = text
+            .split_once("#[cfg(test)]\nmod tests {")
+            .unwrap_or((&text, ""));
         let code = code.lines().filter(|line| !line.trim_start().starts_with("//"));
         for used in code.flat_map(|line| line.split("crate::").skip(1)) {
-            let used: String = used.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+            let used: String = used
+                .chars()
+                .take_while(|c| c.is_alphanumeric() || *c == '_')
+                .collect();
             if place.get(&used).is_some_and(|layer| layer < own) {
                 wrong.push(format!("{} uses `{used}`, which is above it", path.display()));
             }
@@ -215,8 +246,13 @@ fn tests_named_in_the_guarantees_exist() {
     let page = read("docs/guarantees.md");
     let names = page.split('`').skip(1).step_by(2).filter(|name| {
         let words = name.split('_').count();
-        words > 3 && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+        words > 3
+            && name
+                .chars()
+                .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
     });
-    let missing: Vec<_> = names.filter(|name| !code.contains(&format!("fn {name}("))).collect();
+    let missing: Vec<_> = names
+        .filter(|name| !code.contains(&format!("fn {name}(")))
+        .collect();
     assert!(missing.is_empty(), "{missing:#?}");
 }

@@ -22,7 +22,7 @@ mod limits;
 mod lost_connections;
 mod retries;
 mod schedule;
-mod keys;
+mod secret_files;
 mod sends;
 mod support;
 mod webhooks;
