@@ -86,6 +86,7 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError
     let supervisor = Supervisor::new(settings.broker.clone(), Arc::clone(&service.metrics));
     service.follow_urls(supervisor.url(), database.clone());
     let ready = service.readiness.component("database");
+    let amqp = service.readiness.component("amqp");
     if !database.wait_until_usable(&ready, &service.shutdown.soft).await? {
         return Ok(service.finish().await?);
     }
@@ -96,6 +97,7 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError
     let parts = Parts {
         worker: Arc::clone(&worker),
         service: &service,
+        amqp,
         end: end.clone(),
     };
     let takers = parts.start(arrivals);
@@ -209,6 +211,7 @@ async fn build(
 struct Parts<'a> {
     worker: Arc<Worker>,
     service: &'a Service,
+    amqp: health::Handle,
     end: CancellationToken,
 }
 
@@ -234,7 +237,8 @@ impl Parts<'_> {
             "database",
             database.watch(self.worker.database.clone(), soft.clone()),
         );
-        self.service.follow_broker(self.worker.connected.clone());
+        self.service
+            .follow_broker(self.amqp, self.worker.connected.clone());
         takers
     }
 }
