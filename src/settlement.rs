@@ -300,7 +300,7 @@ fn timings(at: &Circumstances<'_>, attempt: &Attempt) -> Option<Timings> {
 #[must_use]
 pub fn all_pending(job: &MailJob) -> Vec<RecipientResult> {
     job.recipients()
-        .map(|address| RecipientResult::pending(&address.to_string()))
+        .map(|address| RecipientResult::pending(address.as_ref()))
         .collect()
 }
 

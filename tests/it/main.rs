@@ -23,6 +23,7 @@ mod limits;
 mod lost_connections;
 mod retries;
 mod schedule;
+mod secret_files;
 mod keys;
 mod frame;
 mod outages;
