@@ -62,6 +62,7 @@ pub enum RunError {
 pub async fn run(settings: Settings, service: Service) -> Result<(), RunError> {
     let database = Database::connect(&settings.database)?;
     let ready = service.readiness.component("database");
+    let amqp = service.readiness.component("amqp");
     let soft = service.shutdown.soft.clone();
     if !database.wait_until_usable(&ready, &soft).await? {
         return Ok(service.finish().await?);
@@ -99,7 +100,7 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), RunError> {
     service
         .shutdown
         .spawn("database", database.watch(ready, soft.clone()));
-    service.follow_broker(supervisor.connected());
+    service.follow_broker(amqp, supervisor.connected());
     let queue = topology.reports_queue();
     let serving = supervisor.run(&soft, |session| {
         serve(

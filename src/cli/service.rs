@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{self, Sources};
 use crate::db::Database;
-use crate::health::{HealthError, Readiness, Server};
+use crate::health::{self, HealthError, Readiness, Server};
 use crate::secret::Keys;
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::Metrics;
@@ -88,9 +88,10 @@ impl Service {
         })
     }
 
-    /// Lets readiness follow the session with the broker.
-    pub fn follow_broker(&self, mut connected: watch::Receiver<bool>) {
-        let (amqp, soft) = (self.readiness.component("amqp"), self.shutdown.soft.clone());
+    /// Lets a component of readiness follow the session with the broker. Register it before any other becomes ready:
+    /// nobody may be told that the process can work while it has no session.
+    pub fn follow_broker(&self, amqp: health::Handle, mut connected: watch::Receiver<bool>) {
+        let soft = self.shutdown.soft.clone();
         self.shutdown.spawn("readiness", async move {
             loop {
                 if *connected.borrow_and_update() {

@@ -84,6 +84,7 @@ pub enum WorkerError {
 pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError> {
     let database = Database::connect(&settings.database)?;
     let ready = service.readiness.component("database");
+    let amqp = service.readiness.component("amqp");
     if !database.wait_until_usable(&ready, &service.shutdown.soft).await? {
         return Ok(service.finish().await?);
     }
@@ -95,6 +96,7 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError
     let parts = Parts {
         worker: Arc::clone(&worker),
         service: &service,
+        amqp,
         end: end.clone(),
     };
     let takers = parts.start(arrivals);
@@ -208,6 +210,7 @@ async fn build(
 struct Parts<'a> {
     worker: Arc<Worker>,
     service: &'a Service,
+    amqp: health::Handle,
     end: CancellationToken,
 }
 
@@ -233,7 +236,8 @@ impl Parts<'_> {
             "database",
             database.watch(self.worker.database.clone(), soft.clone()),
         );
-        self.service.follow_broker(self.worker.connected.clone());
+        self.service
+            .follow_broker(self.amqp, self.worker.connected.clone());
         takers
     }
 }
