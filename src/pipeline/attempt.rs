@@ -211,6 +211,12 @@ impl Pipeline {
                 return Ok(Verdict::Attempted);
             }
             let lease = self.connection(task, attempt, chosen).await?;
+            let begun = Instant::now();
+            let mut email = self
+                .compose(task, chosen, prepared, &message_id, &open)
+                .map_err(|f| started(attempt, f))?;
+            self.observe("compose", begun);
+            // The slot last: it is the right to write MAIL FROM, and soon runs out. It may cover only a part.
             let granted = match slot.take().filter(Slot::is_valid) {
                 Some(slot) => slot,
                 None if !limited => Slot::unlimited(),
@@ -219,13 +225,10 @@ impl Pipeline {
                         .await?
                 }
             };
-            let part: Vec<Address> = open.into_iter().take(granted.recipients as usize).collect();
+            let mut part = open;
+            part.truncate(granted.recipients as usize);
+            email.recipients.truncate(part.len());
             tried.extend(part.iter().map(ToString::to_string));
-            let begun = Instant::now();
-            let email = self
-                .compose(task, chosen, prepared, &message_id, &part)
-                .map_err(|f| started(attempt, f))?;
-            self.observe("compose", begun);
             if task.is_expired(self.clock.now()) {
                 return Err(Verdict::Expired);
             }
