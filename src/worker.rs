@@ -213,7 +213,8 @@ impl Worker {
         }
         tracing::info!(
             attempt = attempt.number(&task.row),
-            level = %task.level,
+            // Not `level`: in JSON that is the severity's key.
+            job_level = %task.level,
             via = attempt.sender.as_ref().map(|s| s.via),
             account = attempt.sender.as_ref().and_then(|s| s.account.as_deref()),
             accepted = count(RecipientStatus::Accepted),

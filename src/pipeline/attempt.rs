@@ -212,9 +212,8 @@ impl Pipeline {
             }
             let lease = self.connection(task, attempt, chosen).await?;
             let begun = Instant::now();
-            let mut email = self
-                .compose(task, chosen, prepared, &message_id, &open)
-                .map_err(|f| started(attempt, f))?;
+            let mut email =
+                Self::compose(task, chosen, prepared, &message_id, &open).map_err(|f| started(attempt, f))?;
             self.observe("compose", begun);
             // The slot last: it is the right to write MAIL FROM, and soon runs out. It may cover only a part.
             let granted = match slot.take().filter(Slot::is_valid) {
@@ -258,7 +257,6 @@ impl Pipeline {
     }
 
     fn compose(
-        &self,
         task: &Task,
         chosen: &Chosen,
         prepared: &Prepared,

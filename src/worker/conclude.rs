@@ -63,9 +63,9 @@ impl Worker {
     }
 
     /// Parks a claimed job behind older ones of its account.
-    pub fn park_busy(self: &Arc<Self>, picked: Picked, row: Box<Row>) {
+    pub fn park_busy(self: &Arc<Self>, picked: Picked, row: Row) {
         let delay = std::time::Duration::ZERO;
-        let (task, delivery) = self.task(picked.arrival, *row);
+        let (task, delivery) = self.task(picked.arrival, row);
         self.conclude_at_once(
             task,
             delivery,
