@@ -119,10 +119,8 @@ async fn an_envelope_larger_than_a_limit_is_split_under_one_message_id() {
     job["to"] = json!(names);
     world.publish(Level::Medium, "acme", &job).await;
     let sent = reports.final_of("many").await;
-    assert_eq!(
-        (sent.kind(), &sent.json["data"]["partial"]),
-        ("mail.sent", &json!(false))
-    );
+    assert_eq!(sent.kind(), "mail.sent");
+    assert_ne!(sent.json["data"]["partial"], true);
     let mails = server.received();
     let sizes: Vec<_> = mails.iter().map(|mail| mail.to.len()).collect();
     assert_eq!(sizes, [3, 3, 1]);
