@@ -216,11 +216,7 @@ impl Pipeline {
             let mut email =
                 Self::compose(task, chosen, prepared, &message_id, &open).map_err(|f| started(attempt, f))?;
             self.observe("compose", begun);
-<<<<<<< HEAD
             // Last of all: a slot is valid only briefly, and the limit has to hold at the provider.
-=======
-            // The slot last: it is the right to write MAIL FROM, and soon runs out. It may cover only a part.
->>>>>>> refs/heads/flow
             let granted = match slot.take().filter(Slot::is_valid) {
                 Some(slot) => slot,
                 None if !limited => Slot::unlimited(),
@@ -229,16 +225,9 @@ impl Pipeline {
                         .await?
                 }
             };
-<<<<<<< HEAD
             open.truncate(granted.recipients as usize);
             email.recipients.truncate(open.len());
             tried.extend(open.iter().map(ToString::to_string));
-=======
-            let mut part = open;
-            part.truncate(granted.recipients as usize);
-            email.recipients.truncate(part.len());
-            tried.extend(part.iter().map(ToString::to_string));
->>>>>>> refs/heads/flow
             if task.is_expired(self.clock.now()) {
                 return Err(Verdict::Expired);
             }

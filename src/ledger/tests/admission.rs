@@ -150,7 +150,6 @@ async fn a_known_job_is_answered_by_its_state() {
         ));
 
         let held = world.go(request(&epoch, "acme", "held")).await;
-<<<<<<< HEAD
         let outcome = Next::Hold {
             body: Some(super::world::body()),
         };
@@ -158,12 +157,6 @@ async fn a_known_job_is_answered_by_its_state() {
             world.settle_one(settlement(&held, outcome)).await,
             Settled::Written
         );
-=======
-        let hold = Next::Hold {
-            body: Some(super::world::body()),
-        };
-        assert_eq!(world.settle_one(settlement(&held, hold)).await, Settled::Written);
->>>>>>> refs/heads/flow
         assert!(matches!(world.admit_one(again("held")).await, Admitted::Held));
 
         assert_eq!(
