@@ -234,6 +234,8 @@ impl Ledger {
         let rows = client
             .query(&sql, &[&epoch.number, &micros(epoch.lease), &micros(deadline)])
             .await?;
+        drop(client);
+        self.end_cancelled().await?;
         let mut takeover = Takeover::default();
         for row in rows {
             takeover.moved += row.try_get::<_, i32>("moved")?;
@@ -244,6 +246,24 @@ impl Ledger {
             }
         }
         Ok(takeover)
+    }
+}
+
+impl Ledger {
+    /// Ends jobs whose cancel could not be granted while they were leased, and whose lease has ended since without an
+    /// outcome.
+    async fn end_cancelled(&self) -> Result<(), DbError> {
+        let sql = self
+            .db
+            .sql("SELECT tenant, id FROM {s}.job WHERE cancel AND state IN (0, 2) LIMIT 1000");
+        let rows = self.db.client().await?.query(&sql, &[]).await?;
+        for row in rows {
+            let (tenant, id): (&str, &str) = (row.try_get(0)?, row.try_get(1)?);
+            if let (Ok(tenant), Ok(id)) = (tenant.parse(), id.parse()) {
+                self.cancel(&tenant, &id).await?;
+            }
+        }
+        Ok(())
     }
 }
 

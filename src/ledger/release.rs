@@ -104,10 +104,10 @@ impl Ledger {
         let (known, before) = epoch.look();
         let sql = self.db.sql(
             "WITH lost AS (
-                 UPDATE {s}.job SET state = CASE WHEN body IS NULL THEN 0 ELSE 2 END, due_at = clock_timestamp(),
-                     reason = 2, slot_at = NULL, slot_cost = NULL, updated_at = clock_timestamp()
+                 UPDATE {s}.job SET state = CASE WHEN body IS NULL THEN 0 ELSE 2 END, claim = NULL, phase = 0,
+                     merged = false, due_at = clock_timestamp(), reason = 2, slot_at = NULL, slot_cost = NULL, updated_at = clock_timestamp()
                  WHERE state = 1 AND epoch = $1 AND claim < $3 AND claim <> ALL ($2) RETURNING tenant, id, state)
-             SELECT {s}.touch_lanes(array_agg(tenant), array_agg(id), array_agg(0::bigint)), count(*)
+             SELECT {s}.touch_lanes(array_agg(tenant), array_agg(id)), count(*)
              FROM lost HAVING count(*) > 0",
         );
         let client = self.db.client().await?;

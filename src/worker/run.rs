@@ -83,18 +83,21 @@ pub enum WorkerError {
 /// If it cannot start for a reason that waiting does not cure, or a part of it died.
 pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError> {
     let database = Database::connect(&settings.database)?;
+    let supervisor = Supervisor::new(settings.broker.clone(), Arc::clone(&service.metrics));
+    service.follow_urls(supervisor.url(), database.clone());
     let ready = service.readiness.component("database");
+    let amqp = service.readiness.component("amqp");
     if !database.wait_until_usable(&ready, &service.shutdown.soft).await? {
         return Ok(service.finish().await?);
     }
     let keys = Keys::open(&settings.keys, &database).await?;
     service.follow_keys(keys.clone(), database.clone());
-    let supervisor = Supervisor::new(settings.broker.clone(), Arc::clone(&service.metrics));
     let (worker, arrivals) = build(settings, &service, keys, database, ready, &supervisor).await?;
     let end = CancellationToken::new();
     let parts = Parts {
         worker: Arc::clone(&worker),
         service: &service,
+        amqp,
         end: end.clone(),
     };
     let takers = parts.start(arrivals);
@@ -124,10 +127,6 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError
 }
 
 /// Puts a worker together.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "the parts of a worker meet here and nowhere else"
-)]
 async fn build(
     settings: Settings,
     service: &Service,
@@ -208,6 +207,7 @@ async fn build(
 struct Parts<'a> {
     worker: Arc<Worker>,
     service: &'a Service,
+    amqp: health::Handle,
     end: CancellationToken,
 }
 
@@ -233,7 +233,8 @@ impl Parts<'_> {
             "database",
             database.watch(self.worker.database.clone(), soft.clone()),
         );
-        self.service.follow_broker(self.worker.connected.clone());
+        self.service
+            .follow_broker(self.amqp, self.worker.connected.clone());
         takers
     }
 }
