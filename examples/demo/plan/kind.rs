@@ -64,12 +64,7 @@ pub(crate) const SHARES: &[Share] = &[
     share(Kind::Copies, 60, "copies", "several recipients, Cc and Bcc"),
     share(Kind::InlineImage, 50, "image", "inline image"),
     share(Kind::SmallFile, 50, "file", "attachment"),
-    share(
-        Kind::LargeFile,
-        25,
-        "large",
-        "large attachment: becomes a link",
-    ),
+    share(Kind::LargeFile, 25, "large", "large attachment: becomes a link"),
     share(Kind::FetchedFile, 25, "fetched", "attachment from a URL"),
     share(
         Kind::FetchedLarge,
