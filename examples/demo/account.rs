@@ -176,7 +176,7 @@ impl Audit {
 
     fn dead_letters(&mut self, plan: &Plan, seen: &Seen) {
         let mut expected: HashMap<&str, usize> = HashMap::new();
-        for reason in plan.messages.iter().filter_map(|message| message.dead_reason()) {
+        for reason in plan.messages.iter().filter_map(super::plan::Message::dead_reason) {
             *expected.entry(reason).or_default() += 1;
         }
         let reasons: HashSet<&str> = expected

@@ -138,7 +138,7 @@ impl Plan {
 
     /// How many reports must come that are final, unreadable bodies included.
     pub(crate) fn finals(&self) -> usize {
-        self.count(|message| message.has_final())
+        self.count(Message::has_final)
     }
 
     pub(crate) fn count(&self, which: impl Fn(&Message) -> bool) -> usize {

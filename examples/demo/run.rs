@@ -17,7 +17,7 @@ use crate::screen::{Progress, Screen};
 use crate::setup::World;
 
 /// For everything to come back, from the first publish on. What is missing then is named.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_mins(1);
 /// For one answer of the broker.
 const BROKER_LIMIT: Duration = Duration::from_secs(10);
 /// Publishes awaiting their confirms at once.

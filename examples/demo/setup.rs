@@ -143,9 +143,12 @@ impl World {
 
     /// Runs a command, showing it.
     async fn command(&self, screen: &Screen, arguments: &[&str], input: &str) -> Result<String, String> {
-        let quoted = |argument: &&str| match argument.contains([' ', '<', '\'']) {
-            true => format!("'{argument}'"),
-            false => (*argument).to_owned(),
+        let quoted = |argument: &&str| {
+            if argument.contains([' ', '<', '\'']) {
+                format!("'{argument}'")
+            } else {
+                (*argument).to_owned()
+            }
         };
         let mut shown: Vec<String> = arguments.iter().map(quoted).collect();
         if !input.is_empty() {

@@ -57,7 +57,7 @@ pub(super) fn message(kind: Kind, n: usize, around: &Surroundings) -> Message {
         Kind::InlineImage => draft.inline_image(n),
         Kind::SmallFile => draft.attach(&File::noise("terms.pdf", n, 2000, Delivered::Attached), None),
         Kind::LargeFile => {
-            draft.bodies(n, true, n % 2 == 0);
+            draft.bodies(n, true, n.is_multiple_of(2));
             // Five contents for all of them: what is stored already is not stored again.
             let file = File::noise("catalogue.pdf", n % 5, LARGE_FILE_BYTES + 9000, Delivered::Linked);
             draft.attach(&file, None);
