@@ -13,6 +13,9 @@ use crate::pipeline::{Attempt, Verdict};
 use crate::report::{RecipientResult, RecipientStatus, Report, ReportData, ReportType, Timings, event_id};
 use crate::retry::RetryPolicy;
 
+/// Longest wait between two looks for a missing key.
+const LONGEST_KEY_WAIT: Duration = Duration::from_mins(5);
+
 /// What the decision depends on besides the attempt itself.
 #[derive(Debug, Clone)]
 pub struct Circumstances<'a> {
@@ -106,18 +109,20 @@ fn unknown_refusal() -> Failure {
 fn again(at: &Circumstances<'_>, mut attempt: Attempt, failure: &Failure, body: Option<Body>) -> Settlement {
     let age = at.now.duration_since(at.row.created);
     let age = Duration::try_from(age.max(SignedDuration::ZERO)).unwrap_or_default();
+    if failure.is_missing_key() {
+        // However long it takes: keys are the operator's to bring.
+        let delay = age.clamp(at.retry.base, LONGEST_KEY_WAIT.max(at.retry.base));
+        let delay = delay.mul_f64(0.85 + 0.3 * at.jitter);
+        attempt.failure = Some(failure.clone());
+        return wait(at, attempt, WaitReason::Key, delay, body);
+    }
     let attempts = attempt.number(at.row);
     let retry = attempt.retry.unwrap_or(at.retry);
     let Some(delay) = retry.next(attempts, age, failure.retry_after, at.jitter) else {
         return give_up(at, attempt, failure);
     };
     attempt.failure = Some(failure.clone());
-    let reason = if failure.reason == "key_unknown" {
-        WaitReason::Key
-    } else {
-        WaitReason::Retry
-    };
-    wait(at, attempt, reason, delay, body)
+    wait(at, attempt, WaitReason::Retry, delay, body)
 }
 
 /// Retries are used up: whoever still waits will not get it.
@@ -210,7 +215,8 @@ fn wait(
 /// enough to be worth telling.
 fn is_reported(at: &Circumstances<'_>, attempt: &Attempt, reason: WaitReason, delay: Duration) -> bool {
     match reason {
-        WaitReason::Retry | WaitReason::Key => attempt.number(at.row) == 1,
+        WaitReason::Retry => attempt.number(at.row) == 1,
+        WaitReason::Key => at.new,
         WaitReason::Rate | WaitReason::Schedule => at.new && delay >= at.deferred_report_after,
         WaitReason::Busy | WaitReason::Contract => false,
     }

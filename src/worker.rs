@@ -19,8 +19,7 @@ pub mod permits;
 pub mod reporter;
 mod run;
 
-use std::collections::HashSet;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -35,11 +34,11 @@ use crate::health;
 use crate::id::AccountKey;
 use crate::ledger::batches::Batches;
 use crate::ledger::release::{ReleaseRequest, Released};
-use crate::ledger::{Epoch, Lease, Ledger, Row};
+use crate::ledger::{Epoch, Lease, Ledger};
 use crate::pipeline::Attempt;
 use crate::pipeline::attempt::Pipeline;
 use crate::pipeline::task::{SharedClock, Task};
-use crate::report::RecipientStatus;
+use crate::report::{RecipientResult, RecipientStatus};
 use crate::retry::RetryPolicy;
 use crate::telemetry::metrics::Metrics;
 
@@ -94,36 +93,18 @@ pub struct Worker {
     /// Readiness of the database.
     pub database: health::Handle,
     epoch: RwLock<Arc<Epoch>>,
-    claims: Mutex<Claims>,
     caps: Arc<run::Caps>,
     arrivals: mpsc::Sender<arrival::Arrival>,
     name: String,
 }
 
-/// Claims being worked on, and the claim counter as it was at the last look.
-#[derive(Debug, Default)]
-struct Claims {
-    in_flight: HashSet<i64>,
-    looked_at: i64,
-    before: i64,
-}
-
-/// A claim being worked on, until dropped.
+/// One more job between its lease and its settlement, until dropped.
 #[derive(Debug)]
-pub struct InFlight {
-    worker: Arc<Worker>,
-    claim: i64,
-}
+struct InFlight(Arc<Metrics>);
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.worker.metrics.in_flight.dec();
-        self.worker
-            .claims
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .in_flight
-            .remove(&self.claim);
+        self.0.in_flight.dec();
     }
 }
 
@@ -137,11 +118,7 @@ impl Worker {
     /// A lease to ask for.
     #[must_use]
     pub fn claim(&self) -> Lease {
-        let epoch = self.epoch();
-        Lease {
-            claim: epoch.next_claim(),
-            epoch,
-        }
+        self.epoch().claim()
     }
 
     /// Registers as a new worker after the old epoch died.
@@ -155,28 +132,10 @@ impl Worker {
         }
     }
 
-    /// Notes that a claim is being worked on.
-    fn in_flight(self: &Arc<Self>, row: &Row) -> InFlight {
+    /// Counts a job between its lease and its settlement.
+    fn in_flight(&self) -> InFlight {
         self.metrics.in_flight.inc();
-        let claim = row.lease.claim;
-        self.claims
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .in_flight
-            .insert(claim);
-        InFlight {
-            worker: Arc::clone(self),
-            claim,
-        }
-    }
-
-    /// Claims being worked on, and the number that claims had reached one look ago.
-    fn old_claims(&self) -> (Vec<i64>, i64) {
-        let now = self.epoch().next_claim();
-        let mut claims = self.claims.lock().unwrap_or_else(PoisonError::into_inner);
-        claims.before = claims.looked_at;
-        claims.looked_at = now;
-        (claims.in_flight.iter().copied().collect(), claims.before)
+        InFlight(Arc::clone(&self.metrics))
     }
 
     /// A job of this account found no connection.
@@ -225,7 +184,14 @@ impl Worker {
             return;
         }
         let count = |status| attempt.recipients.iter().filter(|r| r.status == status).count();
-        for recipient in &attempt.recipients {
+        let before = &task.row.recipients;
+        let news = |place: usize| before.get(place).is_none_or(RecipientResult::is_open);
+        for (_, recipient) in attempt
+            .recipients
+            .iter()
+            .enumerate()
+            .filter(|(place, _)| news(*place))
+        {
             let class = attempt.failure.as_ref().map_or("", |f| f.class.as_str());
             let (status, class) = match recipient.status {
                 RecipientStatus::Accepted => ("accepted", ""),

@@ -1,6 +1,10 @@
 -- The ledger: one row per job, the waiting room, the rolling limits, the workers and their leases.
 -- Life of a job and the reasons behind each rule: docs/guarantees.md.
--- Lock order everywhere: rate rows, connection caps, lanes of a release (never waited for), jobs, lanes; each by key.
+-- Lock order everywhere: rate rows, connection caps, jobs, lanes; each by key. A release takes lanes first, but waits
+-- for no lock at all. What is left (a limit created in that very moment) ends as 40P01, which callers repeat.
+-- The functions of the hot path fix their plans: with the statistics of an empty table, or of one that has just grown,
+-- the planner would walk all leased or all waiting jobs for every batch. IS NOT DISTINCT FROM keeps it off the partial
+-- indexes on job for the same reason: rows named by their key are to be found by their key.
 
 CREATE TABLE worker (
     epoch        bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -36,7 +40,10 @@ CREATE TABLE job (
     slot_cost       integer,
     attempt         integer NOT NULL DEFAULT 0,
     uncertain       integer NOT NULL DEFAULT 0,
+    -- Asked for while it could not be granted: the job ends as cancelled unless its attempt succeeds.
     cancel          boolean NOT NULL DEFAULT false,
+    -- An earlier owner's acceptance was written into the row under the present lease: its owner knows too little.
+    merged          boolean NOT NULL DEFAULT false,
     -- The waiting room: as received, with plain overrides sealed.
     body            bytea,
     body_size       integer,
@@ -56,13 +63,16 @@ CREATE TABLE job (
     outbox          text[],
     outbox_seq      bigint[],
     outbox_at       timestamptz,
-    PRIMARY KEY (tenant, id)
+    PRIMARY KEY (tenant, id),
+    CONSTRAINT job_waits_complete CHECK (state <> 2 OR (body IS NOT NULL AND due_at IS NOT NULL AND reason IS NOT NULL))
 ) WITH (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
 ALTER TABLE job ALTER body SET STORAGE EXTERNAL;
 
 CREATE INDEX job_leased ON job (epoch) WHERE state = 1;
 CREATE INDEX job_waiting ON job (account, level, tenant, due_at) WHERE state = 2;
 CREATE INDEX job_outbox ON job (outbox_at) WHERE outbox IS NOT NULL;
+-- Cancelled while leased to a worker that then died: to be ended by whoever takes over.
+CREATE INDEX job_cancelled ON job (tenant, id) WHERE cancel AND state IN (0, 2);
 CREATE INDEX job_finished ON job USING brin (finished_at) WITH (pages_per_range = 32);
 
 -- One row per (account, level, tenant) that has waiting jobs: who is to be looked at, and when.
@@ -83,6 +93,7 @@ CREATE TABLE rate (
     key     text COLLATE "C" PRIMARY KEY,   -- 'acme/' the tenant, 'acme/main' an account
     per     bigint[] NOT NULL,              -- window, µs
     unit    smallint[] NOT NULL,            -- 0 messages, 1 recipients
+    since   bigint[] NOT NULL,              -- µs; slots granted before were never counted here
     lim     integer[] NOT NULL,
     width   bigint[] NOT NULL,              -- bucket, µs
     size    integer[] NOT NULL,             -- buckets in the ring
@@ -109,45 +120,77 @@ CREATE TABLE connection_lease (
 );
 
 CREATE FUNCTION micros(t timestamptz) RETURNS bigint LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN (extract(epoch FROM t) * 1000000)::bigint;
+    AS $$ SELECT (extract(epoch FROM t) * 1000000)::bigint $$;
 
 CREATE FUNCTION instant(us bigint) RETURNS timestamptz LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN timestamptz 'epoch' + us * interval '1 microsecond';
+    AS $$ SELECT timestamptz 'epoch' + us * interval '1 microsecond' $$;
 
 -- The limits a send counts against: the tenant's, the owner's of a borrowed account, the account's.
 CREATE FUNCTION charged_keys(p_tenant text, p_account text) RETURNS text[] LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN CASE WHEN split_part(p_account, '/', 1) = p_tenant THEN ARRAY[p_tenant || '/', p_account]
-                ELSE ARRAY[p_tenant || '/', split_part(p_account, '/', 1) || '/', p_account] END;
+    AS $$ SELECT CASE WHEN split_part(p_account, '/', 1) = p_tenant THEN ARRAY[p_tenant || '/', p_account]
+                 ELSE ARRAY[p_tenant || '/', split_part(p_account, '/', 1) || '/', p_account] END $$;
 
 -- ── Limits ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
--- Replaces the limits of a key. What has been sent under a limit of the same window and unit still counts;
--- a new window starts empty.
+-- Jobs that wait for one of these limits are looked at again at once. p_wait: also behind locks; a caller that holds
+-- lanes passes false. What is passed over then is looked at within a minute anyway (see blocked_until).
+CREATE FUNCTION wake_lanes(p_keys text[], p_wait boolean) RETURNS void
+LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+DECLARE
+    v_a text[]; v_l smallint[]; v_t text[]; v_now timestamptz := clock_timestamp();
+BEGIN
+    IF cardinality(p_keys) = 0 THEN
+        RETURN;
+    ELSIF p_wait THEN
+        SELECT array_agg(q.account), array_agg(q.level), array_agg(q.tenant) INTO v_a, v_l, v_t
+        FROM (SELECT l.account, l.level, l.tenant FROM lane l
+              WHERE l.next_at > v_now AND (l.account = ANY (p_keys) OR l.tenant || '/' = ANY (p_keys)
+                                           OR split_part(l.account, '/', 1) || '/' = ANY (p_keys))
+              ORDER BY l.account, l.level, l.tenant FOR UPDATE) q;
+    ELSE
+        SELECT array_agg(q.account), array_agg(q.level), array_agg(q.tenant) INTO v_a, v_l, v_t
+        FROM (SELECT l.account, l.level, l.tenant FROM lane l
+              WHERE l.next_at > v_now AND (l.account = ANY (p_keys) OR l.tenant || '/' = ANY (p_keys)
+                                           OR split_part(l.account, '/', 1) || '/' = ANY (p_keys))
+              FOR UPDATE SKIP LOCKED) q;
+    END IF;
+    UPDATE lane l SET next_at = v_now FROM unnest(v_a, v_l, v_t) u(a, l, t)
+        WHERE l.account = u.a AND l.level = u.l AND l.tenant = u.t;
+END $$;
+
+-- Until when a lane whose limit is shut is left alone: a minute at most, so that a wake-up lost to a race is made good.
+CREATE FUNCTION blocked_until(us bigint) RETURNS timestamptz LANGUAGE sql VOLATILE
+    AS $$ SELECT least(timestamptz 'epoch' + us * interval '1 microsecond', clock_timestamp() + interval '1 minute') $$;
+
+-- Replaces the limits of a key; a limit of 0 is none. What has been sent under a limit of the same window and unit
+-- still counts; a new window starts empty.
 CREATE FUNCTION set_limits_v1(p_key text, p_limits jsonb) RETURNS void
 LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 DECLARE
-    old rate; n integer; l integer; o integer; e jsonb; w bigint; d bigint;
-    a_per bigint[] := '{}'; a_unit smallint[] := '{}'; a_lim integer[] := '{}'; a_width bigint[] := '{}';
-    a_size integer[] := '{}'; a_base integer[] := '{}'; a_ring integer[] := '{}'; a_used integer[] := '{}';
-    a_head bigint[] := '{}'; keep integer[];
+    old rate; n integer; l integer := 0; o integer; e jsonb; w bigint; d bigint; v_now bigint;
+    a_per bigint[] := '{}'; a_unit smallint[] := '{}'; a_since bigint[] := '{}'; a_lim integer[] := '{}';
+    a_width bigint[] := '{}'; a_size integer[] := '{}'; a_base integer[] := '{}'; a_ring integer[] := '{}';
+    a_used integer[] := '{}'; a_head bigint[] := '{}'; keep integer[];
 BEGIN
-    IF p_limits IS NULL OR jsonb_array_length(p_limits) = 0 THEN
-        DELETE FROM rate WHERE key = p_key;
-        RETURN;
-    END IF;
-    IF jsonb_array_length(p_limits) > 8 THEN
-        RAISE EXCEPTION 'at most 8 limits' USING ERRCODE = '23514';
-    END IF;
+    INSERT INTO rate (key, per, unit, since, lim, width, size, base, ring, used, head)
+        VALUES (p_key, '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}') ON CONFLICT (key) DO NOTHING;
     SELECT * INTO old FROM rate WHERE key = p_key FOR UPDATE;
-    FOR e IN SELECT * FROM jsonb_array_elements(p_limits) LOOP
+    v_now := greatest(micros(clock_timestamp()), old.last);
+    FOR e IN SELECT * FROM jsonb_array_elements(coalesce(p_limits, '[]')) LOOP
+        CONTINUE WHEN (e ->> 'limit')::integer <= 0;
+        l := l + 1;
+        IF l > 8 THEN
+            RAISE EXCEPTION 'at most 8 limits' USING ERRCODE = '23514';
+        END IF;
         w := (e ->> 'per')::bigint;
         d := greatest(w / 120, 250000);
-        l := coalesce(array_length(a_per, 1), 0) + 1;
         a_per[l] := w;
         a_unit[l] := CASE WHEN e ->> 'unit' = 'recipients' THEN 1 ELSE 0 END;
+        a_since[l] := v_now + 1;
         a_lim[l] := (e ->> 'limit')::integer;
         a_width[l] := greatest(w / 120, 1);
-        n := ((w + d) / a_width[l])::integer + 2;
+        -- as many whole buckets as window and validity can touch
+        n := ((w + d + a_width[l] - 1) / a_width[l])::integer + 1;
         a_size[l] := n;
         a_base[l] := coalesce(array_length(a_ring, 1), 0);
         keep := array_fill(0, ARRAY[n]);
@@ -158,25 +201,27 @@ BEGIN
                 keep := old.ring[old.base[o] + 1 : old.base[o] + old.size[o]];
                 a_used[l] := old.used[o];
                 a_head[l] := old.head[o];
+                a_since[l] := old.since[o];
             END IF;
         END LOOP;
         a_ring := a_ring || keep;
     END LOOP;
-    INSERT INTO rate (key, per, unit, lim, width, size, base, ring, used, head)
-        VALUES (p_key, a_per, a_unit, a_lim, a_width, a_size, a_base, a_ring, a_used, a_head)
-    ON CONFLICT (key) DO UPDATE SET per = excluded.per, unit = excluded.unit, lim = excluded.lim,
-        width = excluded.width, size = excluded.size, base = excluded.base, ring = excluded.ring,
-        used = excluded.used, head = excluded.head, next_at = 0;
-    -- Jobs that wait for the old limit look again at once.
-    UPDATE lane SET next_at = clock_timestamp()
-        WHERE fifo > 0 AND next_at > clock_timestamp() AND (account = p_key OR tenant || '/' = p_key);
+    IF l = 0 THEN
+        DELETE FROM rate WHERE key = p_key;
+    ELSE
+        UPDATE rate SET per = a_per, unit = a_unit, since = a_since, lim = a_lim, width = a_width, size = a_size,
+            base = a_base, ring = a_ring, used = a_used, head = a_head, next_at = 0 WHERE key = p_key;
+    END IF;
+    PERFORM wake_lanes(ARRAY[p_key], true);
 END $$;
 
--- What is left under the limits of one row at time t (µs): messages, recipients, and the largest envelope that can
--- ever pass.
+-- The functions from here to refund_slots are called by those below, which set search_path.
+
+-- What is left under the limits of one row at time t (µs): messages, recipients, the largest envelope that can ever
+-- pass, and for how long (µs) a slot may be used.
 CREATE FUNCTION rate_room(r rate, t bigint, OUT messages integer, OUT recipients integer, OUT largest integer,
                           OUT valid bigint)
-LANGUAGE plpgsql STABLE SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql STABLE AS $$
 DECLARE
     l integer; g bigint; i bigint; u integer;
 BEGIN
@@ -207,7 +252,7 @@ END $$;
 -- something was denied that needed so much.
 CREATE FUNCTION rate_count(p_key text, t bigint, p_messages integer, p_recipients integer,
                            p_denied boolean, p_need_recipients integer) RETURNS bigint
-LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql AS $$
 DECLARE
     r rate; l integer; g bigint; i bigint; k integer; need integer; acc integer; free_at bigint := 0;
     v_ring integer[]; v_used integer[]; v_head bigint[];
@@ -255,43 +300,50 @@ END $$;
 
 -- Grants slots in the order given. granted: recipients covered, 0 if denied; slot_us: null if nothing limits it.
 -- The locks come first and the clock is read after them, so that waiting for a lock cannot reopen a window.
-CREATE FUNCTION take_slots(p_tenants text[], p_accounts text[], p_costs integer[])
+-- p_held: the keys that the caller has locked already; null: to be locked here.
+CREATE FUNCTION take_slots(p_tenants text[], p_accounts text[], p_costs integer[], p_held text[])
 RETURNS TABLE (granted integer[], slot_us bigint, valid_us bigint[], next_us bigint[])
-LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql AS $$
 DECLARE
     n integer := coalesce(array_length(p_tenants, 1), 0);
-    v_keys text[]; v_names text[] := '{}'; v_next bigint[] := '{}'; v_m integer[] := '{}'; v_r integer[] := '{}';
-    v_largest integer[] := '{}'; v_valid bigint[] := '{}'; v_gm integer[]; v_gr integer[]; v_need integer[];
-    v_denied boolean[]; v_shut boolean[] := '{}';
-    rec rate; room record; i integer; k integer; p integer; c integer; t bigint; shut bigint; ok boolean;
-    v_pos integer[]; key text; free_at bigint;
+    v_keys text[]; v_held text[] := p_held; v_names text[] := '{}'; v_next bigint[] := '{}'; v_m integer[] := '{}';
+    v_r integer[] := '{}'; v_largest integer[] := '{}'; v_valid bigint[] := '{}'; v_gm integer[]; v_gr integer[];
+    v_need integer[]; v_denied boolean[]; v_shut boolean[] := '{}';
+    rec rate; room record; i integer; p integer := 0; c integer; t bigint; shut bigint; ok boolean;
+    v_pos integer[]; key text;
 BEGIN
     granted := p_costs; slot_us := NULL;
     valid_us := array_fill(NULL::bigint, ARRAY[n]); next_us := array_fill(NULL::bigint, ARRAY[n]);
     SELECT array_agg(DISTINCT u.k ORDER BY u.k) INTO v_keys
-        FROM unnest(p_tenants, p_accounts) j(t, a), unnest(charged_keys(j.t, j.a)) u(k);
-    t := micros(clock_timestamp());
-    -- A key known to be shut is read without its lock: a stale answer errs on the safe side.
-    PERFORM 1 FROM rate r WHERE r.key = ANY (v_keys) AND r.next_at <= t ORDER BY r.key FOR UPDATE;
+        FROM (SELECT DISTINCT j.t, j.a FROM unnest(p_tenants, p_accounts) j(t, a)) j, unnest(charged_keys(j.t, j.a)) u(k);
+    IF v_held IS NULL THEN
+        t := micros(clock_timestamp());
+        -- A key known to be shut is read without its lock: a stale answer errs on the safe side.
+        SELECT coalesce(array_agg(q.key), '{}') INTO v_held
+            FROM (SELECT r.key FROM rate r WHERE r.key = ANY (v_keys) AND r.next_at <= t ORDER BY r.key FOR UPDATE) q;
+    END IF;
     t := micros(clock_timestamp());
     FOR rec IN SELECT * FROM rate r WHERE r.key = ANY (v_keys) ORDER BY r.key LOOP
-        p := coalesce(array_length(v_names, 1), 0) + 1;
-        v_names[p] := rec.key; v_next[p] := rec.next_at; v_shut[p] := rec.next_at > t;
-        t := greatest(t, rec.last);
+        p := p + 1;
+        -- What is not locked must not be granted, even if it has become free since.
+        v_names[p] := rec.key; v_next[p] := rec.next_at; v_shut[p] := rec.key <> ALL (v_held);
+        IF NOT v_shut[p] THEN
+            t := greatest(t, rec.last);
+        END IF;
     END LOOP;
-    IF coalesce(array_length(v_names, 1), 0) = 0 THEN
+    IF p = 0 THEN
         RETURN NEXT;
         RETURN;
     END IF;
     slot_us := t;
+    v_gm := array_fill(0, ARRAY[p]); v_gr := array_fill(0, ARRAY[p]); v_need := array_fill(1, ARRAY[p]);
+    v_denied := array_fill(false, ARRAY[p]);
     p := 0;
-    FOR rec IN SELECT * FROM rate r WHERE r.key = ANY (v_keys) ORDER BY r.key LOOP
+    FOR rec IN SELECT * FROM rate r WHERE r.key = ANY (v_names) ORDER BY r.key LOOP
         p := p + 1;
         SELECT * INTO room FROM rate_room(rec, t);
         v_m[p] := room.messages; v_r[p] := room.recipients; v_largest[p] := room.largest; v_valid[p] := room.valid;
     END LOOP;
-    v_gm := array_fill(0, ARRAY[p]); v_gr := array_fill(0, ARRAY[p]); v_need := array_fill(1, ARRAY[p]);
-    v_denied := array_fill(false, ARRAY[p]);
     FOR i IN 1 .. n LOOP
         v_pos := '{}'; ok := true; shut := NULL; c := p_costs[i];
         FOREACH key IN ARRAY charged_keys(p_tenants[i], p_accounts[i]) LOOP
@@ -305,9 +357,11 @@ BEGIN
             IF v_shut[p] THEN
                 ok := false; shut := greatest(shut, v_next[p]);
             ELSIF v_m[p] < 1 OR v_r[p] < c THEN
-                ok := false; v_denied[p] := true; v_need[p] := greatest(v_need[p], c);
-                -- Nothing smaller overtakes: what does not fit blocks its key for the rest of this call.
-                v_m[p] := 0;
+                ok := false;
+                IF NOT v_denied[p] THEN
+                    -- Nothing smaller overtakes: what does not fit blocks its key for the rest of this call.
+                    v_denied[p] := true; v_need[p] := c; v_m[p] := 0;
+                END IF;
             END IF;
         END LOOP;
         IF ok THEN
@@ -321,8 +375,7 @@ BEGIN
     END LOOP;
     FOR p IN 1 .. array_length(v_names, 1) LOOP
         CONTINUE WHEN v_shut[p] OR (v_gm[p] = 0 AND NOT v_denied[p]);
-        free_at := rate_count(v_names[p], t, v_gm[p], v_gr[p], v_denied[p], v_need[p]);
-        v_next[p] := free_at;
+        v_next[p] := rate_count(v_names[p], t, v_gm[p], v_gr[p], v_denied[p], v_need[p]);
     END LOOP;
     FOR i IN 1 .. n LOOP
         CONTINUE WHEN granted[i] > 0;
@@ -336,29 +389,33 @@ BEGIN
 END $$;
 
 -- Gives slots back that never reached MAIL FROM: out of the very bucket they were counted in, if it still counts.
-CREATE FUNCTION refund_slots(p_tenants text[], p_accounts text[], p_costs integer[], p_slots bigint[]) RETURNS void
-LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+-- Returns the keys that were shut: their lanes are to be woken. The caller has locked the keys and read the slots after.
+CREATE FUNCTION refund_slots(p_tenants text[], p_accounts text[], p_costs integer[], p_slots bigint[]) RETURNS text[]
+LANGUAGE plpgsql AS $$
 DECLARE
-    j record; r rate; l integer; b bigint; k integer; c integer;
+    g record; r rate; l integer; i integer; b bigint; k integer; c integer; v_open text[] := '{}';
 BEGIN
-    PERFORM 1 FROM rate WHERE key IN (
-        SELECT u.k FROM unnest(p_tenants, p_accounts, p_slots) x(t, a, s), unnest(charged_keys(x.t, x.a)) u(k)
-        WHERE x.s IS NOT NULL) ORDER BY key FOR UPDATE;
-    FOR j IN SELECT u.k AS key, x.c AS cost, x.s AS slot
+    FOR g IN SELECT u.k AS key, array_agg(x.c) AS costs, array_agg(x.s) AS slots
              FROM unnest(p_tenants, p_accounts, p_costs, p_slots) x(t, a, c, s), unnest(charged_keys(x.t, x.a)) u(k)
-             WHERE x.s IS NOT NULL ORDER BY u.k LOOP
-        SELECT * INTO r FROM rate WHERE key = j.key;
+             WHERE x.s IS NOT NULL GROUP BY u.k ORDER BY u.k LOOP
+        SELECT * INTO r FROM rate WHERE key = g.key FOR UPDATE;
         CONTINUE WHEN NOT FOUND;
         FOR l IN 1 .. array_length(r.lim, 1) LOOP
-            b := j.slot / r.width[l];
-            CONTINUE WHEN b > r.head[l] OR b <= r.head[l] - r.size[l];
-            k := r.base[l] + (b % r.size[l])::integer + 1;
-            c := least(CASE WHEN r.unit[l] = 0 THEN 1 ELSE j.cost END, r.ring[k]);
-            r.ring[k] := r.ring[k] - c;
-            r.used[l] := r.used[l] - c;
+            FOR i IN 1 .. array_length(g.slots, 1) LOOP
+                b := g.slots[i] / r.width[l];
+                CONTINUE WHEN g.slots[i] < r.since[l] OR b > r.head[l] OR b <= r.head[l] - r.size[l];
+                k := r.base[l] + (b % r.size[l])::integer + 1;
+                c := least(CASE WHEN r.unit[l] = 0 THEN 1 ELSE g.costs[i] END, r.ring[k]);
+                r.ring[k] := r.ring[k] - c;
+                r.used[l] := r.used[l] - c;
+            END LOOP;
         END LOOP;
-        UPDATE rate SET ring = r.ring, used = r.used, next_at = 0 WHERE key = j.key;
+        UPDATE rate SET ring = r.ring, used = r.used, next_at = 0 WHERE key = g.key;
+        IF r.next_at > 0 THEN
+            v_open := v_open || g.key;
+        END IF;
     END LOOP;
+    RETURN v_open;
 END $$;
 
 -- ── Admission ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -374,15 +431,16 @@ CREATE FUNCTION admit_v1(
 RETURNS TABLE (idx integer, verdict smallint, born bigint, seq bigint, attempt integer, created_us bigint,
                granted integer, slot_us bigint, valid_us bigint, wait_us bigint, reason smallint,
                recipients jsonb, message_id text, uncertain integer, owed boolean)
-LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
 DECLARE
     n integer := coalesce(array_length(p_ids, 1), 0);
-    v_now timestamptz := clock_timestamp();
+    v_now timestamptz := clock_timestamp(); v_born bigint;
     v_known boolean[]; v_behind boolean[]; v_shut bigint[]; v_pick integer[] := '{}';
     v_granted integer[] := array_fill(0, ARRAY[n]); v_slot bigint[] := array_fill(NULL::bigint, ARRAY[n]);
     v_valid bigint[] := array_fill(NULL::bigint, ARRAY[n]); v_wait bigint[] := array_fill(NULL::bigint, ARRAY[n]);
     v_verdict smallint[] := array_fill(1::smallint, ARRAY[n]); v_reason smallint[] := array_fill(NULL::smallint, ARRAY[n]);
-    v_new boolean[] := array_fill(false, ARRAY[n]); s record; j record; i integer; k integer; lost integer[];
+    v_new boolean[]; s record; j record; i integer; k integer; lost integer[]; v_own boolean;
 BEGIN
     SELECT array_agg(e.known ORDER BY e.o), array_agg(e.behind ORDER BY e.o), array_agg(e.shut ORDER BY e.o)
         INTO v_known, v_behind, v_shut
@@ -408,10 +466,12 @@ BEGIN
         END IF;
     END LOOP;
     IF array_length(v_pick, 1) > 0 THEN
-        SELECT * INTO s FROM take_slots(
+        -- the more urgent first
+        SELECT array_agg(q.p ORDER BY p_levels[q.p], q.o) INTO v_pick FROM unnest(v_pick) WITH ORDINALITY q(p, o);
+        SELECT g.granted, g.slot_us, g.valid_us, g.next_us INTO s FROM take_slots(
             (SELECT array_agg(p_tenants[q.p] ORDER BY q.o) FROM unnest(v_pick) WITH ORDINALITY q(p, o)),
             (SELECT array_agg(p_accounts[q.p] ORDER BY q.o) FROM unnest(v_pick) WITH ORDINALITY q(p, o)),
-            (SELECT array_agg(p_costs[q.p] ORDER BY q.o) FROM unnest(v_pick) WITH ORDINALITY q(p, o)));
+            (SELECT array_agg(p_costs[q.p] ORDER BY q.o) FROM unnest(v_pick) WITH ORDINALITY q(p, o)), NULL) g;
         FOR k IN 1 .. array_length(v_pick, 1) LOOP
             i := v_pick[k];
             v_granted[i] := s.granted[k];
@@ -426,18 +486,19 @@ BEGIN
         END LOOP;
     END IF;
     v_now := clock_timestamp();
+    v_born := floor(extract(epoch FROM v_now))::bigint * 1000;
+    v_new := array_fill(false, ARRAY[n]);
     FOR j IN
         INSERT INTO job AS x (tenant, id, state, level, account, digest, born, seq, epoch, claim, leased_at,
                               slot_at, slot_cost, batch, created_at, updated_at)
-        SELECT u.t, u.id, 1, u.l, u.a, u.d, floor(extract(epoch FROM v_now))::bigint * 1000,
-               floor(extract(epoch FROM v_now))::bigint * 1000, p_epoch, u.c, v_now, u.s,
+        SELECT u.t, u.id, 1, u.l, u.a, u.d, v_born, v_born, p_epoch, u.c, v_now, u.s,
                CASE WHEN u.s IS NULL THEN NULL ELSE u.g END, u.b, v_now, v_now
         FROM unnest(p_tenants, p_ids, p_levels, p_accounts, p_digests, p_claims, v_slot, v_granted, v_known, p_batches)
              u(t, id, l, a, d, c, s, g, k, b)
         WHERE NOT u.k
         ORDER BY u.t, u.id
         ON CONFLICT ON CONSTRAINT job_pkey DO NOTHING
-        RETURNING x.tenant, x.id, x.claim
+        RETURNING x.claim
     LOOP
         v_new[array_position(p_claims, j.claim)] := true;
     END LOOP;
@@ -445,49 +506,52 @@ BEGIN
     SELECT array_agg(q.o::integer) INTO lost FROM unnest(v_new, v_slot) WITH ORDINALITY q(w, s, o)
         WHERE NOT q.w AND q.s IS NOT NULL;
     IF lost IS NOT NULL THEN
-        PERFORM refund_slots((SELECT array_agg(p_tenants[l]) FROM unnest(lost) l),
-                             (SELECT array_agg(p_accounts[l]) FROM unnest(lost) l),
-                             (SELECT array_agg(v_granted[l]) FROM unnest(lost) l),
-                             (SELECT array_agg(v_slot[l]) FROM unnest(lost) l));
+        PERFORM wake_lanes(refund_slots((SELECT array_agg(p_tenants[l]) FROM unnest(lost) l),
+                                        (SELECT array_agg(p_accounts[l]) FROM unnest(lost) l),
+                                        (SELECT array_agg(v_granted[l]) FROM unnest(lost) l),
+                                        (SELECT array_agg(v_slot[l]) FROM unnest(lost) l)), false);
     END IF;
     FOR i IN 1 .. n LOOP
         CONTINUE WHEN NOT v_new[i];
-        idx := i - 1; verdict := v_verdict[i]; born := floor(extract(epoch FROM v_now))::bigint * 1000; seq := born;
+        idx := i - 1; verdict := v_verdict[i]; born := v_born; seq := born;
         attempt := 0; created_us := micros(v_now); granted := v_granted[i]; slot_us := v_slot[i];
         valid_us := v_valid[i]; wait_us := v_wait[i]; reason := v_reason[i]; recipients := NULL; message_id := NULL;
         uncertain := 0; owed := false;
         RETURN NEXT;
     END LOOP;
     FOR j IN
-        SELECT x.*, (u.o - 1)::integer AS idx0, u.c AS my_claim, u.d AS my_digest, u.sa, u.ea
-        FROM job x JOIN unnest(p_tenants, p_ids, p_claims, p_digests, v_new, p_send_at, p_expires_at)
-             WITH ORDINALITY u(t, id, c, d, w, sa, ea, o) ON x.tenant = u.t AND x.id = u.id
+        SELECT x.tenant, x.id, x.state, x.epoch, x.claim, x.digest, x.cancel, x.born, x.seq, x.attempt, x.created_at,
+               x.recipients, x.message_id, x.uncertain, x.outbox IS NOT NULL AS owed0, (u.o - 1)::integer AS idx0,
+               u.c AS my_claim, u.d AS my_digest, u.sa, u.ea, u.wa
+        FROM job x JOIN unnest(p_tenants, p_ids, p_claims, p_digests, v_new, p_send_at, p_expires_at, p_want)
+             WITH ORDINALITY u(t, id, c, d, w, sa, ea, wa, o) ON x.tenant = u.t AND x.id = u.id
         WHERE NOT u.w
         ORDER BY x.tenant, x.id
         FOR UPDATE OF x
     LOOP
         idx := j.idx0; born := j.born; seq := j.seq; attempt := j.attempt; created_us := micros(j.created_at);
         granted := 0; slot_us := NULL; valid_us := NULL; wait_us := NULL; reason := NULL; recipients := j.recipients;
-        message_id := j.message_id; uncertain := j.uncertain; owed := j.outbox IS NOT NULL;
-        IF j.state = 1 AND j.epoch = p_epoch AND j.claim = j.my_claim THEN
-            verdict := 1;    -- this very statement, repeated after a lost COMMIT; its slot is taken anew
-        ELSIF j.state = 5 THEN
-            verdict := 10;
-        ELSIF j.digest <> j.my_digest THEN
+        message_id := j.message_id; uncertain := j.uncertain; owed := j.owed0;
+        -- this very statement, repeated after a lost COMMIT; a slot that it was granted goes back when one is taken
+        v_own := j.state = 1 AND j.epoch = p_epoch AND j.claim = j.my_claim;
+        IF j.digest <> j.my_digest AND j.state <> 5 AND NOT coalesce(v_own, false) THEN
             verdict := 6;
-        ELSIF j.state = 0 THEN
-            verdict := CASE WHEN j.ea <= v_now THEN 9 WHEN j.sa > v_now THEN 2 WHEN j.cancel THEN 10 ELSE 1 END;
+        ELSIF v_own OR j.state IN (0, 5) THEN
+            verdict := CASE WHEN j.cancel OR j.state = 5 THEN 10 WHEN j.ea <= v_now THEN 9 WHEN j.sa > v_now THEN 2
+                            WHEN j.wa = 2 THEN 2 ELSE 1 END;
             IF verdict = 2 THEN
-                reason := 3; wait_us := micros(j.sa) - micros(v_now);
+                reason := CASE WHEN j.sa > v_now THEN 3 ELSE 4 END;
+                wait_us := greatest(micros(j.sa) - micros(v_now), 0);
+            END IF;
+            IF NOT coalesce(v_own, false) THEN
+                UPDATE job x SET state = 1, epoch = p_epoch, claim = j.my_claim, leased_at = v_now, phase = 0,
+                    cancel = verdict = 10, merged = false, digest = j.my_digest, account = p_accounts[j.idx0 + 1],
+                    level = p_levels[j.idx0 + 1], slot_at = NULL, slot_cost = NULL,
+                    batch = coalesce(x.batch, p_batches[j.idx0 + 1]), updated_at = v_now
+                    WHERE x.tenant = j.tenant AND x.id = j.id;
             END IF;
         ELSE
             verdict := CASE j.state WHEN 1 THEN 3 WHEN 2 THEN 4 WHEN 3 THEN 5 ELSE 7 END;
-        END IF;
-        IF verdict IN (1, 2, 9, 10) THEN
-            UPDATE job x SET state = 1, epoch = p_epoch, claim = j.my_claim, leased_at = v_now, phase = 0,
-                digest = j.my_digest, account = p_accounts[j.idx0 + 1], level = p_levels[j.idx0 + 1],
-                slot_at = NULL, slot_cost = NULL, updated_at = v_now
-                WHERE x.tenant = j.tenant AND x.id = j.id;
         END IF;
         RETURN NEXT;
     END LOOP;
@@ -499,50 +563,69 @@ END $$;
 CREATE FUNCTION slots_v1(p_epoch bigint, p_tenants text[], p_ids text[], p_claims bigint[], p_accounts text[],
                          p_costs integer[], p_keep boolean[])
 RETURNS TABLE (idx integer, granted integer, valid_us bigint, wait_us bigint)
-LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
 DECLARE
-    s record; o record; i integer; v_done integer;
+    s record; o record; i integer; n integer; k integer := 0; v_open text[] := '{}'; v_ours boolean[];
+    v_t text[]; v_a text[]; v_c integer[];
 BEGIN
-    SELECT array_agg(x.tenant) AS t, array_agg(x.account) AS a, array_agg(x.slot_cost) AS c, array_agg(x.slot_at) AS s
-        INTO o
-        FROM job x JOIN unnest(p_tenants, p_ids, p_claims, p_keep) u(t, id, c, k) ON x.tenant = u.t AND x.id = u.id
-        WHERE x.state = 1 AND x.epoch = p_epoch AND x.claim = u.c AND x.slot_at IS NOT NULL AND NOT u.k;
-    -- All keys of the old and the new slots in one go, in order.
+    -- All keys of the old and the new slots in one go, in order; then the jobs.
     PERFORM 1 FROM rate WHERE key IN (
-        SELECT unnest(charged_keys(u.t, u.a)) FROM unnest(o.t, o.a) u(t, a)
+        SELECT unnest(charged_keys(x.tenant, x.account))
+            FROM unnest(p_tenants, p_ids) u(t, id) JOIN job x ON x.tenant = u.t AND x.id = u.id WHERE x.slot_at IS NOT NULL
         UNION SELECT unnest(charged_keys(u.t, u.a)) FROM unnest(p_tenants, p_accounts) u(t, a))
         ORDER BY key FOR UPDATE;
+    SELECT array_agg(q.ours ORDER BY q.o) AS ours,
+           array_agg(q.tenant) FILTER (WHERE q.old) AS t, array_agg(q.account) FILTER (WHERE q.old) AS a,
+           array_agg(q.slot_cost) FILTER (WHERE q.old) AS c, array_agg(q.slot_at) FILTER (WHERE q.old) AS s
+        INTO o
+        FROM (SELECT r.*, r.ours AND NOT r.k AND r.slot_at IS NOT NULL AS old
+              FROM (SELECT u.o, u.k, x.tenant, x.account, x.slot_cost, x.slot_at,
+                           coalesce(x.state = 1 AND x.epoch = p_epoch AND x.claim = u.c, false) AS ours
+                    FROM job x JOIN unnest(p_tenants, p_ids, p_claims, p_keep) WITH ORDINALITY u(t, id, c, k, o)
+                         ON x.tenant = u.t AND x.id = u.id
+                    ORDER BY x.tenant, x.id FOR UPDATE OF x) r
+              UNION ALL
+              SELECT u.o, NULL, NULL, NULL, NULL, NULL, false, false FROM unnest(p_tenants, p_ids) WITH ORDINALITY u(t, id, o)
+              WHERE NOT EXISTS (SELECT FROM job x WHERE x.tenant = u.t AND x.id = u.id)) q;
     IF o.t IS NOT NULL THEN
-        PERFORM refund_slots(o.t, o.a, o.c, o.s);
+        v_open := refund_slots(o.t, o.a, o.c, o.s);
     END IF;
-    SELECT * INTO s FROM take_slots(p_tenants, p_accounts, p_costs);
+    v_ours := o.ours;
+    SELECT array_agg(u.t ORDER BY u.o), array_agg(u.a ORDER BY u.o), array_agg(u.c ORDER BY u.o) INTO v_t, v_a, v_c
+        FROM unnest(p_tenants, p_accounts, p_costs, v_ours) WITH ORDINALITY u(t, a, c, w, o) WHERE u.w;
+    IF v_t IS NOT NULL THEN
+        SELECT g.granted, g.slot_us, g.valid_us, g.next_us INTO s FROM take_slots(v_t, v_a, v_c, NULL) g;
+        UPDATE job x SET account = u.a,
+            slot_at = CASE WHEN u.g > 0 AND u.v IS NOT NULL THEN s.slot_us END,
+            slot_cost = CASE WHEN u.g > 0 AND u.v IS NOT NULL THEN u.g END
+            FROM (SELECT q.t, q.id, q.a, s.granted[q.n] AS g, s.valid_us[q.n] AS v
+                  FROM (SELECT p.t, p.id, p.a, row_number() OVER (ORDER BY p.o)::integer AS n
+                        FROM unnest(p_tenants, p_ids, p_accounts, v_ours) WITH ORDINALITY p(t, id, a, w, o) WHERE p.w) q) u
+            WHERE x.tenant = u.t AND x.id = u.id;
+    END IF;
     FOR i IN 1 .. array_length(p_ids, 1) LOOP
-        idx := i - 1; granted := s.granted[i]; valid_us := s.valid_us[i];
-        wait_us := CASE WHEN granted > 0 THEN NULL ELSE greatest(s.next_us[i] - s.slot_us, 0) END;
-        UPDATE job x SET account = p_accounts[i],
-            slot_at = CASE WHEN s.granted[i] > 0 AND s.valid_us[i] IS NOT NULL THEN s.slot_us END,
-            slot_cost = CASE WHEN s.granted[i] > 0 AND s.valid_us[i] IS NOT NULL THEN s.granted[i] END
-            WHERE x.tenant = p_tenants[i] AND x.id = p_ids[i] AND x.state = 1 AND x.epoch = p_epoch
-              AND x.claim = p_claims[i];
-        GET DIAGNOSTICS v_done = ROW_COUNT;
-        IF v_done = 0 THEN
-            granted := -1;
-            IF s.granted[i] > 0 AND s.valid_us[i] IS NOT NULL THEN
-                PERFORM refund_slots(ARRAY[p_tenants[i]], ARRAY[p_accounts[i]], ARRAY[s.granted[i]], ARRAY[s.slot_us]);
-            END IF;
+        idx := i - 1; granted := -1; valid_us := NULL; wait_us := NULL;
+        IF v_ours[i] THEN
+            k := k + 1;
+            granted := s.granted[k]; valid_us := s.valid_us[k];
+            wait_us := CASE WHEN granted > 0 THEN NULL ELSE greatest(s.next_us[k] - s.slot_us, 0) END;
         END IF;
         RETURN NEXT;
     END LOOP;
+    PERFORM wake_lanes(v_open, false);
 END $$;
 
 -- Marks, for jobs with on_uncertain = hold, that the write that may end the message begins now. Returns whose lease
 -- still stands.
 CREATE FUNCTION mark_data_v1(p_epoch bigint, p_tenants text[], p_ids text[], p_claims bigint[])
 RETURNS TABLE (idx integer)
-LANGUAGE sql SET search_path FROM CURRENT AS $$
+LANGUAGE sql SET search_path FROM CURRENT SET enable_seqscan = off SET enable_hashjoin = off
+SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
     UPDATE job x SET phase = 1, leased_at = clock_timestamp()
-    FROM unnest(p_tenants, p_ids, p_claims) WITH ORDINALITY u(t, id, c, o)
-    WHERE x.tenant = u.t AND x.id = u.id AND x.state = 1 AND x.epoch = p_epoch AND x.claim = u.c
+    FROM (SELECT * FROM unnest(p_tenants, p_ids, p_claims) WITH ORDINALITY q(t, id, c, o) ORDER BY q.t, q.id) u
+    WHERE x.tenant = u.t AND x.id = u.id AND x.state IS NOT DISTINCT FROM 1
+      AND x.epoch IS NOT DISTINCT FROM p_epoch AND x.claim = u.c
     RETURNING (u.o - 1)::integer
 $$;
 
@@ -550,7 +633,8 @@ $$;
 -- is missing; a row that went on meanwhile needs nothing. Returns the jobs whose body is now safe (or not needed).
 CREATE FUNCTION absorb_v1(p_tenants text[], p_ids text[], p_bodies bytea[], p_properties text[])
 RETURNS TABLE (idx integer)
-LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
 DECLARE
     j record;
 BEGIN
@@ -583,19 +667,29 @@ CREATE FUNCTION settle_v1(
     p_refund boolean[], p_delay_us bigint[], p_reasons smallint[], p_bodies bytea[], p_properties text[],
     p_errors text[])
 RETURNS TABLE (idx integer, answer smallint)
-LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
 DECLARE
     v_now timestamptz; o record; v_hit boolean[] := array_fill(false, ARRAY[array_length(p_ids, 1)]); j record;
-    i integer; v_lanes boolean := false;
+    i integer; v_t text[] := '{}'; v_i text[] := '{}'; v_open text[] := '{}';
 BEGIN
     IF true = ANY (p_refund) THEN
-        SELECT array_agg(x.tenant) AS t, array_agg(x.account) AS a, array_agg(x.slot_cost) AS c,
-               array_agg(x.slot_at) AS s INTO o
-            FROM job x JOIN unnest(p_tenants, p_ids, p_claims, p_refund) u(t, id, c, r)
-                 ON x.tenant = u.t AND x.id = u.id
-            WHERE u.r AND x.state = 1 AND x.epoch = p_epoch AND x.claim = u.c AND x.slot_at IS NOT NULL;
+        PERFORM 1 FROM rate WHERE key IN (
+            SELECT unnest(charged_keys(x.tenant, x.account))
+                FROM unnest(p_tenants, p_ids, p_refund) u(t, id, r) JOIN job x ON x.tenant = u.t AND x.id = u.id
+                WHERE u.r AND x.slot_at IS NOT NULL)
+            ORDER BY key FOR UPDATE;
+        -- The slots are read behind the locks: another copy of this very statement may have given them back.
+        SELECT array_agg(q.tenant) AS t, array_agg(q.account) AS a, array_agg(q.slot_cost) AS c,
+               array_agg(q.slot_at) AS s INTO o
+            FROM (SELECT x.tenant, x.account, x.slot_cost, x.slot_at,
+                         u.r AND x.state = 1 AND x.epoch = p_epoch AND x.claim = u.c AS ours
+                  FROM job x JOIN unnest(p_tenants, p_ids, p_claims, p_refund) u(t, id, c, r)
+                       ON x.tenant = u.t AND x.id = u.id
+                  ORDER BY x.tenant, x.id FOR UPDATE OF x) q
+            WHERE q.ours AND q.slot_at IS NOT NULL;
         IF o.t IS NOT NULL THEN
-            PERFORM refund_slots(o.t, o.a, o.c, o.s);
+            v_open := refund_slots(o.t, o.a, o.c, o.s);
         END IF;
     END IF;
     v_now := clock_timestamp();
@@ -611,8 +705,8 @@ BEGIN
             body = CASE WHEN u.k = 1 THEN NULL ELSE coalesce(x.body, u.body) END,
             body_size = CASE WHEN u.k = 1 THEN NULL ELSE coalesce(x.body_size, octet_length(u.body)) END,
             properties = coalesce(x.properties, u.pr::jsonb),
-            -- over a limit it may go at any time: the lane knows when to look
-            due_at = CASE WHEN u.k = 1 THEN NULL WHEN u.rs = 1 THEN v_now
+            -- Over a limit it may go at any time, in its old place: the lane knows when to look.
+            due_at = CASE WHEN u.k = 1 THEN NULL WHEN u.k = 3 OR u.rs = 1 THEN least(x.due_at, v_now)
                           ELSE v_now + coalesce(u.dl, 0) * interval '1 microsecond' END,
             reason = CASE WHEN u.k = 2 THEN u.rs WHEN u.k = 3 THEN coalesce(x.reason, 4::smallint) END,
             outcome = CASE WHEN u.k = 1 THEN u.oc END,
@@ -622,27 +716,32 @@ BEGIN
             outbox = CASE WHEN u.rp IS NULL THEN x.outbox ELSE coalesce(x.outbox, '{}') || u.rp END,
             outbox_seq = CASE WHEN u.rp IS NULL THEN x.outbox_seq ELSE coalesce(x.outbox_seq, '{}') || u.sq END,
             outbox_at = CASE WHEN u.rp IS NULL THEN x.outbox_at ELSE v_now + interval '30 seconds' END
-        FROM unnest(p_tenants, p_ids, p_claims, p_kinds, p_outcomes, p_attempts, p_recipients, p_message_ids,
-                    p_reports, p_seqs, p_delay_us, p_reasons, p_bodies, p_properties, p_errors)
-             WITH ORDINALITY u(t, id, c, k, oc, at, rc, mid, rp, sq, dl, rs, body, pr, er, o)
-        WHERE x.tenant = u.t AND x.id = u.id AND x.state = 1 AND x.epoch = p_epoch AND x.claim = u.c
-          AND NOT (x.cancel AND u.k <> 1)
-        RETURNING u.o::integer AS o, x.state
+        FROM (SELECT * FROM unnest(p_tenants, p_ids, p_claims, p_kinds, p_outcomes, p_attempts, p_recipients,
+                    p_message_ids, p_reports, p_seqs, p_delay_us, p_reasons, p_bodies, p_properties, p_errors)
+                  WITH ORDINALITY q(t, id, c, k, oc, at, rc, mid, rp, sq, dl, rs, body, pr, er, o)
+              ORDER BY q.t, q.id) u
+        WHERE x.tenant = u.t AND x.id = u.id AND x.state IS NOT DISTINCT FROM 1
+          AND x.epoch IS NOT DISTINCT FROM p_epoch AND x.claim = u.c AND NOT x.merged AND NOT (x.cancel AND u.k IN (2, 3))
+        RETURNING u.o::integer AS o, x.tenant, x.id, x.state
     LOOP
         v_hit[j.o] := true;
-        v_lanes := v_lanes OR j.state = 2;
+        IF j.state = 2 THEN
+            v_t := v_t || j.tenant; v_i := v_i || j.id;
+        END IF;
         idx := j.o - 1; answer := 1;
         RETURN NEXT;
     END LOOP;
-    IF v_lanes THEN
-        PERFORM touch_lanes(
-            (SELECT array_agg(p_tenants[q.o]) FROM unnest(v_hit) WITH ORDINALITY q(h, o) WHERE q.h AND p_kinds[q.o] IN (2, 3)),
-            (SELECT array_agg(p_ids[q.o]) FROM unnest(v_hit) WITH ORDINALITY q(h, o) WHERE q.h AND p_kinds[q.o] IN (2, 3)),
-            (SELECT array_agg(CASE WHEN p_reasons[q.o] = 1 THEN coalesce(p_delay_us[q.o], 0) ELSE 0 END)
-             FROM unnest(v_hit) WITH ORDINALITY q(h, o) WHERE q.h AND p_kinds[q.o] IN (2, 3)));
-    END IF;
     FOR i IN 1 .. array_length(p_ids, 1) LOOP
         CONTINUE WHEN v_hit[i];
+        -- Decided without knowing what an earlier owner had brought about: nobody is sending now, so it begins anew
+        -- with what is still open.
+        UPDATE job x SET state = CASE WHEN x.body IS NULL THEN 0 ELSE 2 END, claim = NULL, phase = 0, merged = false,
+            due_at = v_now, reason = 2, slot_at = NULL, slot_cost = NULL, updated_at = v_now
+            WHERE x.tenant = p_tenants[i] AND x.id = p_ids[i] AND x.state IS NOT DISTINCT FROM 1
+              AND x.epoch IS NOT DISTINCT FROM p_epoch AND x.claim = p_claims[i] AND x.merged;
+        IF FOUND THEN
+            v_t := v_t || p_tenants[i]; v_i := v_i || p_ids[i];
+        END IF;
         idx := i - 1;
         SELECT CASE WHEN x.state = 1 AND x.epoch = p_epoch AND x.claim = p_claims[i] THEN 3
                     -- this very settlement, repeated after a lost COMMIT
@@ -653,20 +752,32 @@ BEGIN
         answer := coalesce(answer, 2);
         RETURN NEXT;
     END LOOP;
+    IF cardinality(v_t) > 0 THEN
+        PERFORM touch_lanes(v_t, v_i);
+    END IF;
+    PERFORM wake_lanes(v_open, false);
 END $$;
 
--- Enters jobs that have just become waiting into their lanes. p_blocked_us: for how long the account's limit is known
--- to be shut; the lane is not looked at before.
-CREATE FUNCTION touch_lanes(p_tenants text[], p_ids text[], p_blocked_us bigint[]) RETURNS void
-LANGUAGE sql SET search_path FROM CURRENT AS $$
+-- Enters jobs that have just become waiting into their lanes. Where a limit is known to be shut, the lane is not
+-- looked at before.
+CREATE FUNCTION touch_lanes(p_tenants text[], p_ids text[]) RETURNS void
+LANGUAGE sql SET search_path FROM CURRENT SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+SET enable_bitmapscan = off SET jit = off AS $$
+    WITH j AS MATERIALIZED (    -- by primary key, whatever is known of the number of waiting jobs
+        SELECT x.account, x.level, x.tenant, x.state, x.due_at, x.reason
+        FROM unnest(p_tenants, p_ids) u(t, id) JOIN job x ON x.tenant = u.t AND x.id = u.id
+    )
     INSERT INTO lane AS l (account, level, tenant, next_at, fifo)
-    SELECT x.account, x.level, x.tenant,
-           min(greatest(x.due_at, clock_timestamp() + u.b * interval '1 microsecond')),
-           count(*) FILTER (WHERE x.reason IN (1, 4))
-    FROM job x JOIN unnest(p_tenants, p_ids, p_blocked_us) u(t, id, b) ON x.tenant = u.t AND x.id = u.id
-    WHERE x.state = 2
-    GROUP BY x.account, x.level, x.tenant
-    ORDER BY x.account, x.level, x.tenant
+    SELECT g.account, g.level, g.tenant,
+           least(g.soonest, CASE WHEN g.limited THEN greatest(blocked_until(
+               (SELECT max(r.next_at) FROM rate r WHERE r.key = ANY (charged_keys(g.tenant, g.account)))),
+               clock_timestamp()) END),
+           g.fifo
+    FROM (SELECT x.account, x.level, x.tenant, min(x.due_at) FILTER (WHERE x.reason <> 1) AS soonest,
+                 bool_or(x.reason = 1) AS limited, count(*) FILTER (WHERE x.reason IN (1, 4)) AS fifo
+          FROM j x WHERE x.state = 2
+          GROUP BY x.account, x.level, x.tenant) g
+    ORDER BY g.account, g.level, g.tenant
     ON CONFLICT (account, level, tenant) DO UPDATE
         SET next_at = least(l.next_at, excluded.next_at), fifo = l.fifo + excluded.fifo
         WHERE l.next_at > excluded.next_at OR excluded.fifo > 0
@@ -675,118 +786,137 @@ $$;
 -- ── Release ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 -- Leases up to p_max due jobs of a level to a worker that has permits for them, lanes in turn, oldest first, with their
--- slots. Skips what others are working on; never waits for a lock. p_account: only this account.
+-- slots. Skips what others are working on; never waits for a lock. p_account: only this account, at this level and the
+-- more urgent ones.
 CREATE FUNCTION release_v1(p_epoch bigint, p_level smallint, p_max integer, p_max_bytes bigint, p_claim_base bigint,
                            p_exclude text[], p_account text)
 RETURNS TABLE (tenant text, id text, level smallint, account text, claim bigint, born bigint, seq bigint,
                attempt integer, created_us bigint, granted integer, valid_us bigint, reason smallint,
                recipients jsonb, message_id text, uncertain integer, body bytea, properties jsonb)
-LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
 DECLARE
-    v_lanes record; c record; s record; v_now timestamptz := clock_timestamp(); v_left integer := p_max;
-    v_bytes bigint := p_max_bytes; v_quantum integer; v_keys text[]; v_ids text[]; v_costs integer[]; v_reasons smallint[];
-    v_claim bigint := p_claim_base; k integer; v_denied boolean; v_next timestamptz; v_claims bigint[] := '{}';
-    v_valid bigint[] := '{}'; v_granted integer[] := '{}'; v_shut bigint; v_fifo integer; v_more timestamptz;
-    v_tenants text[] := '{}'; v_done text[] := '{}'; v_limited integer;
+    v_now timestamptz := clock_timestamp(); v_us bigint; v_held text[]; v_quantum integer; v_limited boolean;
+    -- lanes in the order of their turn; what: 0 shut, 1 passed over, 2 behind a more urgent one, 3 ready, 4 ready and unlimited
+    l_a text[]; l_l smallint[]; l_t text[]; l_what integer[]; l_shut bigint[]; l_ready integer;
+    -- chosen jobs
+    j_o integer[]; j_t text[]; j_a text[]; j_id text[]; j_cost integer[]; j_reason smallint[];
+    j_granted integer[]; j_valid bigint[]; j_next bigint[]; v_slot bigint; s record;
 BEGIN
-    SELECT array_agg(y.account) AS a, array_agg(y.tenant) AS t, array_agg(y.level) AS l, count(*)::integer AS n
-        INTO v_lanes
-        FROM (SELECT z.account, z.tenant, z.level FROM lane z
-              WHERE (z.level = p_level OR (p_account IS NOT NULL AND z.level <= p_level)) AND z.next_at <= v_now
-                AND z.account <> ALL (p_exclude) AND (p_account IS NULL OR z.account = p_account)
-              ORDER BY z.level, z.next_at LIMIT 64) y;
-    IF v_lanes.n = 0 THEN
-        RETURN;
-    END IF;
-    v_quantum := greatest(1, (p_max + v_lanes.n - 1) / v_lanes.n);
-    FOR k IN 1 .. v_lanes.n LOOP
-        EXIT WHEN v_left <= 0 OR v_bytes <= 0;
-        v_keys := charged_keys(v_lanes.t[k], v_lanes.a[k]);
-        SELECT count(*), max(r.next_at) INTO v_limited, v_shut FROM rate r WHERE r.key = ANY (v_keys);
-        IF v_limited > 0 AND v_shut <= micros(clock_timestamp()) THEN
-            CONTINUE WHEN v_limited > (SELECT count(*) FROM (SELECT 1 FROM rate r WHERE r.key = ANY (v_keys)
-                                       ORDER BY r.key FOR UPDATE SKIP LOCKED) q);
-        END IF;
-        PERFORM 1 FROM lane z WHERE z.account = v_lanes.a[k] AND z.level = v_lanes.l[k] AND z.tenant = v_lanes.t[k]
-            AND z.next_at <= v_now FOR UPDATE SKIP LOCKED;
-        CONTINUE WHEN NOT FOUND;
-        IF v_limited > 0 AND v_shut > micros(clock_timestamp()) THEN
-            UPDATE lane z SET next_at = instant(v_shut)
-                WHERE z.account = v_lanes.a[k] AND z.level = v_lanes.l[k] AND z.tenant = v_lanes.t[k];
-            CONTINUE;
-        END IF;
-        v_ids := '{}'; v_costs := '{}'; v_reasons := '{}'; v_denied := false; v_next := NULL;
-        FOR c IN
-            SELECT x.id, x.reason, coalesce(x.body_size, 0) AS size,
-                   greatest(coalesce(jsonb_array_length(jsonb_path_query_array(x.recipients,
-                       '$[*] ? (@.status == "pending" || @.status == "deferred")')),
-                       (x.properties ->> 'recipients')::integer, 1), 1) AS cost
-            FROM job x
-            WHERE x.account = v_lanes.a[k] AND x.level = v_lanes.l[k] AND x.tenant = v_lanes.t[k] AND x.state = 2
-              AND x.due_at <= v_now
-            ORDER BY x.due_at LIMIT least(v_left, v_quantum) FOR UPDATE SKIP LOCKED
-        LOOP
-            EXIT WHEN v_bytes <= 0;
-            v_ids := v_ids || c.id; v_costs := v_costs || c.cost; v_reasons := v_reasons || c.reason;
-            v_bytes := v_bytes - c.size;
-        END LOOP;
-        IF array_length(v_ids, 1) > 0 THEN
-            SELECT * INTO s FROM take_slots(array_fill(v_lanes.t[k], ARRAY[array_length(v_ids, 1)]),
-                                            array_fill(v_lanes.a[k], ARRAY[array_length(v_ids, 1)]), v_costs);
-            v_fifo := 0;
-            FOR i IN 1 .. array_length(v_ids, 1) LOOP
-                IF s.granted[i] = 0 THEN
-                    v_denied := true;
-                    v_next := instant(coalesce(s.next_us[i], micros(v_now)));
-                    EXIT;
-                END IF;
-                v_tenants := v_tenants || v_lanes.t[k]; v_done := v_done || v_ids[i];
-                v_claims := v_claims || v_claim; v_valid := v_valid || s.valid_us[i];
-                v_granted := v_granted || s.granted[i];
-                UPDATE job x SET state = 1, epoch = p_epoch, claim = v_claim, leased_at = clock_timestamp(), phase = 0,
-                    slot_at = CASE WHEN s.valid_us[i] IS NULL THEN NULL ELSE s.slot_us END,
-                    slot_cost = CASE WHEN s.valid_us[i] IS NULL THEN NULL ELSE s.granted[i] END,
-                    updated_at = clock_timestamp()
-                    WHERE x.tenant = v_lanes.t[k] AND x.id = v_ids[i];
-                v_claim := v_claim + 1;
-                v_left := v_left - 1;
-                v_fifo := v_fifo + CASE WHEN v_reasons[i] IN (1, 4) THEN 1 ELSE 0 END;
-            END LOOP;
+    FOR round IN 1 .. 16 LOOP
+        -- The lanes whose turn it is.
+        IF p_account IS NULL THEN
+            SELECT array_agg(y.account), array_agg(y.level), array_agg(y.tenant) INTO l_a, l_l, l_t
+            FROM (SELECT z.account, z.level, z.tenant FROM lane z
+                  WHERE z.level = p_level AND z.next_at <= v_now AND z.account <> ALL (p_exclude)
+                  ORDER BY z.next_at LIMIT 64 FOR UPDATE SKIP LOCKED) y;
         ELSE
-            v_fifo := 0;
+            SELECT array_agg(y.account), array_agg(y.level), array_agg(y.tenant) INTO l_a, l_l, l_t
+            FROM (SELECT z.account, z.level, z.tenant FROM lane z
+                  WHERE z.account = p_account AND z.level <= p_level AND z.next_at <= v_now
+                    AND z.account <> ALL (p_exclude)
+                  ORDER BY z.level, z.next_at LIMIT 64 FOR UPDATE SKIP LOCKED) y;
         END IF;
-        SELECT min(x.due_at) INTO v_more FROM job x
-            WHERE x.account = v_lanes.a[k] AND x.level = v_lanes.l[k] AND x.tenant = v_lanes.t[k] AND x.state = 2;
-        IF v_more IS NULL THEN
-            DELETE FROM lane z
-                WHERE z.account = v_lanes.a[k] AND z.level = v_lanes.l[k] AND z.tenant = v_lanes.t[k];
-        ELSE
-            -- Its turn is over: behind all lanes that are due now, unless it has nothing to do before.
-            UPDATE lane z SET fifo = greatest(z.fifo - v_fifo, 0),
-                next_at = CASE WHEN v_denied THEN greatest(v_next, v_now) ELSE greatest(v_more, clock_timestamp()) END
-                WHERE z.account = v_lanes.a[k] AND z.level = v_lanes.l[k] AND z.tenant = v_lanes.t[k];
+        IF l_a IS NULL THEN
+            RETURN;
         END IF;
+        -- Their limits, read behind the lanes' locks: whoever opens a limit wakes its lanes afterwards.
+        v_us := micros(clock_timestamp());
+        SELECT coalesce(array_agg(q.key), '{}') INTO v_held
+        FROM (SELECT r.key FROM rate r
+              WHERE r.key IN (SELECT unnest(charged_keys(u.t, u.a)) FROM unnest(l_t, l_a) u(t, a)) AND r.next_at <= v_us
+              FOR UPDATE SKIP LOCKED) q;
+        SELECT array_agg(CASE WHEN q.n = 0 THEN 4 WHEN q.shut > v_us THEN 0 WHEN NOT q.held THEN 1
+                              WHEN q.urgent THEN 2 ELSE 3 END ORDER BY q.o),
+               array_agg(q.shut ORDER BY q.o)
+            INTO l_what, l_shut
+        FROM (SELECT u.o, count(r.key) AS n, max(r.next_at) AS shut, bool_and(r.key = ANY (v_held)) AS held,
+                     p_account IS NULL AND EXISTS (SELECT FROM lane y WHERE y.account = u.a AND y.level < u.l
+                                                   AND y.next_at <= v_now) AS urgent
+              FROM unnest(l_t, l_a, l_l) WITH ORDINALITY u(t, a, l, o)
+              LEFT JOIN rate r ON r.key = ANY (charged_keys(u.t, u.a))
+              GROUP BY u.o, u.a, u.l) q;
+        l_ready := cardinality(array_positions(l_what, 3)) + cardinality(array_positions(l_what, 4));
+        v_limited := cardinality(array_positions(l_what, 3)) > 0;
+        v_quantum := greatest(1, (p_max + l_ready - 1) / greatest(l_ready, 1));
+        -- Their oldest jobs: of every lane the first, then of every lane the second, …
+        SELECT array_agg(q.o ORDER BY q.n), array_agg(q.tenant ORDER BY q.n), array_agg(q.account ORDER BY q.n),
+               array_agg(q.id ORDER BY q.n), array_agg(q.cost ORDER BY q.n), array_agg(q.reason ORDER BY q.n)
+            INTO j_o, j_t, j_a, j_id, j_cost, j_reason
+        FROM (SELECT w.*, row_number() OVER turns AS n, sum(w.size) OVER turns - w.size AS before
+              FROM (SELECT u.o, u.l, x.tenant, x.account, x.id, x.reason, x.cost, x.size,
+                           row_number() OVER (PARTITION BY u.o ORDER BY x.due_at) AS place
+                    FROM unnest(l_t, l_a, l_l, l_what) WITH ORDINALITY u(t, a, l, what, o)
+                    CROSS JOIN LATERAL (
+                        SELECT y.tenant, y.account, y.id, y.reason, y.due_at, coalesce(y.body_size, 0) AS size,
+                               greatest(coalesce(jsonb_array_length(jsonb_path_query_array(y.recipients,
+                                   '$[*] ? (@.status == "pending" || @.status == "deferred")')),
+                                   (y.properties ->> 'recipients')::integer, 1), 1) AS cost
+                        FROM job y
+                        WHERE y.account = u.a AND y.level = u.l AND y.tenant = u.t AND y.state = 2
+                          AND y.due_at <= v_now AND NOT y.cancel
+                        ORDER BY y.due_at LIMIT v_quantum FOR UPDATE SKIP LOCKED) x
+                    WHERE u.what >= 3) w
+              WINDOW turns AS (ORDER BY CASE WHEN p_account IS NULL THEN 0 ELSE w.l END, w.place, w.o)) q
+        WHERE q.n <= p_max AND (q.before < p_max_bytes);
+        j_granted := j_cost; j_valid := NULL; j_next := NULL; v_slot := NULL;
+        IF v_limited AND j_id IS NOT NULL THEN
+            SELECT g.granted, g.slot_us, g.valid_us, g.next_us INTO s FROM take_slots(j_t, j_a, j_cost, v_held) g;
+            j_granted := s.granted; j_valid := s.valid_us; j_next := s.next_us; v_slot := s.slot_us;
+        END IF;
+        UPDATE job x SET state = 1, epoch = p_epoch, claim = p_claim_base + u.o - 1, leased_at = clock_timestamp(),
+            phase = 0, merged = false, updated_at = clock_timestamp(),
+            slot_at = CASE WHEN u.v IS NOT NULL THEN v_slot END, slot_cost = CASE WHEN u.v IS NOT NULL THEN u.g END
+            FROM unnest(j_t, j_id, j_granted, j_valid) WITH ORDINALITY u(t, id, g, v, o)
+            WHERE x.tenant = u.t AND x.id = u.id AND u.g > 0;
+        -- Turns are over: behind all that are due. Of those that a limit stopped, the ones that got nothing come first.
+        WITH turn AS (
+            SELECT u.a, u.l, u.t, u.o, u.what, u.shut, coalesce(g.fifo, 0) AS fifo, g.stopped, coalesce(g.got, false) AS got,
+                   CASE WHEN u.what >= 3 THEN
+                       (SELECT min(x.due_at) FROM job x WHERE x.account = u.a AND x.level = u.l AND x.tenant = u.t
+                                                         AND x.state = 2 AND NOT x.cancel) END AS more
+            FROM unnest(l_a, l_l, l_t, l_what, l_shut) WITH ORDINALITY u(a, l, t, what, shut, o)
+            LEFT JOIN (SELECT q.o, count(*) FILTER (WHERE q.g > 0 AND q.r IN (1, 4)) AS fifo,
+                              max(coalesce(q.x, v_us)) FILTER (WHERE q.g = 0) AS stopped, bool_or(q.g > 0) AS got
+                       FROM unnest(j_o, j_granted, j_reason, j_next) q(o, g, r, x) GROUP BY q.o) g ON g.o = u.o
+        ), gone AS (
+            DELETE FROM lane z USING turn u
+            WHERE z.account = u.a AND z.level = u.l AND z.tenant = u.t AND u.what >= 3 AND u.more IS NULL
+        )
+        UPDATE lane z SET fifo = greatest(z.fifo - u.fifo, 0),
+            next_at = CASE u.what
+                WHEN 0 THEN blocked_until(u.shut) + u.o * interval '1 microsecond'
+                WHEN 2 THEN clock_timestamp() + interval '50 milliseconds'
+                ELSE CASE WHEN u.stopped IS NULL THEN greatest(u.more, clock_timestamp())
+                          ELSE greatest(blocked_until(u.stopped), clock_timestamp()) + u.o * interval '1 microsecond'
+                               + CASE WHEN u.got THEN interval '1 millisecond' ELSE interval '0' END END END
+            FROM turn u
+            WHERE z.account = u.a AND z.level = u.l AND z.tenant = u.t AND u.what <> 1
+              AND (u.what < 3 OR u.more IS NOT NULL);
+        EXIT WHEN j_id IS NOT NULL AND 0 < ANY (j_granted) OR cardinality(l_a) < 64;
     END LOOP;
     RETURN QUERY
         SELECT x.tenant, x.id, x.level, x.account, x.claim, x.born, x.seq, x.attempt, micros(x.created_at),
                u.g, u.v, x.reason, x.recipients, x.message_id, x.uncertain, x.body, x.properties
-        FROM unnest(v_tenants, v_done, v_claims, v_granted, v_valid) u(t, id, c, g, v)
-        JOIN job x ON x.tenant = u.t AND x.id = u.id;
+        FROM unnest(j_t, j_id, j_granted, j_valid) u(t, id, g, v) JOIN job x ON x.tenant = u.t AND x.id = u.id
+        WHERE u.g > 0;
 END $$;
 
 -- ── Outbox ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 -- Removes exactly the reports that were confirmed.
 CREATE FUNCTION clear_outbox_v1(p_tenants text[], p_ids text[], p_seqs bigint[]) RETURNS void
-LANGUAGE sql SET search_path FROM CURRENT AS $$
+LANGUAGE sql SET search_path FROM CURRENT SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+SET enable_bitmapscan = off SET jit = off AS $$
     UPDATE job x SET
         outbox = CASE WHEN x.outbox_seq <@ u.s THEN NULL ELSE
             (SELECT array_agg(e.r ORDER BY e.o) FROM unnest(x.outbox, x.outbox_seq) WITH ORDINALITY e(r, s, o) WHERE e.s <> ALL (u.s)) END,
         outbox_seq = CASE WHEN x.outbox_seq <@ u.s THEN NULL ELSE
             (SELECT array_agg(e.s ORDER BY e.o) FROM unnest(x.outbox_seq) WITH ORDINALITY e(s, o) WHERE e.s <> ALL (u.s)) END,
         outbox_at = CASE WHEN x.outbox_seq <@ u.s THEN NULL ELSE x.outbox_at END
-    FROM (SELECT q.t, q.id, array_agg(q.s) AS s FROM unnest(p_tenants, p_ids, p_seqs) q(t, id, s) GROUP BY q.t, q.id) u
-    WHERE x.tenant = u.t AND x.id = u.id AND x.outbox IS NOT NULL
+    FROM (SELECT q.t, q.id, array_agg(q.s) AS s FROM unnest(p_tenants, p_ids, p_seqs) q(t, id, s)
+          GROUP BY q.t, q.id ORDER BY q.t, q.id) u
+    WHERE x.tenant = u.t AND x.id = u.id AND x.outbox_seq && u.s
 $$;
 
 -- Reports that should have been published long ago, leased to the caller for a while.
@@ -829,7 +959,9 @@ BEGIN
         WHERE w.epoch IN (SELECT z.epoch FROM worker z WHERE z.epoch <> p_epoch AND NOT z.dead
                           AND z.heartbeat_at < v_now - p_lease ORDER BY z.epoch FOR UPDATE SKIP LOCKED)
           AND w.heartbeat_at < v_now - p_lease;
-    SELECT array_agg(w.epoch) INTO d FROM worker w WHERE w.dead;
+    -- An epoch without a row is dead as well: a worker may have slept for longer than its row was kept.
+    SELECT array_agg(q.epoch) INTO d FROM (SELECT w.epoch FROM worker w WHERE w.dead UNION
+        SELECT x.epoch FROM job x WHERE x.state = 1 AND NOT EXISTS (SELECT FROM worker w WHERE w.epoch = x.epoch)) q;
     moved := 0; opened := 0;
     IF d IS NOT NULL THEN
         WITH gone AS (
@@ -837,7 +969,8 @@ BEGIN
             WHERE x.state = 1 AND x.epoch = ANY (d) AND x.phase = 0
             ORDER BY x.tenant, x.id LIMIT p_max FOR UPDATE SKIP LOCKED
         ), done AS (
-            UPDATE job x SET state = CASE WHEN x.body IS NULL THEN 0 ELSE 2 END, due_at = v_now, reason = 2,
+            -- The claim goes too: its late owner must not take the row for settled by itself.
+            UPDATE job x SET state = CASE WHEN x.body IS NULL THEN 0 ELSE 2 END, claim = NULL, due_at = v_now, reason = 2,
                 uncertain = x.uncertain + 1, slot_at = NULL, slot_cost = NULL, updated_at = v_now
             FROM gone g WHERE x.tenant = g.tenant AND x.id = g.id
             RETURNING x.tenant, x.id, x.state
@@ -846,7 +979,7 @@ BEGIN
                count(*) FILTER (WHERE n.state = 2), count(*) FILTER (WHERE n.state = 0)
             INTO v_t, v_i, moved, opened FROM done n;
         IF v_t IS NOT NULL THEN
-            PERFORM touch_lanes(v_t, v_i, array_fill(0::bigint, ARRAY[array_length(v_t, 1)]));
+            PERFORM touch_lanes(v_t, v_i);
         END IF;
         DELETE FROM connection_lease c WHERE c.epoch = ANY (d)
             AND NOT EXISTS (SELECT FROM job x WHERE x.state = 1 AND x.epoch = c.epoch AND x.phase = 1);
@@ -880,8 +1013,10 @@ DECLARE
     v_cap integer;
 BEGIN
     SELECT c.cap INTO v_cap FROM connection_cap c WHERE c.account = p_account FOR UPDATE;
+    IF NOT EXISTS (SELECT FROM worker w WHERE w.epoch = p_epoch AND NOT w.dead) THEN
+        RETURN false;
+    END IF;
     IF v_cap IS NOT NULL AND v_cap <= (SELECT coalesce(sum(l.held), 0) FROM connection_lease l
-                                       JOIN worker w USING (epoch)
                                        WHERE l.account = p_account) THEN
         UPDATE connection_cap SET wanted_at = clock_timestamp() WHERE account = p_account;
         RETURN false;

@@ -7,13 +7,18 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::config;
+use crate::config::{self, Sources};
+use crate::db::Database;
 use crate::health::{self, HealthError, Readiness, Server};
+use crate::secret::Keys;
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::Metrics;
 
 /// How long tasks may take to notice the hard token.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// When to try again after keys could not be checked.
+const KEYS_AGAIN: Duration = Duration::from_secs(5);
 
 /// A long-running process, before and after its own work.
 #[derive(Debug)]
@@ -24,6 +29,7 @@ pub struct Service {
     pub readiness: Readiness,
     /// What `/metrics` shows.
     pub metrics: Arc<Metrics>,
+    sources: Sources,
     http: Option<(CancellationToken, JoinHandle<()>)>,
 }
 
@@ -52,6 +58,7 @@ impl Service {
     pub async fn start(
         telemetry: &config::Telemetry,
         process: config::Process,
+        sources: &Sources,
     ) -> Result<Self, ServiceError> {
         let shutdown = Shutdown::new();
         shutdown
@@ -76,6 +83,7 @@ impl Service {
             shutdown,
             readiness,
             metrics,
+            sources: sources.clone(),
             http,
         })
     }
@@ -99,6 +107,26 @@ impl Service {
         });
     }
 
+    /// Reads the keys again with every SIGHUP. What cannot be used is told, and the keys in use stay.
+    pub fn follow_keys(&self, keys: Keys, database: Database) {
+        let (sources, soft) = (self.sources.clone(), self.shutdown.soft.clone());
+        let mut reloads = self.shutdown.reloads();
+        self.shutdown.spawn("keys", async move {
+            loop {
+                tokio::select! {
+                    () = soft.cancelled() => return,
+                    changed = reloads.changed() => if changed.is_err() { return },
+                }
+                while !reload(&keys, &sources, &database).await {
+                    tokio::select! {
+                        () = soft.cancelled() => return,
+                        () = tokio::time::sleep(KEYS_AGAIN) => {}
+                    }
+                }
+            }
+        });
+    }
+
     /// Waits for the soft token, then for the tasks to end, at most until the hard token; closes the port.
     ///
     /// # Errors
@@ -117,6 +145,30 @@ impl Service {
             Err(ServiceError::Crashed)
         } else {
             Ok(())
+        }
+    }
+}
+
+/// Whether it is decided: the keys are replaced, or are no good.
+async fn reload(keys: &Keys, sources: &Sources, database: &Database) -> bool {
+    let config: config::Keys = match config::load(sources) {
+        Ok(config) => config,
+        Err(errors) => {
+            for error in errors {
+                tracing::error!(%error, "the keys in use stay");
+            }
+            return true;
+        }
+    };
+    match keys.replace(&config, database).await {
+        Ok(()) => true,
+        Err(error) if error.is_passing() => {
+            tracing::warn!(%error, "the new keys cannot be checked, will try again; the keys in use stay");
+            false
+        }
+        Err(error) => {
+            tracing::error!(%error, "the keys in use stay");
+            true
         }
     }
 }

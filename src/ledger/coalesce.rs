@@ -138,15 +138,15 @@ mod tests {
                 }
             },
         );
-        let calls: Vec<_> = (0..50)
-            .map(|n| {
-                let coalescer = coalescer.clone();
-                tokio::spawn(async move { coalescer.call(n, 1).await })
-            })
-            .collect();
+        let call = |n| {
+            let coalescer = coalescer.clone();
+            tokio::spawn(async move { coalescer.call(n, 1).await })
+        };
+        let mut calls = vec![call(0)];
         while batches.load(Ordering::SeqCst) == 0 {
             tokio::task::yield_now().await;
         }
+        calls.extend((1..50).map(call));
         for _ in 0..200 {
             tokio::task::yield_now().await;
         }

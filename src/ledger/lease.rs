@@ -1,8 +1,9 @@
 //! Leases. A lease is (epoch, claim): the epoch is this worker as Postgres knows it, kept alive by heartbeats; the
 //! claim is drawn once per delivery or release. Whoever holds it may act; it says nothing about what is true.
 
-use std::sync::Arc;
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
@@ -20,16 +21,34 @@ pub struct Epoch {
     /// When the last successful heartbeat was *sent*, on a clock that runs while the machine sleeps.
     beat: AtomicI64,
     claims: AtomicI64,
+    /// Claims that somebody in this process works on.
+    held: Mutex<HashSet<i64>>,
+    /// The next claim number as it was at the last two looks for forgotten leases.
+    looks: Mutex<[i64; 2]>,
     dead: CancellationToken,
 }
 
-/// The right to act on one job.
+/// The right to act on one job. The epoch knows the claim as long as a clone of this lives.
 #[derive(Debug, Clone)]
 pub struct Lease {
     /// The worker's life.
     pub epoch: Arc<Epoch>,
     /// Number of this claim within it.
     pub claim: i64,
+    _held: Arc<Held>,
+}
+
+/// Takes a claim off its epoch's list when nobody works on it any more.
+#[derive(Debug)]
+struct Held {
+    epoch: Arc<Epoch>,
+    claim: i64,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.epoch.held().remove(&self.claim);
+    }
 }
 
 impl Lease {
@@ -47,6 +66,8 @@ impl Epoch {
             lease,
             beat: AtomicI64::new(sent),
             claims: AtomicI64::new(1),
+            held: Mutex::default(),
+            looks: Mutex::default(),
             dead: CancellationToken::new(),
         }
     }
@@ -63,9 +84,40 @@ impl Epoch {
         self.number
     }
 
-    /// The next claim number.
-    pub fn next_claim(&self) -> i64 {
-        self.claims.fetch_add(1, Ordering::Relaxed)
+    /// A lease under a new claim, to ask for.
+    #[must_use]
+    pub fn claim(self: &Arc<Self>) -> Lease {
+        self.lease(self.claims.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// The lease of a claim that was granted.
+    #[must_use]
+    pub fn lease(self: &Arc<Self>, claim: i64) -> Lease {
+        self.held().insert(claim);
+        Lease {
+            epoch: Arc::clone(self),
+            claim,
+            _held: Arc::new(Held {
+                epoch: Arc::clone(self),
+                claim,
+            }),
+        }
+    }
+
+    /// Claims being worked on, and the number below which every other claim was drawn before the look before this one.
+    #[must_use]
+    pub fn look(&self) -> (Vec<i64>, i64) {
+        let next = self.claims.load(Ordering::Relaxed);
+        let mut looks = self.looks.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = looks[0];
+        *looks = [looks[1], next];
+        drop(looks);
+        (self.held().iter().copied().collect(), before)
+    }
+
+    fn held(&self) -> MutexGuard<'_, HashSet<i64>> {
+        // One insert or remove at a time: a panic elsewhere cannot leave it half done.
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A block of claim numbers; the first is returned.
@@ -182,6 +234,8 @@ impl Ledger {
         let rows = client
             .query(&sql, &[&epoch.number, &micros(epoch.lease), &micros(deadline)])
             .await?;
+        drop(client);
+        self.end_cancelled().await?;
         let mut takeover = Takeover::default();
         for row in rows {
             takeover.moved += row.try_get::<_, i32>("moved")?;
@@ -192,6 +246,24 @@ impl Ledger {
             }
         }
         Ok(takeover)
+    }
+}
+
+impl Ledger {
+    /// Ends jobs whose cancel could not be granted while they were leased, and whose lease has ended since without an
+    /// outcome.
+    async fn end_cancelled(&self) -> Result<(), DbError> {
+        let sql = self
+            .db
+            .sql("SELECT tenant, id FROM {s}.job WHERE cancel AND state IN (0, 2) LIMIT 1000");
+        let rows = self.db.client().await?.query(&sql, &[]).await?;
+        for row in rows {
+            let (tenant, id): (&str, &str) = (row.try_get(0)?, row.try_get(1)?);
+            if let (Ok(tenant), Ok(id)) = (tenant.parse(), id.parse()) {
+                self.cancel(&tenant, &id).await?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -217,6 +289,28 @@ mod tests {
         assert!(Epoch::new(1, lease, sent(0)).is_fresh());
         assert!(Epoch::new(1, lease, sent(29)).is_fresh());
         assert!(!Epoch::new(1, lease, sent(31)).is_fresh());
+    }
+
+    #[test]
+    fn a_claim_is_known_while_any_copy_of_its_lease_lives() {
+        let epoch = Epoch::for_tests();
+        let lease = epoch.claim();
+        let copy = lease.clone();
+        drop(lease);
+        assert_eq!(epoch.look().0, [copy.claim]);
+        drop(copy);
+        assert!(epoch.look().0.is_empty());
+    }
+
+    #[test]
+    fn only_claims_drawn_two_looks_ago_count_as_old() {
+        let epoch = Epoch::for_tests();
+        let first = epoch.claim().claim;
+        assert_eq!(epoch.look().1, 0);
+        let later = epoch.claim().claim;
+        assert_eq!(epoch.look().1, 0);
+        let before = epoch.look().1;
+        assert!(first < before && before <= later, "{first} {before} {later}");
     }
 
     #[test]

@@ -40,6 +40,9 @@ struct Locked {
     sequence: i64,
     attempts: i32,
     account: String,
+    level: i16,
+    /// Whether it is counted among those that keep their order in the lane.
+    in_order: bool,
     message_id: Option<String>,
     batch: Option<String>,
     recipients: Vec<RecipientResult>,
@@ -55,10 +58,17 @@ impl Ledger {
     pub async fn cancel(&self, tenant: &TenantId, id: &JobId) -> Result<Cancel, DbError> {
         let mut client = self.db.client().await?;
         let transaction = client.transaction().await?;
-        let Some(row) = self.lock(&transaction, tenant, id).await? else {
-            let noted = self.note_cancel(&transaction, tenant, id).await?;
-            transaction.commit().await?;
-            return Ok(noted);
+        let mut row = self.lock(&transaction, tenant, id).await?;
+        if row.is_none() {
+            if self.note_cancel(&transaction, tenant, id).await? {
+                transaction.commit().await?;
+                return Ok(Cancel::Noted);
+            }
+            // It was admitted in this very moment.
+            row = self.lock(&transaction, tenant, id).await?;
+        }
+        let Some(row) = row else {
+            return Ok(Cancel::TooLate);
         };
         let answer = match row.state {
             0 | 2 | 4 => {
@@ -96,25 +106,24 @@ impl Ledger {
         if row.state != 2 && row.state != 4 {
             return Ok(ManualRelease::NotWaiting);
         }
+        // A held job enters its lane anew; a waiting one keeps its place in it, and how it is counted there. An earlier
+        // cancel is overruled.
         let sql = self.db.sql(
-            "UPDATE {s}.job SET state = CASE WHEN body IS NULL THEN 0 ELSE 2 END, due_at = clock_timestamp(),
-                 reason = coalesce(reason, 2), updated_at = clock_timestamp() WHERE tenant = $1 AND id = $2",
+            "UPDATE {s}.job SET state = CASE WHEN body IS NULL THEN 0 ELSE 2 END, cancel = false, due_at = clock_timestamp(),
+                 reason = CASE WHEN state = 2 THEN reason ELSE 2 END, updated_at = clock_timestamp()
+             WHERE tenant = $1 AND id = $2",
         );
         transaction
             .execute(&sql, &[&tenant.as_str(), &id.as_str()])
             .await?;
-        let touch = self.db.sql(
-            "UPDATE {s}.lane l SET next_at = clock_timestamp() FROM {s}.job x
-             WHERE x.tenant = $1 AND x.id = $2 AND l.account = x.account AND l.level = x.level AND l.tenant = x.tenant",
+        let wake = self.db.sql(
+            "UPDATE {s}.lane SET next_at = clock_timestamp() WHERE account = $1 AND level = $2 AND tenant = $3",
         );
-        if transaction
-            .execute(&touch, &[&tenant.as_str(), &id.as_str()])
-            .await?
-            == 0
-        {
-            let enter = self
-                .db
-                .sql("SELECT {s}.touch_lanes(ARRAY[$1], ARRAY[$2], ARRAY[0::bigint])");
+        let woken = transaction
+            .execute(&wake, &[&row.account, &row.level, &tenant.as_str()])
+            .await?;
+        if woken == 0 {
+            let enter = self.db.sql("SELECT {s}.touch_lanes(ARRAY[$1], ARRAY[$2])");
             transaction
                 .execute(&enter, &[&tenant.as_str(), &id.as_str()])
                 .await?;
@@ -123,8 +132,9 @@ impl Ledger {
         Ok(ManualRelease::Released)
     }
 
-    /// A worker lost its lease, but the server took the mail for these recipients: that is true whoever holds the
-    /// lease. Returns whether the job was final already, which makes this send a duplicate.
+    /// A worker lost its lease, but the server took the mail for some recipients: that is true whoever holds the lease.
+    /// `results` has one entry per recipient of the job; what is not an acceptance is dropped and counts as untried.
+    /// Returns whether the job was final already, which makes this send a duplicate.
     ///
     /// # Errors
     /// If the database cannot be asked.
@@ -132,7 +142,7 @@ impl Ledger {
         &self,
         tenant: &TenantId,
         id: &JobId,
-        accepted: &[RecipientResult],
+        results: &[RecipientResult],
         message_id: &str,
     ) -> Result<bool, DbError> {
         let mut client = self.db.client().await?;
@@ -143,22 +153,17 @@ impl Ledger {
         if row.state == 3 {
             return Ok(true);
         }
-        if row.recipients.is_empty() {
-            row.recipients = accepted.to_vec();
-        }
-        for mine in accepted.iter().filter(|r| r.status == RecipientStatus::Accepted) {
-            if let Some(theirs) = row.recipients.iter_mut().find(|r| r.address == mine.address) {
-                *theirs = mine.clone();
-            }
-        }
+        row.recipients = with_acceptances(row.recipients, results);
         row.message_id = Some(message_id.to_owned());
         if row.recipients.iter().any(RecipientResult::is_open) {
             let json = serde_json::to_value(&row.recipients).unwrap_or_default();
-            let sql = self
-                .db
-                .sql("UPDATE {s}.job SET recipients = $3 WHERE tenant = $1 AND id = $2");
+            // Who holds the lease now does not know: see `settle_v1` for what becomes of its outcome.
+            let sql = self.db.sql(
+                "UPDATE {s}.job SET recipients = $3, message_id = $4, merged = state = 1
+                 WHERE tenant = $1 AND id = $2",
+            );
             transaction
-                .execute(&sql, &[&tenant.as_str(), &id.as_str(), &json])
+                .execute(&sql, &[&tenant.as_str(), &id.as_str(), &json, &message_id])
                 .await?;
         } else {
             let report = manual_report(&row, tenant, id, ReportType::Sent, "accepted_after_lost_lease");
@@ -190,10 +195,11 @@ impl Ledger {
             "worker_died_while_sending",
         );
         let sql = self.db.sql(
-            "UPDATE {s}.job SET state = 4, phase = 0, slot_at = NULL, uncertain = uncertain + 1, seq = $3,
-                 updated_at = clock_timestamp(), outbox = coalesce(outbox, '{}') || $4::text,
+            "UPDATE {s}.job SET state = 4, claim = NULL, phase = 0, slot_at = NULL, slot_cost = NULL, merged = false,
+                 reason = NULL, uncertain = uncertain + 1, seq = $3, updated_at = clock_timestamp(), outbox = coalesce(outbox, '{}') || $4::text,
                  outbox_seq = coalesce(outbox_seq, '{}') || $3::bigint, outbox_at = clock_timestamp()
-             WHERE tenant = $1 AND id = $2 AND phase = 1",
+             WHERE tenant = $1 AND id = $2 AND phase = 1
+                 AND NOT EXISTS (SELECT FROM {s}.worker w WHERE w.epoch = job.epoch AND NOT w.dead)",
         );
         let json = serde_json::to_string(&report).unwrap_or_default();
         transaction
@@ -213,7 +219,8 @@ impl Ledger {
         id: &JobId,
     ) -> Result<Option<Locked>, DbError> {
         let sql = self.db.sql(
-            "SELECT state, seq, attempt, account, message_id, batch, recipients, properties, uncertain
+            "SELECT state, seq, attempt, account, level, coalesce(reason IN (1, 4), false) AS in_order, message_id,
+                    batch, recipients, properties, uncertain
              FROM {s}.job WHERE tenant = $1 AND id = $2 FOR UPDATE",
         );
         let Some(row) = transaction
@@ -227,6 +234,8 @@ impl Ledger {
             sequence: row.try_get("seq")?,
             attempts: row.try_get("attempt")?,
             account: row.try_get("account")?,
+            level: row.try_get("level")?,
+            in_order: row.try_get("in_order")?,
             message_id: row.try_get("message_id")?,
             batch: row.try_get("batch")?,
             recipients: recipients(row.try_get("recipients")?),
@@ -235,28 +244,24 @@ impl Ledger {
         }))
     }
 
-    /// Leaves a stone in the way of a job that has not come yet.
+    /// Leaves a stone in the way of a job that has not come yet; `false` if it has come meanwhile.
     async fn note_cancel(
         &self,
         transaction: &Transaction<'_>,
         tenant: &TenantId,
         id: &JobId,
-    ) -> Result<Cancel, DbError> {
+    ) -> Result<bool, DbError> {
         let sql = self.db.sql(
-            "INSERT INTO {s}.job (tenant, id, state, level, account, digest, born, seq, created_at, updated_at,
-                                  finished_at)
-             SELECT $1, $2, 5, 2, $1 || '/', ''::bytea, b, b, clock_timestamp(), clock_timestamp(), clock_timestamp()
+            "INSERT INTO {s}.job (tenant, id, state, level, account, digest, born, seq, cancel, created_at,
+                                  updated_at, finished_at)
+             SELECT $1, $2, 5, 2, $1 || '/', ''::bytea, b, b, true, clock_timestamp(), clock_timestamp(), clock_timestamp()
              FROM (SELECT floor(extract(epoch FROM clock_timestamp()))::bigint * 1000 AS b) x
              ON CONFLICT DO NOTHING",
         );
         let inserted = transaction
             .execute(&sql, &[&tenant.as_str(), &id.as_str()])
             .await?;
-        Ok(if inserted == 1 {
-            Cancel::Noted
-        } else {
-            Cancel::InFlight
-        })
+        Ok(inserted == 1)
     }
 
     async fn finish(
@@ -267,8 +272,9 @@ impl Ledger {
         report: &Report,
     ) -> Result<(), DbError> {
         let sql = self.db.sql(
-            "UPDATE {s}.job SET state = 3, outcome = $3, seq = $4, recipients = $5, message_id = $6, body = NULL,
-                 body_size = NULL, due_at = NULL, reason = NULL, slot_at = NULL, phase = 0,
+            "UPDATE {s}.job SET state = 3, claim = CASE WHEN state <> 1 THEN claim END, outcome = $3, seq = $4,
+                 recipients = $5, message_id = $6, body = NULL, body_size = NULL, due_at = NULL, reason = NULL,
+                 slot_at = NULL, slot_cost = NULL, phase = 0, merged = false,
                  finished_at = clock_timestamp(), updated_at = clock_timestamp(),
                  outbox = coalesce(outbox, '{}') || $7::text, outbox_seq = coalesce(outbox_seq, '{}') || $4::bigint,
                  outbox_at = clock_timestamp()
@@ -304,14 +310,38 @@ impl Ledger {
             return Ok(());
         }
         let sql = self.db.sql(
-            "UPDATE {s}.lane SET fifo = greatest(fifo - 1, 0), next_at = clock_timestamp()
-             WHERE account = $1 AND tenant = $2",
+            "UPDATE {s}.lane SET fifo = greatest(fifo - $4, 0), next_at = least(next_at, clock_timestamp())
+             WHERE account = $1 AND level = $2 AND tenant = $3",
         );
+        let counted = i64::from(row.in_order);
         transaction
-            .execute(&sql, &[&row.account, &tenant.as_str()])
+            .execute(&sql, &[&row.account, &row.level, &tenant.as_str(), &counted])
             .await?;
         Ok(())
     }
+}
+
+/// What is known of each recipient: the acceptances among `results` on top of `known`, which is empty before the first
+/// settled attempt.
+fn with_acceptances(known: Vec<RecipientResult>, results: &[RecipientResult]) -> Vec<RecipientResult> {
+    let accepted = |r: &&RecipientResult| r.status == RecipientStatus::Accepted;
+    if known.is_empty() {
+        let untried = |r: &RecipientResult| RecipientResult::pending(&r.address);
+        return results
+            .iter()
+            .map(|r| if accepted(&r) { r.clone() } else { untried(r) })
+            .collect();
+    }
+    known
+        .into_iter()
+        .map(|theirs| {
+            let mine = results
+                .iter()
+                .filter(accepted)
+                .find(|mine| mine.address == theirs.address);
+            mine.cloned().unwrap_or(theirs)
+        })
+        .collect()
 }
 
 fn manual_report(row: &Locked, tenant: &TenantId, id: &JobId, kind: ReportType, reason: &str) -> Report {

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 
-use super::{Epoch, Lease, Ledger, Row, Slot, WaitReason, recipients, timestamp};
+use super::{Epoch, Ledger, Row, Slot, WaitReason, recipients, timestamp};
 use crate::db::DbError;
 use crate::id::AccountKey;
 use crate::level::Level;
@@ -95,18 +95,19 @@ impl Ledger {
             .collect()
     }
 
-    /// Jobs that this epoch has leased under claims older than `before` and that are not among `known`: a statement
-    /// leased them and its answer never came. They wait again; how many is returned.
+    /// Jobs that this epoch has leased under old claims nobody works on: a statement leased them and its answer never
+    /// came. They wait again; how many is returned. To be called at intervals longer than any statement may take.
     ///
     /// # Errors
     /// If the database cannot be asked.
-    pub async fn forgotten(&self, epoch: &Epoch, known: &[i64], before: i64) -> Result<u64, DbError> {
+    pub async fn forgotten(&self, epoch: &Epoch) -> Result<u64, DbError> {
+        let (known, before) = epoch.look();
         let sql = self.db.sql(
             "WITH lost AS (
-                 UPDATE {s}.job SET state = CASE WHEN body IS NULL THEN 0 ELSE 2 END, due_at = clock_timestamp(),
-                     reason = 2, slot_at = NULL, slot_cost = NULL, updated_at = clock_timestamp()
+                 UPDATE {s}.job SET state = CASE WHEN body IS NULL THEN 0 ELSE 2 END, claim = NULL, phase = 0,
+                     merged = false, due_at = clock_timestamp(), reason = 2, slot_at = NULL, slot_cost = NULL, updated_at = clock_timestamp()
                  WHERE state = 1 AND epoch = $1 AND claim < $3 AND claim <> ALL ($2) RETURNING tenant, id, state)
-             SELECT {s}.touch_lanes(array_agg(tenant), array_agg(id), array_agg(0::bigint)), count(*)
+             SELECT {s}.touch_lanes(array_agg(tenant), array_agg(id)), count(*)
              FROM lost HAVING count(*) > 0",
         );
         let client = self.db.client().await?;
@@ -127,10 +128,7 @@ fn read(row: &tokio_postgres::Row, epoch: &Arc<Epoch>, sent: Instant) -> Result<
             tenant,
             id,
             account: AccountKey::from_stored(row.try_get("account")?),
-            lease: Lease {
-                epoch: Arc::clone(epoch),
-                claim: row.try_get("claim")?,
-            },
+            lease: epoch.lease(row.try_get("claim")?),
             born: row.try_get("born")?,
             sequence: row.try_get("seq")?,
             attempts: row.try_get::<_, i32>("attempt")?.max(0) as u32,

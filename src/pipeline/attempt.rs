@@ -19,7 +19,7 @@ use crate::ledger::batches::Batches;
 use crate::ledger::slots::{SlotAnswer, SlotRequest};
 use crate::ledger::{Slot, WaitReason};
 use crate::report::{LinkedFile, RecipientStatus};
-use crate::secret::Keyring;
+use crate::secret::{Keys, SharedKeyring};
 use crate::settlement::all_pending;
 use crate::smtp::{self, CheckoutError, Envelope, Outcome, Pools, Submission, Transaction};
 use crate::telemetry::metrics::Metrics;
@@ -38,10 +38,8 @@ pub struct Pipeline {
     pub pools: Arc<Pools>,
     /// Slots and marks.
     pub batches: Batches,
-    /// Keys at rest.
-    pub keys: Arc<Keyring>,
-    /// Keys producers seal overrides with.
-    pub override_keys: Option<Keyring>,
+    /// Keys at rest, and those producers seal overrides with.
+    pub keys: Keys,
     /// Keys Message-IDs.
     pub installation_secret: Vec<u8>,
     /// What to do with unknown tenants.
@@ -87,6 +85,11 @@ impl Pipeline {
         }
         let resolved = self.resolve(&task.job).await;
         let (entries, mut chosen) = resolved.map_err(|verdict| match verdict {
+            // No attempt: nothing was tried, and the key may come at any time.
+            Verdict::Failed(failure) if failure.is_missing_key() => {
+                tracing::warn!(%failure, "the job waits for a key");
+                Verdict::Failed(failure)
+            }
             Verdict::Failed(failure) => started(attempt, failure),
             other => other,
         })?;
@@ -138,7 +141,8 @@ impl Pipeline {
 
     async fn look_up(&self, job: &MailJob) -> Result<(Entries, Chosen), Verdict> {
         let entries = self.entries(&job.tenant).await?;
-        let opened = overrides::open_override(job, &self.keys, self.override_keys.as_ref());
+        let overrides = self.keys.overrides.as_ref().map(SharedKeyring::current);
+        let opened = overrides::open_override(job, &self.keys.encryption.current(), overrides.as_deref());
         let chosen = opened
             .and_then(|opened| sender::choose(job, &entries.tenant, entries.platform.as_deref(), opened))
             .map_err(Verdict::Failed)?;

@@ -3,7 +3,7 @@ use serde_json::json;
 use super::*;
 use crate::id::AccountKey;
 use crate::job::decode::{self, Incoming};
-use crate::ledger::{Lease, lease};
+use crate::ledger::lease;
 
 fn job(more: &serde_json::Value) -> MailJob {
     let mut body = json!({
@@ -26,10 +26,7 @@ fn row(attempts: u32) -> Row {
         tenant: "acme".parse().unwrap(),
         id: "1".parse().unwrap(),
         account: AccountKey::from_stored("acme/main"),
-        lease: Lease {
-            epoch: lease::Epoch::for_tests(),
-            claim: 1,
-        },
+        lease: lease::Epoch::for_tests().claim(),
         born: 1000,
         sequence: 1000,
         attempts,

@@ -77,7 +77,10 @@ impl Admission {
             while let Ok(arrival) = arrivals.try_recv() {
                 self.take(arrival);
             }
-            self.admit_what_can_run().await;
+            tokio::select! {
+                () = stop.cancelled() => break,
+                () = self.admit_what_can_run() => {}
+            }
         }
         arrivals.close();
         while let Ok(arrival) = arrivals.try_recv() {

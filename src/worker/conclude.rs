@@ -106,7 +106,14 @@ impl Worker {
     fn task(&self, arrival: super::arrival::Arrival, row: Row) -> (Task, Delivery) {
         let body = plain(&arrival.delivery, &self.limits)
             .ok_or_else(|| "the body cannot be inflated again".to_owned())
-            .and_then(|plain| stored(&arrival.job, &plain, &arrival.properties, &self.pipeline.keys));
+            .and_then(|plain| {
+                stored(
+                    &arrival.job,
+                    &plain,
+                    &arrival.properties,
+                    &self.pipeline.keys.encryption.current(),
+                )
+            });
         let body = body
             .map_err(|error| tracing::error!(%error, job = %arrival.job.id, "body cannot be stored"))
             .ok();
@@ -131,7 +138,7 @@ impl Worker {
 
     /// One job, from its lease to its report.
     async fn run_job(self: Arc<Self>, task: Task, delivery: Option<Delivery>, right: Right) {
-        let _in_flight = self.in_flight(&task.row);
+        let _in_flight = self.in_flight();
         let attempt = AssertUnwindSafe(self.pipeline.attempt(&task))
             .catch_unwind()
             .await;
@@ -157,7 +164,7 @@ impl Worker {
         attempt.account = task.job.account.as_ref().map(ToString::to_string);
         let worker = Arc::clone(self);
         self.tasks.spawn(async move {
-            let _in_flight = worker.in_flight(&task.row);
+            let _in_flight = worker.in_flight();
             worker.conclude(task, Some(delivery), attempt).await;
         });
     }
@@ -203,7 +210,13 @@ impl Worker {
             }
             Settled::LeaseLost => self.lost(&task, delivery, &accepted, &message_id).await,
         }
-        if matches!(settlement.next, Next::Park { .. }) {
+        if matches!(
+            settlement.next,
+            Next::Park {
+                delay: std::time::Duration::ZERO,
+                ..
+            }
+        ) {
             self.nudge.notify_one();
         }
     }
@@ -264,7 +277,13 @@ impl Worker {
         let worker = Arc::clone(self);
         self.tasks.spawn(async move {
             let stored = plain(&arrival.delivery, &worker.limits).and_then(|plain| {
-                stored(&arrival.job, &plain, &arrival.properties, &worker.pipeline.keys).ok()
+                stored(
+                    &arrival.job,
+                    &plain,
+                    &arrival.properties,
+                    &worker.pipeline.keys.encryption.current(),
+                )
+                .ok()
             });
             let Some(Body { bytes, properties }) = stored else {
                 return arrival.give_back();

@@ -97,8 +97,7 @@ async fn forget(worker: &Arc<Worker>) {
 
 /// Leases whose statement was answered into the void.
 async fn find_forgotten(worker: &Arc<Worker>) {
-    let (known, before) = worker.old_claims();
-    match worker.ledger.forgotten(&worker.epoch(), &known, before).await {
+    match worker.ledger.forgotten(&worker.epoch()).await {
         Ok(0) => {}
         Ok(found) => {
             tracing::warn!(

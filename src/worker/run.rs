@@ -1,6 +1,6 @@
 //! The boot story of `postroom worker`, and its end.
 
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
@@ -13,7 +13,7 @@ use super::arrival::Arrival;
 use super::load::Load;
 use super::permits::Permits;
 use super::reporter::{self, Reporter};
-use super::{Claims, Worker, dispatcher, housekeeping};
+use super::{Worker, dispatcher, housekeeping};
 use crate::attachment::{Attachments, StorageError};
 use crate::broker::{BrokerError, Consumer, Session, Subscription, Supervisor};
 use crate::cli::{Service, ServiceError};
@@ -28,8 +28,7 @@ use crate::ledger::{Epoch, Ledger};
 use crate::level::Level;
 use crate::pipeline::attempt::Pipeline;
 use crate::pipeline::task::SharedClock;
-use crate::secret::stored::{StoredError, verify_keys};
-use crate::secret::{KeyError, Keyring};
+use crate::secret::{Keys, KeysError};
 use crate::smtp::{CapsError, ConnectionCaps, Pools};
 
 /// What `postroom worker` is started with.
@@ -58,15 +57,9 @@ pub struct Settings {
 /// Why a worker cannot start, or did not end well.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
-    /// The keys cannot be read.
-    #[error("POSTROOM_ENCRYPTION_KEYS: {0}")]
-    Keys(KeyError),
-    /// The keys for overrides cannot be read.
-    #[error("POSTROOM_OVERRIDE_KEYS: {0}")]
-    OverrideKeys(KeyError),
-    /// The keys do not fit what is stored.
+    /// The keys cannot be read, or do not fit what is stored.
     #[error(transparent)]
-    Stored(#[from] StoredError),
+    Keys(#[from] KeysError),
     /// The database cannot be used.
     #[error(transparent)]
     Database(#[from] DbError),
@@ -89,27 +82,16 @@ pub enum WorkerError {
 /// # Errors
 /// If it cannot start for a reason that waiting does not cure, or a part of it died.
 pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError> {
-    let keys = Arc::new(Keyring::parse(&settings.keys.encryption).map_err(WorkerError::Keys)?);
-    let overrides = settings.keys.overrides.as_ref().map(Keyring::parse).transpose();
-    let override_keys = overrides.map_err(WorkerError::OverrideKeys)?;
     let database = Database::connect(&settings.database)?;
     let ready = service.readiness.component("database");
     let amqp = service.readiness.component("amqp");
     if !database.wait_until_usable(&ready, &service.shutdown.soft).await? {
         return Ok(service.finish().await?);
     }
-    verify_keys(&database, &keys).await?;
+    let keys = Keys::open(&settings.keys, &database).await?;
+    service.follow_keys(keys.clone(), database.clone());
     let supervisor = Supervisor::new(settings.broker.clone(), Arc::clone(&service.metrics));
-    let (worker, arrivals) = build(
-        settings,
-        &service,
-        keys,
-        override_keys,
-        database,
-        ready,
-        &supervisor,
-    )
-    .await?;
+    let (worker, arrivals) = build(settings, &service, keys, database, ready, &supervisor).await?;
     let end = CancellationToken::new();
     let parts = Parts {
         worker: Arc::clone(&worker),
@@ -117,25 +99,25 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError
         amqp,
         end: end.clone(),
     };
-    let admission_ended = parts.start(arrivals);
+    let takers = parts.start(arrivals);
     let soft = service.shutdown.soft.clone();
-    let serving = Box::pin(supervisor.run(&soft, |session| {
-        serve(
-            Arc::clone(&worker),
-            session,
-            soft.clone(),
-            admission_ended.clone(),
-        )
-    }));
-    let served = serving.await;
+    let drained = Drained {
+        worker: Arc::clone(&worker),
+        takers,
+        hard: service.shutdown.hard.clone(),
+    };
+    let serving = supervisor.run(&soft, |session| {
+        serve(Arc::clone(&worker), session, soft.clone(), drained.clone())
+    });
+    let served = Box::pin(serving).await;
     if served.is_err() {
         soft.cancel();
     }
-    admission_ended.cancelled().await;
-    drain(&worker, &service).await;
+    let complete = drained.wait().await;
     end.cancel();
     worker.pipeline.pools.close().await;
-    if let Err(error) = worker.ledger.retire(&worker.epoch()).await {
+    // What is still in flight is nobody else's until the lease runs out.
+    if complete && let Err(error) = worker.ledger.retire(&worker.epoch()).await {
         tracing::warn!(%error, "this worker could not sign off; its leases run out by themselves");
     }
     let finished = service.finish().await;
@@ -151,8 +133,7 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError
 async fn build(
     settings: Settings,
     service: &Service,
-    keys: Arc<Keyring>,
-    override_keys: Option<Keyring>,
+    keys: Keys,
     database: Database,
     ready: health::Handle,
     supervisor: &Supervisor,
@@ -171,7 +152,11 @@ async fn build(
     let batches = Batches::new(&ledger);
     let pool_size = settings.smtp.pool_size;
     let pipeline = Pipeline {
-        directory: Arc::new(Directory::new(database, Arc::clone(&keys), settings.worker.retry)),
+        directory: Arc::new(Directory::new(
+            database,
+            keys.encryption.clone(),
+            settings.worker.retry,
+        )),
         attachments: Attachments::new(
             settings.fetch,
             settings.storage.as_ref(),
@@ -186,7 +171,6 @@ async fn build(
         )?,
         batches: batches.clone(),
         keys,
-        override_keys,
         installation_secret: ledger.installation_secret().await?,
         unknown_tenant: settings.worker.unknown_tenant,
         clock: Arc::clone(&clock),
@@ -210,7 +194,6 @@ async fn build(
         nudge: Notify::new(),
         database: ready,
         epoch: RwLock::new(epoch),
-        claims: Mutex::new(Claims::default()),
         caps,
         arrivals,
         name,
@@ -232,25 +215,17 @@ struct Parts<'a> {
 }
 
 impl Parts<'_> {
-    /// Starts them. The token is cancelled when admission has ended and given back what it had in hand.
-    fn start(self, arrivals: mpsc::Receiver<Arrival>) -> CancellationToken {
+    /// Starts them. The tracker is empty when nothing new can begin any more: admission has ended and given back what it
+    /// had in hand, and the dispatcher takes nothing out of the waiting room.
+    fn start(self, arrivals: mpsc::Receiver<Arrival>) -> TaskTracker {
         let soft = self.service.shutdown.soft.clone();
         let spawn = &self.service.shutdown;
-        let ended = CancellationToken::new();
-        let (admission, stop, done) = (
-            Admission::new(Arc::clone(&self.worker)),
-            soft.clone(),
-            ended.clone(),
-        );
-        spawn.spawn("admission", async move {
-            // Whatever ends it, nobody waits for it in vain.
-            let _done = done.drop_guard();
-            admission.run(arrivals, stop).await;
-        });
-        spawn.spawn(
-            "dispatcher",
-            dispatcher::run(Arc::clone(&self.worker), soft.clone()),
-        );
+        let takers = TaskTracker::new();
+        let admission = Admission::new(Arc::clone(&self.worker)).run(arrivals, soft.clone());
+        spawn.spawn("admission", takers.track_future(admission));
+        let dispatcher = dispatcher::run(Arc::clone(&self.worker), soft.clone());
+        spawn.spawn("dispatcher", takers.track_future(dispatcher));
+        takers.close();
         spawn.spawn("outbox", reporter::sweep(Arc::clone(&self.worker), soft.clone()));
         spawn.spawn(
             "housekeeping",
@@ -263,7 +238,7 @@ impl Parts<'_> {
         );
         self.service
             .follow_broker(self.amqp, self.worker.connected.clone());
-        ended
+        takers
     }
 }
 
@@ -273,7 +248,7 @@ async fn serve(
     worker: Arc<Worker>,
     session: Session,
     soft: CancellationToken,
-    admission_ended: CancellationToken,
+    drained: Drained,
 ) -> Result<(), BrokerError> {
     let mut consumers = tokio::task::JoinSet::new();
     for (level, queue) in worker.topology.job_queues() {
@@ -289,10 +264,8 @@ async fn serve(
     }
     while consumers.join_next().await.is_some() {}
     if soft.is_cancelled() && !session.ended().is_cancelled() {
-        admission_ended.cancelled().await;
-        worker.tasks.close();
         tokio::select! {
-            () = worker.tasks.wait() => {}
+            _ = drained.wait() => {}
             () = session.ended().cancelled() => {}
         }
     }
@@ -330,22 +303,38 @@ fn prefetch(level: Level, permits: usize) -> u16 {
     u16::try_from(permits * factor).unwrap_or(u16::MAX).max(32)
 }
 
-/// Waits for everything in flight, at most until the hard end.
-async fn drain(worker: &Worker, service: &Service) {
-    worker.tasks.close();
-    let mut told = tokio::time::interval(Duration::from_secs(5));
-    told.tick().await;
-    loop {
-        tokio::select! {
-            () = worker.tasks.wait() => return,
-            () = service.shutdown.hard.cancelled() => {
-                tracing::warn!(jobs = worker.tasks.len(), "the grace period is over; what is in flight is left to other workers");
-                return;
+/// The end of everything in flight.
+#[derive(Clone)]
+struct Drained {
+    worker: Arc<Worker>,
+    takers: TaskTracker,
+    hard: CancellationToken,
+}
+
+impl Drained {
+    /// Waits for everything in flight, at most until the hard end. Whether all of it ended.
+    async fn wait(&self) -> bool {
+        let jobs = &self.worker.tasks;
+        let all = async {
+            self.takers.wait().await;
+            jobs.close();
+            jobs.wait().await;
+        };
+        tokio::pin!(all);
+        let mut told = tokio::time::interval(Duration::from_secs(5));
+        told.tick().await;
+        loop {
+            tokio::select! {
+                () = &mut all => return true,
+                () = self.hard.cancelled() => {
+                    tracing::warn!(jobs = jobs.len(), "the grace period is over; what is in flight is left to other workers");
+                    return false;
+                }
+                _ = told.tick() => tracing::info!(
+                    jobs = jobs.len(),
+                    "waiting for mail in flight; ending now could send it twice"
+                ),
             }
-            _ = told.tick() => tracing::info!(
-                jobs = worker.tasks.len(),
-                "waiting for mail in flight; ending now could send it twice"
-            ),
         }
     }
 }

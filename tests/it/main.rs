@@ -5,15 +5,27 @@
     reason = "a scenario that cannot go on has failed"
 )]
 
+mod attachments;
 mod bad_input;
 mod broker_commands;
 mod broker_restart;
 mod broker_session;
 mod broker_tls;
 mod broker_topology;
+mod connection_caps;
+mod crash;
+mod duplicates;
+mod fairness;
 mod frame;
+mod job_commands;
+mod keys;
+mod levels;
+mod limits;
+mod lost_connections;
 mod outages;
 mod producers;
+mod retries;
+mod schedule;
 mod secrets;
 mod sends;
 mod smtp_trouble;
