@@ -14,6 +14,9 @@ pub mod release;
 pub mod settle;
 pub mod slots;
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -61,6 +61,9 @@ pub enum RunError {
 /// If it cannot start for a reason that waiting does not cure, or a part of it died.
 pub async fn run(settings: Settings, service: Service) -> Result<(), RunError> {
     let database = Database::connect(&settings.database)?;
+    let metrics = Arc::clone(&service.metrics);
+    let supervisor = Supervisor::new(settings.broker, Arc::clone(&metrics));
+    service.follow_urls(supervisor.url(), database.clone());
     let ready = service.readiness.component("database");
     let amqp = service.readiness.component("amqp");
     let soft = service.shutdown.soft.clone();
@@ -70,15 +73,13 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), RunError> {
     let keys = Keys::open(&settings.keys, &database).await?;
     service.follow_keys(keys.clone(), database.clone());
     let guard = Arc::new(EgressGuard::new(settings.egress));
-    let metrics = Arc::clone(&service.metrics);
     let bridge = Bridge::new(
         database.clone(),
         keys.encryption,
         guard,
         settings.webhook,
-        Arc::clone(&metrics),
+        metrics,
     )?;
-    let supervisor = Supervisor::new(settings.broker, metrics);
     let (reports, taken) = mpsc::channel(usize::from(PREFETCH));
     let (publisher, topology) = (supervisor.publisher(), supervisor.topology().clone());
     let source = Source {

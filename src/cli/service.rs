@@ -3,11 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use secrecy::SecretString;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{self, Sources};
+use crate::broker;
+use crate::config::{self, FromSettings, Sources};
 use crate::db::Database;
 use crate::health::{self, HealthError, Readiness, Server};
 use crate::secret::Keys;
@@ -127,6 +129,34 @@ impl Service {
         });
     }
 
+    /// Reads the URLs of broker and database again with every SIGHUP, for connections that are opened from then on. What
+    /// cannot be used is told, and the URL in use stays.
+    pub fn follow_urls(&self, broker: watch::Sender<SecretString>, database: Database) {
+        let (sources, soft) = (self.sources.clone(), self.shutdown.soft.clone());
+        let mut reloads = self.shutdown.reloads();
+        self.shutdown.spawn("urls", async move {
+            loop {
+                tokio::select! {
+                    () = soft.cancelled() => return,
+                    changed = reloads.changed() => if changed.is_err() { return },
+                }
+                let changed = read_again::<config::Broker>(&sources).and_then(|new| {
+                    broker::vhost(&new.url).map_err(|error| error.to_string())?;
+                    broker.send_replace(new.url);
+                    Ok(())
+                });
+                if let Err(error) = changed {
+                    tracing::error!(error, "POSTROOM_AMQP_URL: the URL in use stays");
+                }
+                let changed = read_again::<config::Database>(&sources)
+                    .and_then(|new| database.reconnect(&new).map_err(|error| error.to_string()));
+                if let Err(error) = changed {
+                    tracing::error!(error, "POSTROOM_DATABASE_URL: the URL in use stays");
+                }
+            }
+        });
+    }
+
     /// Waits for the soft token, then for the tasks to end, at most until the hard token; closes the port.
     ///
     /// # Errors
@@ -149,14 +179,20 @@ impl Service {
     }
 }
 
+/// A section as it is now; an error names everything that is wrong.
+fn read_again<T: FromSettings>(sources: &Sources) -> Result<T, String> {
+    config::load(sources).map_err(|errors| {
+        let errors: Vec<_> = errors.iter().map(ToString::to_string).collect();
+        errors.join("; ")
+    })
+}
+
 /// Whether it is decided: the keys are replaced, or are no good.
 async fn reload(keys: &Keys, sources: &Sources, database: &Database) -> bool {
-    let config: config::Keys = match config::load(sources) {
+    let config: config::Keys = match read_again(sources) {
         Ok(config) => config,
-        Err(errors) => {
-            for error in errors {
-                tracing::error!(%error, "the keys in use stay");
-            }
+        Err(error) => {
+            tracing::error!(error, "the keys in use stay");
             return true;
         }
     };

@@ -222,9 +222,8 @@ impl Pipeline {
             let part: Vec<Address> = open.into_iter().take(granted.recipients as usize).collect();
             tried.extend(part.iter().map(ToString::to_string));
             let begun = Instant::now();
-            let email = self
-                .compose(task, chosen, prepared, &message_id, &part)
-                .map_err(|f| started(attempt, f))?;
+            let email =
+                Self::compose(task, chosen, prepared, &message_id, &part).map_err(|f| started(attempt, f))?;
             self.observe("compose", begun);
             if task.is_expired(self.clock.now()) {
                 return Err(Verdict::Expired);
@@ -255,7 +254,6 @@ impl Pipeline {
     }
 
     fn compose(
-        &self,
         task: &Task,
         chosen: &Chosen,
         prepared: &Prepared,

@@ -64,7 +64,7 @@ metrics! {
     /// Deliveries taken from job queues.
     deliveries: IntCounterVec "postroom_deliveries_total" ["level", "redelivered"];
     /// Jobs that ended or changed state, by outcome: sent, failed, rejected, expired, cancelled, uncertain, parked, duplicate,
-    /// or back with the broker, for any worker or a newer one.
+    /// `given_back`, `too_new`.
     jobs: IntCounterVec "postroom_jobs_total" ["outcome"];
     /// Recipients by result: accepted, deferred, refused; with failure class.
     recipients: IntCounterVec "postroom_recipients_total" ["status", "class"];

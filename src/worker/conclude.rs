@@ -63,9 +63,9 @@ impl Worker {
     }
 
     /// Parks a claimed job behind older ones of its account.
-    pub fn park_busy(self: &Arc<Self>, picked: Picked, row: Box<Row>) {
+    pub fn park_busy(self: &Arc<Self>, picked: Picked, row: Row) {
         let delay = std::time::Duration::ZERO;
-        let (task, delivery) = self.task(picked.arrival, *row);
+        let (task, delivery) = self.task(picked.arrival, row);
         self.conclude_at_once(
             task,
             delivery,
@@ -143,6 +143,9 @@ impl Worker {
             .catch_unwind()
             .await;
         let attempt = attempt.unwrap_or_else(|_| crashed(&task));
+        if let (Some((_, in_hand)), Some(took)) = (&right, attempt.smtp) {
+            in_hand.note_send(took);
+        }
         // The mail is out, or not: either way the connection is free. What follows is bookkeeping.
         drop(right);
         if matches!(

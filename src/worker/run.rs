@@ -83,6 +83,8 @@ pub enum WorkerError {
 /// If it cannot start for a reason that waiting does not cure, or a part of it died.
 pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError> {
     let database = Database::connect(&settings.database)?;
+    let supervisor = Supervisor::new(settings.broker.clone(), Arc::clone(&service.metrics));
+    service.follow_urls(supervisor.url(), database.clone());
     let ready = service.readiness.component("database");
     let amqp = service.readiness.component("amqp");
     if !database.wait_until_usable(&ready, &service.shutdown.soft).await? {
@@ -90,7 +92,6 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError
     }
     let keys = Keys::open(&settings.keys, &database).await?;
     service.follow_keys(keys.clone(), database.clone());
-    let supervisor = Supervisor::new(settings.broker.clone(), Arc::clone(&service.metrics));
     let (worker, arrivals) = build(settings, &service, keys, database, ready, &supervisor).await?;
     let end = CancellationToken::new();
     let parts = Parts {

@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use postroom::level::Level;
-use postroom_testkit::smtp::{Phase, Script, SmtpServer};
+use postroom_testkit::smtp::{Action, Phase, Script, SmtpServer};
 use serde_json::{Value, json};
 
 use crate::sends::account;
-use crate::support::{World, mail, taken};
+use crate::support::{World, eventually, mail, taken};
 
 fn scheduled(tenant: &str, id: &str) -> Value {
     let mut job = mail(tenant, id);
@@ -19,7 +19,7 @@ fn scheduled(tenant: &str, id: &str) -> Value {
 }
 
 async fn waits(world: &World, id: &str) {
-    crate::support::eventually(Duration::from_secs(20), || async {
+    eventually(Duration::from_secs(20), || async {
         let shown = world.postroom(&["job", "show", "acme", id]).await;
         shown.code == 0 && shown.stdout.contains("waiting")
     })
@@ -136,24 +136,35 @@ async fn a_job_cancelled_before_it_comes_is_never_sent() {
 }
 
 #[tokio::test]
-async fn a_job_cancelled_while_it_is_sent_ends_as_what_the_server_said() {
+async fn a_job_cancelled_while_it_is_sent_is_sent_if_the_server_takes_it_and_else_cancelled() {
     let world = World::ready().await;
-    let script = Script::new().delay(Phase::FinalDot, Duration::from_secs(2));
-    let server = SmtpServer::builder().script(script).start().await;
-    account(&world, "acme", &server, &[]).await;
+    let seconds = Duration::from_secs(2);
+    let takes = Script::new().delay(Phase::FinalDot, seconds);
+    let defers = Script::new()
+        .delay(Phase::FinalDot, seconds)
+        .on(Phase::FinalDot, Action::reply("451 4.3.0 Later"));
+    let yes = SmtpServer::builder().script(takes).start().await;
+    let later = SmtpServer::builder().script(defers).start().await;
+    account(&world, "yes", &yes, &[]).await;
+    account(&world, "later", &later, &[]).await;
     let mut reports = world.reports().await;
     let _worker = world.start_worker().await;
-    world.publish_mail(Level::High, "acme", "going").await;
-    crate::support::eventually(Duration::from_secs(20), || async {
-        server.counters().command("DATA") > 0
-    })
-    .await;
-    let said = world
-        .postroom(&["job", "cancel", "acme", "going"])
-        .await
-        .success();
-    assert!(said.contains("in flight"), "{said}");
-    assert_eq!(reports.final_of("going").await.kind(), "mail.sent");
+    for (tenant, server) in [("yes", &yes), ("later", &later)] {
+        world.publish_mail(Level::High, tenant, "going").await;
+        eventually(Duration::from_secs(20), || async {
+            server.counters().command("DATA") > 0
+        })
+        .await;
+        let said = world
+            .postroom(&["job", "cancel", tenant, "going"])
+            .await
+            .success();
+        assert!(said.contains("in flight"), "{said}");
+        assert_eq!(world.job(tenant, "going").await["cancel_requested"], true);
+    }
+    let finals = reports.finals(2, Duration::from_mins(1)).await;
+    let kind = |tenant: &str| finals.iter().find(|r| r.tenant() == tenant).unwrap().kind();
+    assert_eq!((kind("yes"), kind("later")), ("mail.sent", "mail.cancelled"));
     assert!(reports.none_for(Duration::from_millis(500)).await);
     world.assert_settled().await;
 }

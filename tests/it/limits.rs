@@ -7,7 +7,7 @@ use postroom_testkit::smtp::SmtpServer;
 use serde_json::{Value, json};
 
 use crate::sends::account;
-use crate::support::{Process, World, mail, mails, most_within, taken, times};
+use crate::support::{Process, World, header, mail, mails, most_within, taken, times};
 
 const WINDOW: Duration = Duration::from_secs(3);
 
@@ -104,6 +104,42 @@ async fn limits_count_recipients_and_span_the_accounts_of_a_tenant() {
     assert_eq!(together.len(), 50);
     assert!(most_within(&times(&together), WINDOW) <= 20);
     assert_eq!((other.received_count(), third.received_count()), (25, 25));
+    world.assert_settled().await;
+}
+
+#[tokio::test]
+async fn an_envelope_larger_than_a_limit_is_split_under_one_message_id() {
+    let world = World::ready().await;
+    let server = SmtpServer::builder().start().await;
+    account(&world, "acme", &server, &["--limit", "3/2s:recipients"]).await;
+    let mut reports = world.reports().await;
+    let _worker = world.start_worker().await;
+    let mut job = mail("acme", "many");
+    let names: Vec<String> = (0..7).map(|n| format!("r{n}@example.org")).collect();
+    job["to"] = json!(names);
+    world.publish(Level::Medium, "acme", &job).await;
+    let sent = reports.final_of("many").await;
+    assert_eq!(
+        (sent.kind(), &sent.json["data"]["partial"]),
+        ("mail.sent", &json!(false))
+    );
+    let mails = server.received();
+    let sizes: Vec<_> = mails.iter().map(|mail| mail.to.len()).collect();
+    assert_eq!(sizes, [3, 3, 1]);
+    let to: Vec<_> = mails.iter().flat_map(|mail| mail.to.clone()).collect();
+    assert_eq!(to, names);
+    for name in ["Message-ID", "Date"] {
+        assert!(
+            mails
+                .iter()
+                .all(|mail| header(mail, name) == header(&mails[0], name))
+        );
+    }
+    let each_recipient: Vec<_> = mails
+        .into_iter()
+        .flat_map(|m| vec![m.clone(); m.to.len()])
+        .collect();
+    assert!(most_within(&times(&each_recipient), Duration::from_secs(2)) <= 3);
     world.assert_settled().await;
 }
 

@@ -17,6 +17,8 @@ pub(crate) struct Received {
     /// AMQP `message_id`: the event id.
     pub(crate) id: String,
     pub(crate) key: String,
+    /// The body as it came.
+    pub(crate) body: Vec<u8>,
     pub(crate) json: Value,
 }
 
@@ -26,6 +28,7 @@ impl Received {
         Self {
             id: id.map(ToString::to_string).unwrap_or_default(),
             key: delivery.routing_key.to_string(),
+            body: delivery.data.clone(),
             json: serde_json::from_slice(&delivery.data).unwrap(),
         }
     }

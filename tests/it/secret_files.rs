@@ -1,4 +1,4 @@
-//! Keys are rotated in the file that holds them, and a signal makes running processes use it.
+//! Secrets are changed in the files that hold them, and a signal makes running processes use them.
 
 use std::time::Duration;
 
@@ -112,5 +112,42 @@ async fn what_a_new_key_sealed_waits_until_sighup_brings_the_key() {
     }
     for logs in [worker.logs(), bridge.logs()] {
         assert!(!logs.contains(&new[3..]) && !logs.contains("open sesame"));
+    }
+}
+
+#[tokio::test]
+async fn urls_in_files_are_read_again_at_sighup() {
+    let mut world = World::ready().await;
+    let files = ["AMQP", "DATABASE"].map(|name| {
+        let file = world.dir().join(name);
+        let right = world.variable(&format!("POSTROOM_{name}_URL")).to_owned();
+        let mut wrong = url::Url::parse(&right).unwrap();
+        wrong.set_port(Some(1)).unwrap();
+        std::fs::write(&file, wrong.as_str()).unwrap();
+        world.unset(&format!("POSTROOM_{name}_URL"));
+        world.set(&format!("POSTROOM_{name}_URL_FILE"), file.to_str().unwrap());
+        (file, right)
+    });
+    let mut processes = [world.spawn(&["worker"]), world.spawn(&["bridge"])];
+    for process in &processes {
+        eventually(LIMIT, || async { process.get("/livez").await.is_some() }).await;
+        assert!(!process.ready().await);
+    }
+    std::fs::write(&files[1].0, &files[1].1).unwrap();
+    for process in &processes {
+        process.signal("HUP");
+        process.wait_log("ready component=\"database\"").await;
+        process.wait_log("no session with RabbitMQ").await;
+    }
+    // Neither is changed to what is no URL.
+    std::fs::write(&files[0].0, "rubbish").unwrap();
+    for process in &processes {
+        process.signal("HUP");
+        process.wait_log("POSTROOM_AMQP_URL: the URL in use stays").await;
+    }
+    std::fs::write(&files[0].0, &files[0].1).unwrap();
+    for process in &mut processes {
+        process.signal("HUP");
+        process.wait_ready().await;
     }
 }

@@ -1,0 +1,365 @@
+//! The way out of the waiting room: levels, turns, order, and who gets what.
+
+use std::collections::{HashMap, HashSet};
+use std::time::{Duration, Instant};
+
+use super::world::{World, account, all, in_world, job, park, request, settlement, tenant, until};
+use crate::ledger::WaitReason;
+use crate::ledger::admit::Admitted;
+use crate::ledger::release::{ReleaseRequest, Released};
+use crate::ledger::settle::{Next, Settled};
+use crate::level::Level;
+
+/// Puts jobs into the waiting room straight away: `tenant/main` of each tenant, oldest first.
+async fn fill(world: &World, tenant: &str, account: &str, level: Level, count: usize, size: usize) {
+    world
+        .run(&format!(
+            "INSERT INTO {{s}}.job (tenant, id, state, level, account, digest, born, seq, created_at, updated_at, due_at,
+                                    reason, body, body_size, properties)
+             SELECT '{tenant}', '{account}-{level}-' || i, 2, {}, '{account}', '', 0, 0, now(), now(),
+                    now() - interval '1 hour' + i * interval '1 ms', 1, repeat('x', {size})::bytea, {size},
+                    '{{\"recipients\": 1}}'
+             FROM generate_series(1, {count}) i;
+             INSERT INTO {{s}}.lane SELECT '{account}', {}, '{tenant}', now() - interval '1 hour', {count}",
+            level as i16, level as i16
+        ))
+        .await;
+}
+
+fn ids(released: &[Released]) -> Vec<String> {
+    released.iter().map(|r| r.row.id.to_string()).collect()
+}
+
+#[tokio::test]
+async fn twenty_thousand_of_one_tenant_do_not_delay_another() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        fill(&world, "big", "big/main", Level::Low, 20_000, 1).await;
+        world.run("ANALYZE {s}.job").await;
+        // A turn of the big one first, so that the small one comes after it.
+        world.release(&epoch, Level::Low, 10).await;
+        fill(&world, "small", "small/main", Level::Low, 3, 1).await;
+        let mut others = 0;
+        let mut mine = 0;
+        while mine < 3 {
+            let released = world.release(&epoch, Level::Low, 20).await;
+            mine += released
+                .iter()
+                .filter(|r| r.row.tenant == tenant("small"))
+                .count();
+            others += released
+                .iter()
+                .filter(|r| r.row.tenant != tenant("small"))
+                .count();
+            assert!(others <= 40, "{others} others went first");
+        }
+        // Inside one account too.
+        fill(&world, "big", "-/shared", Level::Low, 1000, 1).await;
+        fill(&world, "small", "-/shared", Level::Low, 1, 1).await;
+        let mut only = all(Level::Low, 10);
+        only.only = Some(account("-/shared"));
+        let released = world.ledger.release(&epoch, &only).await.unwrap();
+        assert!(
+            released.iter().any(|r| r.row.tenant == tenant("small")),
+            "{:?}",
+            ids(&released)
+        );
+        assert_eq!(released.len(), 6, "five of the other: its half");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_oldest_go_first_and_not_before_their_time() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        fill(&world, "acme", "acme/main", Level::High, 30, 1).await;
+        world
+            .run("UPDATE {s}.job SET due_at = now() + interval '1 hour' WHERE id LIKE '%-1'")
+            .await;
+        assert!(
+            world.release(&epoch, Level::Medium, 10).await.is_empty(),
+            "another level"
+        );
+        let first = world.release(&epoch, Level::High, 10).await;
+        let expected: Vec<_> = (2..12).map(|n| format!("acme/main-high-{n}")).collect();
+        assert_eq!(ids(&first), expected);
+        assert_eq!(world.ledger.due_levels().await.unwrap(), [Level::High]);
+        assert_eq!(world.release(&epoch, Level::High, 100).await.len(), 19);
+        assert!(world.release(&epoch, Level::High, 100).await.is_empty());
+        assert!(
+            world.ledger.due_levels().await.unwrap().is_empty(),
+            "nothing to look at for an hour"
+        );
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn accounts_can_be_left_out_or_singled_out() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        for (level, name) in [
+            (Level::Low, "a"),
+            (Level::Medium, "a"),
+            (Level::Immediate, "a"),
+            (Level::Medium, "b"),
+        ] {
+            fill(&world, name, &format!("{name}/main"), level, 2, 1).await;
+        }
+        let mut without = all(Level::Medium, 10);
+        without.exclude = vec![account("a/main")];
+        let released = world.ledger.release(&epoch, &without).await.unwrap();
+        assert_eq!(ids(&released), ["b/main-medium-1", "b/main-medium-2"]);
+        let only = ReleaseRequest {
+            only: Some(account("a/main")),
+            ..all(Level::Medium, 3)
+        };
+        let released = world.ledger.release(&epoch, &only).await.unwrap();
+        assert_eq!(
+            ids(&released),
+            ["a/main-immediate-1", "a/main-immediate-2", "a/main-medium-1"]
+        );
+        assert_eq!(released[0].level, Level::Immediate);
+        let both = ReleaseRequest {
+            exclude: vec![account("a/main")],
+            ..only
+        };
+        assert!(world.ledger.release(&epoch, &both).await.unwrap().is_empty());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn bodies_are_bounded_in_bytes_but_one_always_goes() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        fill(&world, "acme", "acme/main", Level::Low, 10, 1000).await;
+        let sized = |most_bytes| ReleaseRequest {
+            most_bytes,
+            ..all(Level::Low, 10)
+        };
+        assert_eq!(world.ledger.release(&epoch, &sized(2500)).await.unwrap().len(), 3);
+        assert_eq!(world.ledger.release(&epoch, &sized(1)).await.unwrap().len(), 1);
+        assert_eq!(world.ledger.release(&epoch, &sized(0)).await.unwrap().len(), 0);
+        assert_eq!(
+            world.ledger.release(&epoch, &sized(1 << 20)).await.unwrap().len(),
+            6
+        );
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn limited_lanes_get_exactly_their_room_and_others_the_rest() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        for name in ["a", "b", "c"] {
+            fill(&world, name, &format!("{name}/main"), Level::Low, 100, 1).await;
+        }
+        world.limit("a/main", &[(3, 60_000_000, "messages")]).await;
+        world.limit("b/", &[(7, 60_000_000, "recipients")]).await;
+        let mut count: HashMap<String, usize> = HashMap::new();
+        loop {
+            let released = world.release(&epoch, Level::Low, 20).await;
+            if released.is_empty() {
+                break;
+            }
+            for job in released {
+                assert_eq!(
+                    job.row.slot.unwrap().until.is_some(),
+                    job.row.tenant != tenant("c")
+                );
+                *count.entry(job.row.tenant.to_string()).or_default() += 1;
+            }
+        }
+        let expected = [("a", 3), ("b", 7), ("c", 100)].map(|(name, n)| (name.to_owned(), n));
+        assert_eq!(count, HashMap::from(expected));
+        world.assert_lanes_are_right().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_immediate_job_goes_before_twenty_thousand_low_ones_of_its_limited_account() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        world.limit("acme/main", &[(2, 200_000, "messages")]).await;
+        fill(&world, "acme", "acme/main", Level::Low, 20_000, 1).await;
+        world.run("ANALYZE {s}.job").await;
+        assert_eq!(world.release(&epoch, Level::Low, 10).await.len(), 2);
+        let mut urgent = request(&epoch, "acme", "urgent");
+        urgent.level = Level::Immediate;
+        let Admitted::Wait { row, reason, delay } = world.admit_one(urgent).await else {
+            panic!()
+        };
+        assert_eq!(
+            world.settle_one(park(&row, reason, delay)).await,
+            Settled::Written
+        );
+        // Low is asked for first, again and again.
+        let mut others = 0;
+        until("the urgent job leaves", async || {
+            others += world.release(&epoch, Level::Low, 10).await.len();
+            !world.release(&epoch, Level::Immediate, 10).await.is_empty()
+        })
+        .await;
+        assert_eq!(others, 0);
+        until("the others go on", async || {
+            !world.release(&epoch, Level::Low, 10).await.is_empty()
+        })
+        .await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn tenants_take_turns_at_a_limited_shared_account() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        world.limit("-/shared", &[(1, 1000, "messages")]).await;
+        let names: Vec<String> = (0..6).map(|n| format!("t{n}")).collect();
+        for name in &names {
+            fill(&world, name, "-/shared", Level::Low, 100, 1).await;
+        }
+        let mut order = Vec::new();
+        until("two rounds", async || {
+            let released = world.release(&epoch, Level::Low, 4).await;
+            assert!(released.len() <= 1);
+            order.extend(released.into_iter().map(|r| r.row.tenant.to_string()));
+            order.len() == 12
+        })
+        .await;
+        for round in order.chunks(6) {
+            assert_eq!(round.iter().collect::<HashSet<_>>().len(), 6, "{order:?}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn shut_lanes_do_not_hide_the_open_one_behind_them() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        world.limit("-/shared", &[(1, 60_000_000, "messages")]).await;
+        for n in 0..200 {
+            fill(&world, &format!("t{n}"), "-/shared", Level::Low, 1, 1).await;
+        }
+        assert_eq!(world.release(&epoch, Level::Low, 3).await.len(), 1);
+        fill(&world, "open", "open/main", Level::Low, 1, 1).await;
+        world
+            .run("UPDATE {s}.lane SET next_at = now() WHERE account = 'open/main'")
+            .await;
+        assert_eq!(
+            ids(&world.release(&epoch, Level::Low, 3).await),
+            ["open/main-low-1"]
+        );
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workers_that_release_at_once_never_get_the_same_job_and_leave_none() {
+    in_world(|world| async move {
+        for n in 0..5 {
+            fill(
+                &world,
+                &format!("t{n}"),
+                &format!("t{n}/main"),
+                Level::Low,
+                200,
+                1,
+            )
+            .await;
+        }
+        world.limit("t0/main", &[(100_000, 60_000_000, "messages")]).await;
+        let mut workers = tokio::task::JoinSet::new();
+        for _ in 0..6 {
+            let world = world.clone();
+            workers.spawn(async move {
+                let epoch = world.epoch().await;
+                let mut mine = Vec::new();
+                let begun = Instant::now();
+                while !world.ledger.due_levels().await.unwrap().is_empty() {
+                    assert!(begun.elapsed() < super::world::PATIENCE);
+                    for job in world.release(&epoch, Level::Low, 17).await {
+                        mine.push((job.row.tenant.to_string(), job.row.id.to_string()));
+                    }
+                }
+                mine
+            });
+        }
+        let got: Vec<_> = workers.join_all().await.into_iter().flatten().collect();
+        assert_eq!(got.len(), 1000);
+        assert_eq!(got.iter().collect::<HashSet<_>>().len(), 1000);
+        assert_eq!(
+            world.one::<i64>("SELECT count(*) FROM {s}.lane").await,
+            0,
+            "empty lanes are gone"
+        );
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_answer_that_got_lost_is_found_again() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        world.parked(&epoch, "acme", "1", WaitReason::Busy).await;
+        let kept = world.go(request(&epoch, "acme", "kept")).await;
+        drop(world.release(&epoch, Level::Medium, 1).await);
+        drop(world.go(request(&epoch, "acme", "open")).await);
+        assert_eq!(
+            world.ledger.forgotten(&epoch).await.unwrap(),
+            0,
+            "it may still be on its way"
+        );
+        assert_eq!(
+            world.ledger.forgotten(&epoch).await.unwrap(),
+            0,
+            "it may still be on its way"
+        );
+        assert_eq!(world.ledger.forgotten(&epoch).await.unwrap(), 2);
+        assert_eq!(
+            [world.state("acme", "1").await, world.state("acme", "open").await],
+            [2, 0]
+        );
+        world.assert_lanes_are_right().await;
+        assert_eq!(ids(&world.release(&epoch, Level::Medium, 1).await), ["1"]);
+        assert_eq!(
+            world.settle_one(settlement(&kept, Next::GiveBack)).await,
+            Settled::Written
+        );
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_job_that_somebody_is_working_on_is_passed_over() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        fill(&world, "acme", "acme/main", Level::Low, 3, 1).await;
+        let locked = world.db.client().await.unwrap();
+        locked.batch_execute("BEGIN").await.unwrap();
+        let sql = world
+            .db
+            .sql("SELECT 1 FROM {s}.job WHERE id LIKE '%-1' FOR UPDATE");
+        locked.batch_execute(&sql).await.unwrap();
+        let released =
+            tokio::time::timeout(Duration::from_secs(5), world.release(&epoch, Level::Low, 9)).await;
+        assert_eq!(ids(&released.unwrap()), ["acme/main-low-2", "acme/main-low-3"]);
+        locked.batch_execute("ROLLBACK").await.unwrap();
+        drop(locked);
+        let last = world.release(&epoch, Level::Low, 9).await;
+        assert_eq!(ids(&last), ["acme/main-low-1"], "its lane has not forgotten it");
+        assert_eq!(
+            world
+                .ledger
+                .cancel(&tenant("acme"), &job("acme/main-low-1"))
+                .await
+                .unwrap(),
+            crate::ledger::odd::Cancel::InFlight
+        );
+    })
+    .await;
+}
