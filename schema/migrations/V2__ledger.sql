@@ -684,14 +684,14 @@ BEGIN
                 WHERE u.r AND x.slot_at IS NOT NULL)
             ORDER BY key FOR UPDATE;
         -- The slots are read behind the locks: another copy of this very statement may have given them back.
-        SELECT array_agg(q.tenant) AS t, array_agg(q.account) AS a, array_agg(q.slot_cost) AS c,
-               array_agg(q.slot_at) AS s INTO o
+        -- All rows are locked here, in order: a WHERE outside would move in and lock some of them first.
+        SELECT array_agg(q.tenant) FILTER (WHERE q.back) AS t, array_agg(q.account) FILTER (WHERE q.back) AS a,
+               array_agg(q.slot_cost) FILTER (WHERE q.back) AS c, array_agg(q.slot_at) FILTER (WHERE q.back) AS s INTO o
             FROM (SELECT x.tenant, x.account, x.slot_cost, x.slot_at,
-                         u.r AND x.state = 1 AND x.epoch = p_epoch AND x.claim = u.c AS ours
+                         u.r AND x.state = 1 AND x.epoch = p_epoch AND x.claim = u.c AND x.slot_at IS NOT NULL AS back
                   FROM job x JOIN unnest(p_tenants, p_ids, p_claims, p_refund) u(t, id, c, r)
                        ON x.tenant = u.t AND x.id = u.id
-                  ORDER BY x.tenant, x.id FOR UPDATE OF x) q
-            WHERE q.ours AND q.slot_at IS NOT NULL;
+                  ORDER BY x.tenant, x.id FOR UPDATE OF x) q;
         IF o.t IS NOT NULL THEN
             v_open := refund_slots(o.t, o.a, o.c, o.s);
         END IF;
