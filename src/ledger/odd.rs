@@ -335,7 +335,10 @@ fn with_acceptances(known: Vec<RecipientResult>, results: &[RecipientResult]) ->
     known
         .into_iter()
         .map(|theirs| {
-            let mine = results.iter().filter(accepted).find(|mine| mine.address == theirs.address);
+            let mine = results
+                .iter()
+                .filter(accepted)
+                .find(|mine| mine.address == theirs.address);
             mine.cloned().unwrap_or(theirs)
         })
         .collect()

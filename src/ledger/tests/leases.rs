@@ -35,7 +35,10 @@ async fn heartbeats_are_steady_until_one_comes_late() {
         age(&world, &epoch, "heartbeat_at", "20 seconds").await;
         assert!(steady(&world, &epoch).await > Duration::from_mins(59));
         age(&world, &epoch, "heartbeat_at", "23 seconds").await;
-        assert!(steady(&world, &epoch).await < Duration::from_secs(5), "half a lease is a gap");
+        assert!(
+            steady(&world, &epoch).await < Duration::from_secs(5),
+            "half a lease is a gap"
+        );
         assert!(epoch.is_fresh());
     })
     .await;
@@ -52,7 +55,11 @@ async fn a_dead_epoch_never_comes_back() {
         assert!(!old.is_fresh() && old.died().is_cancelled());
         assert_eq!(world.ledger.heartbeat(&old).await.unwrap(), Beat::Dead);
         world.run("DELETE FROM {s}.worker").await;
-        assert_eq!(world.ledger.heartbeat(&new).await.unwrap(), Beat::Dead, "without a row as well");
+        assert_eq!(
+            world.ledger.heartbeat(&new).await.unwrap(),
+            Beat::Dead,
+            "without a row as well"
+        );
     })
     .await;
 }
@@ -71,12 +78,25 @@ async fn only_a_steady_living_worker_takes_over_and_only_from_the_silent() {
         age(&world, &new, "steady_since", "1 hour").await;
         age(&world, &new, "heartbeat_at", "46 seconds").await;
         assert_eq!(opened(&new).await, 0, "silent itself");
-        assert!(matches!(world.ledger.heartbeat(&old).await.unwrap(), Beat::Alive { .. }), "nothing was done");
+        assert!(
+            matches!(world.ledger.heartbeat(&old).await.unwrap(), Beat::Alive { .. }),
+            "nothing was done"
+        );
         world.silence(&old).await;
         age(&world, &new, "heartbeat_at", "1 second").await;
-        world.run(&format!("UPDATE {{s}}.worker SET dead = true WHERE epoch = {}", new.number())).await;
+        world
+            .run(&format!(
+                "UPDATE {{s}}.worker SET dead = true WHERE epoch = {}",
+                new.number()
+            ))
+            .await;
         assert_eq!(opened(&new).await, 0, "dead itself");
-        world.run(&format!("UPDATE {{s}}.worker SET dead = false WHERE epoch = {}", new.number())).await;
+        world
+            .run(&format!(
+                "UPDATE {{s}}.worker SET dead = false WHERE epoch = {}",
+                new.number()
+            ))
+            .await;
         age(&world, &old, "heartbeat_at", "44 seconds").await;
         assert_eq!(opened(&new).await, 0, "not silent for long enough");
         age(&world, &old, "heartbeat_at", "46 seconds").await;
@@ -119,25 +139,54 @@ async fn a_job_in_its_final_write_is_decided_about_only_after_the_deadline() {
     in_world(|world| async move {
         let (old, new) = (world.epoch().await, world.steady_epoch().await);
         let row = world.go(request(&old, "acme", "1")).await;
-        assert_eq!(world.ledger.mark_data(std::slice::from_ref(&row)).await.unwrap(), [true]);
+        assert_eq!(
+            world.ledger.mark_data(std::slice::from_ref(&row)).await.unwrap(),
+            [true]
+        );
         world.ledger.absorb(&[absorb("acme", "1")]).await.unwrap();
         world.silence(&old).await;
         let takeover = world.ledger.takeover(&new, DEADLINE).await.unwrap();
-        assert_eq!((takeover.moved, takeover.opened, takeover.uncertain.len()), (0, 0, 0));
+        assert_eq!(
+            (takeover.moved, takeover.opened, takeover.uncertain.len()),
+            (0, 0, 0)
+        );
         assert_eq!(world.state("acme", "1").await, 1);
-        world.run("UPDATE {s}.job SET leased_at = clock_timestamp() - interval '26 minutes'").await;
+        world
+            .run("UPDATE {s}.job SET leased_at = clock_timestamp() - interval '26 minutes'")
+            .await;
         let takeover = world.ledger.takeover(&new, DEADLINE).await.unwrap();
         assert_eq!(takeover.uncertain, [(tenant("acme"), job("1"))]);
         for _ in 0..2 {
-            world.ledger.hold_uncertain(&tenant("acme"), &job("1")).await.unwrap();
+            world
+                .ledger
+                .hold_uncertain(&tenant("acme"), &job("1"))
+                .await
+                .unwrap();
             assert_eq!(world.state("acme", "1").await, 4);
-            assert_eq!(world.column("acme", "1", "cardinality(outbox)").await.as_deref(), Some("1"));
+            assert_eq!(
+                world.column("acme", "1", "cardinality(outbox)").await.as_deref(),
+                Some("1")
+            );
         }
-        assert!(world.column("acme", "1", "outbox").await.unwrap().contains("mail.uncertain"));
+        assert!(
+            world
+                .column("acme", "1", "outbox")
+                .await
+                .unwrap()
+                .contains("mail.uncertain")
+        );
         // The late owner's report has the number of the one just written: it must not pass for it.
         let late = super::world::done(&row, crate::report::ReportType::Sent);
         assert_eq!(world.settle_one(late).await, Settled::LeaseLost);
-        assert!(world.ledger.takeover(&new, DEADLINE).await.unwrap().uncertain.is_empty());
+        assert!(
+            world
+                .ledger
+                .takeover(&new, DEADLINE)
+                .await
+                .unwrap()
+                .uncertain
+                .is_empty()
+        );
     })
     .await;
 }
@@ -152,7 +201,10 @@ async fn a_final_write_is_not_held_while_its_worker_lives() {
         world.ledger.hold_uncertain(&row.tenant, &row.id).await.unwrap();
         assert_eq!(world.state("acme", "1").await, 1);
         assert_eq!(world.column("acme", "1", "outbox").await, None);
-        assert_eq!(world.settle_one(settlement(&row, Next::GiveBack)).await, Settled::Written);
+        assert_eq!(
+            world.settle_one(settlement(&row, Next::GiveBack)).await,
+            Settled::Written
+        );
     })
     .await;
 }
@@ -161,7 +213,12 @@ async fn a_final_write_is_not_held_while_its_worker_lives() {
 async fn what_an_epoch_leased_without_a_row_is_taken_over_too() {
     in_world(|world| async move {
         let (old, new) = (world.epoch().await, world.steady_epoch().await);
-        world.run(&format!("DELETE FROM {{s}}.worker WHERE epoch = {}", old.number())).await;
+        world
+            .run(&format!(
+                "DELETE FROM {{s}}.worker WHERE epoch = {}",
+                old.number()
+            ))
+            .await;
         // Its process slept for days, and has just woken up.
         world.go(request(&old, "acme", "1")).await;
         assert_eq!(world.ledger.takeover(&new, DEADLINE).await.unwrap().opened, 1);
@@ -179,7 +236,9 @@ async fn rows_of_the_dead_go_once_they_hold_nothing() {
         world.ledger.takeover(&new, DEADLINE).await.unwrap();
         let workers = async || world.one::<i64>("SELECT count(*) FROM {s}.worker").await;
         assert_eq!(workers().await, 2);
-        world.run("UPDATE {s}.job SET leased_at = leased_at - interval '1 hour'").await;
+        world
+            .run("UPDATE {s}.job SET leased_at = leased_at - interval '1 hour'")
+            .await;
         world.ledger.hold_uncertain(&row.tenant, &row.id).await.unwrap();
         world.ledger.takeover(&new, DEADLINE).await.unwrap();
         assert_eq!(workers().await, 1);
@@ -204,8 +263,15 @@ async fn a_job_cancelled_under_a_worker_that_died_ends_as_cancelled() {
         world.ledger.takeover(&new, DEADLINE).await.unwrap();
         assert!(world.release(&new, Level::Medium, 9).await.is_empty());
         for id in ["here", "away", "early"] {
-            assert_eq!(world.column("acme", id, "outcome").await.as_deref(), Some("mail.cancelled"), "{id}");
-            assert_eq!(world.column("acme", id, "cardinality(outbox)").await.as_deref(), Some("1"));
+            assert_eq!(
+                world.column("acme", id, "outcome").await.as_deref(),
+                Some("mail.cancelled"),
+                "{id}"
+            );
+            assert_eq!(
+                world.column("acme", id, "cardinality(outbox)").await.as_deref(),
+                Some("1")
+            );
         }
         world.assert_lanes_are_right().await;
     })
@@ -235,7 +301,9 @@ async fn two_takeovers_at_once_move_every_job_once() {
 async fn connections_of_all_workers_together_stay_below_the_cap() {
     in_world(|world| async move {
         let key = account("acme/main");
-        world.run("SELECT {s}.set_connection_cap_v1('acme/main', 3)").await;
+        world
+            .run("SELECT {s}.set_connection_cap_v1('acme/main', 3)")
+            .await;
         let mut workers = tokio::task::JoinSet::new();
         for _ in 0..8 {
             let (world, key) = (world.clone(), key.clone());
@@ -243,15 +311,26 @@ async fn connections_of_all_workers_together_stay_below_the_cap() {
                 let epoch = world.epoch().await;
                 for _ in 0..15 {
                     if world.ledger.acquire_connection(&epoch, &key).await.unwrap() {
-                        let held: i64 = world.one("SELECT sum(held)::bigint FROM {s}.connection_lease").await;
+                        let held: i64 = world
+                            .one("SELECT sum(held)::bigint FROM {s}.connection_lease")
+                            .await;
                         assert!(held <= 3, "{held}");
-                        world.ledger.release_connection(epoch.number(), &key).await.unwrap();
+                        world
+                            .ledger
+                            .release_connection(epoch.number(), &key)
+                            .await
+                            .unwrap();
                     }
                 }
             });
         }
         workers.join_all().await;
-        assert_eq!(world.one::<i64>("SELECT count(*) FROM {s}.connection_lease").await, 0);
+        assert_eq!(
+            world
+                .one::<i64>("SELECT count(*) FROM {s}.connection_lease")
+                .await,
+            0
+        );
     })
     .await;
 }
@@ -263,12 +342,20 @@ async fn connections_end_with_their_worker_and_are_wanted_back_from_the_living()
         let (old, new) = (world.epoch().await, world.steady_epoch().await);
         let acquire = async |epoch: &Arc<Epoch>| world.ledger.acquire_connection(epoch, &key).await.unwrap();
         assert!(acquire(&old).await, "no cap, no limit");
-        world.run("SELECT {s}.set_connection_cap_v1('acme/main', 2)").await;
+        world
+            .run("SELECT {s}.set_connection_cap_v1('acme/main', 2)")
+            .await;
         assert!(acquire(&old).await);
         assert!(world.ledger.wanted_connections(&old).await.unwrap().is_empty());
         assert!(!acquire(&new).await, "what was taken before the cap counts");
-        assert_eq!(world.ledger.wanted_connections(&old).await.unwrap(), std::slice::from_ref(&key));
-        assert!(world.ledger.wanted_connections(&new).await.unwrap().is_empty(), "it has none to give");
+        assert_eq!(
+            world.ledger.wanted_connections(&old).await.unwrap(),
+            std::slice::from_ref(&key)
+        );
+        assert!(
+            world.ledger.wanted_connections(&new).await.unwrap().is_empty(),
+            "it has none to give"
+        );
         world.ledger.release_connection(old.number(), &key).await.unwrap();
         assert!(acquire(&new).await);
         // One that waits for a final reply keeps its connections until the deadline.
@@ -277,13 +364,20 @@ async fn connections_end_with_their_worker_and_are_wanted_back_from_the_living()
         world.silence(&old).await;
         world.ledger.takeover(&new, DEADLINE).await.unwrap();
         assert!(!acquire(&new).await);
-        world.run("UPDATE {s}.job SET leased_at = leased_at - interval '1 hour'").await;
+        world
+            .run("UPDATE {s}.job SET leased_at = leased_at - interval '1 hour'")
+            .await;
         world.ledger.hold_uncertain(&row.tenant, &row.id).await.unwrap();
         world.ledger.takeover(&new, DEADLINE).await.unwrap();
         assert!(acquire(&new).await);
         assert!(!acquire(&old).await, "the dead get nothing");
         world.ledger.retire(&new).await.unwrap();
-        assert_eq!(world.one::<i64>("SELECT count(*) FROM {s}.connection_lease").await, 0);
+        assert_eq!(
+            world
+                .one::<i64>("SELECT count(*) FROM {s}.connection_lease")
+                .await,
+            0
+        );
     })
     .await;
 }

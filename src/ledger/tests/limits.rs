@@ -67,8 +67,8 @@ async fn hammer(world: World, seed: u64, end: Instant) -> Vec<Use> {
         let batch: Vec<AdmitRequest> = (0..random.random_range(1..30))
             .map(|_| {
                 number += 1;
-                let (tenant, key) = [("a", "a/1"), ("a", "a/2"), ("b", "b/1"), ("b", "-/shared")]
-                    [random.random_range(0..4)];
+                let (tenant, key) =
+                    [("a", "a/1"), ("a", "a/2"), ("b", "b/1"), ("b", "-/shared")][random.random_range(0..4)];
                 let mut request = request(&epoch, tenant, &format!("{seed}-{number}"));
                 request.account = account(key);
                 request.recipients = random.random_range(1..4);
@@ -126,10 +126,22 @@ async fn use_slots(world: &World, random: &mut SmallRng, rows: Vec<(Row, Instant
         }
     }
     for (row, from) in spent {
-        let Some(Slot { recipients, until: Some(until) }) = row.slot else { panic!("{row:?}") };
+        let Some(Slot {
+            recipients,
+            until: Some(until),
+        }) = row.slot
+        else {
+            panic!("{row:?}")
+        };
         if from < until {
             let (tenant, account) = (row.tenant.to_string(), row.account.clone());
-            uses.push(Use { tenant, account, recipients, from, until });
+            uses.push(Use {
+                tenant,
+                account,
+                recipients,
+                from,
+                until,
+            });
         }
     }
     for _ in 0..2 {
@@ -142,7 +154,9 @@ async fn use_slots(world: &World, random: &mut SmallRng, rows: Vec<(Row, Instant
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_window_ever_holds_more_than_its_limit_and_all_of_it_is_used() {
     in_world(|world| async move {
-        world.limit("a/1", &[(200, SECOND, "messages"), (400, 3 * SECOND, "messages")]).await;
+        world
+            .limit("a/1", &[(200, SECOND, "messages"), (400, 3 * SECOND, "messages")])
+            .await;
         world.limit("a/2", &[(300, SECOND, "recipients")]).await;
         world.limit("a/", &[(350, SECOND, "messages")]).await;
         world.limit("b/", &[(150, SECOND / 2, "recipients")]).await;
@@ -153,34 +167,51 @@ async fn no_window_ever_holds_more_than_its_limit_and_all_of_it_is_used() {
             workers.spawn(hammer(world.clone(), seed, end));
         }
         let uses: Vec<Use> = workers.join_all().await.into_iter().flatten().collect();
-        let check = |name: &str, limit: u32, window: Duration, recipients: bool, of: &dyn Fn(&Use) -> bool| {
-            let counted: Vec<_> = uses.iter().filter(|u| of(u)).collect();
-            let weight = |u: &Use| if recipients { u.recipients } else { 1 };
-            let most = most(&counted, window, weight);
-            assert!(most <= limit, "{name}: {most} of {limit} in {window:?}");
-            // On a slow machine some slots grow too old to be used before their answer is read.
-            let total: u32 = counted.iter().map(|u| weight(u)).sum();
-            assert!(total >= limit / 2, "{name}: only {total} in all, of {limit} in {window:?}");
-        };
+        let check =
+            |name: &str, limit: u32, window: Duration, recipients: bool, of: &dyn Fn(&Use) -> bool| {
+                let counted: Vec<_> = uses.iter().filter(|u| of(u)).collect();
+                let weight = |u: &Use| if recipients { u.recipients } else { 1 };
+                let most = most(&counted, window, weight);
+                assert!(most <= limit, "{name}: {most} of {limit} in {window:?}");
+                // On a slow machine some slots grow too old to be used before their answer is read.
+                let total: u32 = counted.iter().map(|u| weight(u)).sum();
+                assert!(
+                    total >= limit / 2,
+                    "{name}: only {total} in all, of {limit} in {window:?}"
+                );
+            };
         let second = Duration::from_secs(1);
         check("a/1", 200, second, false, &|u| u.account == account("a/1"));
         check("a/1", 400, 3 * second, false, &|u| u.account == account("a/1"));
         check("a/2", 300, second, true, &|u| u.account == account("a/2"));
         check("a/", 350, second, false, &|u| u.tenant == "a");
         check("b/", 150, second / 2, true, &|u| u.tenant == "b");
-        check("-/shared", 60, second, false, &|u| u.account == account("-/shared"));
+        check("-/shared", 60, second, false, &|u| {
+            u.account == account("-/shared")
+        });
         world.assert_lanes_count_right().await;
     })
     .await;
 }
 
 /// Admits so many jobs at once; how many got a slot, and how long the first that did not is to wait.
-async fn grab(world: &World, epoch: &std::sync::Arc<Epoch>, name: &str, count: usize) -> (usize, Option<Duration>) {
-    let batch: Vec<_> = (0..count).map(|n| request(epoch, "acme", &format!("{name}-{n}"))).collect();
+async fn grab(
+    world: &World,
+    epoch: &std::sync::Arc<Epoch>,
+    name: &str,
+    count: usize,
+) -> (usize, Option<Duration>) {
+    let batch: Vec<_> = (0..count)
+        .map(|n| request(epoch, "acme", &format!("{name}-{n}")))
+        .collect();
     let answers = world.ledger.admit(&batch).await.unwrap();
     let granted = answers.iter().filter(|a| matches!(a, Admitted::Go(_))).count();
     let wait = answers.iter().find_map(|a| match a {
-        Admitted::Wait { delay, reason: WaitReason::Rate, .. } => Some(*delay),
+        Admitted::Wait {
+            delay,
+            reason: WaitReason::Rate,
+            ..
+        } => Some(*delay),
         _ => None,
     });
     (granted, wait)
@@ -204,7 +235,9 @@ async fn the_whole_limit_may_be_used_at_once_and_again_soon_after_its_window() {
             world.limit(key, &[(1, window * SECOND, "messages")]).await;
             let tenant = key.split('/').next().unwrap();
             world.go(request(&epoch, tenant, "1")).await;
-            let Admitted::Wait { delay, .. } = world.admit_one(request(&epoch, tenant, "2")).await else { panic!() };
+            let Admitted::Wait { delay, .. } = world.admit_one(request(&epoch, tenant, "2")).await else {
+                panic!()
+            };
             let window = Duration::from_secs(window as u64);
             assert!(delay > window + window / 120, "{delay:?}");
             assert!(delay <= window + window / 60, "{delay:?}");
@@ -219,7 +252,9 @@ async fn a_clock_that_steps_back_reopens_nothing() {
         let epoch = world.epoch().await;
         world.limit("acme/main", &[(5, SECOND, "messages")]).await;
         // The clock was ten seconds ahead when somebody sent last.
-        world.run("UPDATE {s}.rate SET last = {s}.micros(clock_timestamp()) + 10000000").await;
+        world
+            .run("UPDATE {s}.rate SET last = {s}.micros(clock_timestamp()) + 10000000")
+            .await;
         assert_eq!(grab(&world, &epoch, "first", 6).await.0, 5);
         let begun = Instant::now();
         let mut turn = 0;
@@ -238,7 +273,12 @@ async fn a_clock_that_steps_back_reopens_nothing() {
 async fn an_unused_slot_goes_back_exactly_once() {
     in_world(|world| async move {
         let epoch = world.epoch().await;
-        world.limit("acme/main", &[(5, 60 * SECOND, "messages"), (9, 60 * SECOND, "recipients")]).await;
+        world
+            .limit(
+                "acme/main",
+                &[(5, 60 * SECOND, "messages"), (9, 60 * SECOND, "recipients")],
+            )
+            .await;
         world.limit("acme/", &[(100, 60 * SECOND, "recipients")]).await;
         let mut rows = Vec::new();
         for n in 0..3 {
@@ -285,7 +325,9 @@ async fn a_slot_whose_time_is_over_or_that_was_never_counted_does_not_go_back() 
         // Granted under the tenant's limit alone; the account's is younger.
         world.limit("young/", &[(100, 86400 * SECOND, "messages")]).await;
         let before = world.go(request(&epoch, "young", "before")).await;
-        world.limit("young/main", &[(10, 86400 * SECOND, "messages")]).await;
+        world
+            .limit("young/main", &[(10, 86400 * SECOND, "messages")])
+            .await;
         world.go(request(&epoch, "young", "after")).await;
         refund(&before).await;
         assert_eq!(world.used("young/main").await, 1);
@@ -298,7 +340,12 @@ async fn a_slot_whose_time_is_over_or_that_was_never_counted_does_not_go_back() 
 async fn an_envelope_larger_than_the_limit_is_granted_in_parts() {
     in_world(|world| async move {
         let epoch = world.epoch().await;
-        world.limit("acme/main", &[(10, 60 * SECOND, "recipients"), (500, 60 * SECOND, "messages")]).await;
+        world
+            .limit(
+                "acme/main",
+                &[(10, 60 * SECOND, "recipients"), (500, 60 * SECOND, "messages")],
+            )
+            .await;
         world.limit("acme/", &[(7, SECOND, "recipients")]).await;
         let mut huge = request(&epoch, "acme", "huge");
         huge.recipients = 25;
@@ -308,7 +355,10 @@ async fn an_envelope_larger_than_the_limit_is_granted_in_parts() {
         let mut next = slot_request(&row, 18);
         next.keep = true;
         let answer = world.ledger.take_slots(&[next]).await.unwrap().remove(0);
-        assert!(matches!(answer, SlotAnswer::Denied(wait) if wait > Duration::from_secs(50)), "{answer:?}");
+        assert!(
+            matches!(answer, SlotAnswer::Denied(wait) if wait > Duration::from_secs(50)),
+            "{answer:?}"
+        );
         assert_eq!(world.used("acme/main").await, 7);
     })
     .await;
@@ -320,7 +370,7 @@ async fn what_does_not_fit_is_not_overtaken_and_waits_only_for_what_it_needs() {
         let epoch = world.epoch().await;
         world.limit("acme/main", &[(4, 60 * SECOND, "recipients")]).await;
         world.go(request(&epoch, "acme", "1")).await;
-        world.run("SELECT pg_sleep(1.1)").await;    // another bucket
+        world.run("SELECT pg_sleep(1.1)").await; // another bucket
         let sized = |id: &str, recipients| {
             let mut request = request(&epoch, "acme", id);
             request.recipients = recipients;
@@ -334,7 +384,9 @@ async fn what_does_not_fit_is_not_overtaken_and_waits_only_for_what_it_needs() {
             .unwrap();
         for answer in &answers {
             // The head needs one recipient more, which the first job's bucket gives back before the second's.
-            let Admitted::Wait { delay, .. } = answer else { panic!("{answers:?}") };
+            let Admitted::Wait { delay, .. } = answer else {
+                panic!("{answers:?}")
+            };
             assert!(*delay < Duration::from_millis(60_000), "{answers:?}");
         }
     })
@@ -347,7 +399,8 @@ async fn limits_change_while_jobs_wait() {
         let epoch = world.epoch().await;
         world.limit("acme/main", &[(5, 60 * SECOND, "messages")]).await;
         assert_eq!(grab(&world, &epoch, "first", 5).await.0, 5);
-        let Admitted::Wait { row, reason, delay } = world.admit_one(request(&epoch, "acme", "waits")).await else {
+        let Admitted::Wait { row, reason, delay } = world.admit_one(request(&epoch, "acme", "waits")).await
+        else {
             panic!()
         };
         world.settle_one(park(&row, reason, delay)).await;
@@ -365,7 +418,8 @@ async fn limits_change_while_jobs_wait() {
             world.limit("acme/main", &[(1, 60 * SECOND, "messages")]).await;
             grab(&world, &epoch, &format!("fill{}", none.len()), 2).await;
             let id = format!("again{}", none.len());
-            let Admitted::Wait { row, reason, delay } = world.admit_one(request(&epoch, "acme", &id)).await else {
+            let Admitted::Wait { row, reason, delay } = world.admit_one(request(&epoch, "acme", &id)).await
+            else {
                 panic!()
             };
             world.settle_one(park(&row, reason, delay)).await;
@@ -382,7 +436,11 @@ async fn a_raised_limit_wakes_every_lane_that_counts_against_it() {
     in_world(|world| async move {
         let epoch = world.epoch().await;
         // A tenant's own account, a borrowed one, and the owner's limit over all borrowers; waiting for a retry counts too.
-        for (tenant, key, limited) in [("a", "a/main", "a/"), ("b", "-/shared", "b/"), ("c", "-/shared", "-/")] {
+        for (tenant, key, limited) in [
+            ("a", "a/main", "a/"),
+            ("b", "-/shared", "b/"),
+            ("c", "-/shared", "-/"),
+        ] {
             world.limit(limited, &[(1, 3600 * SECOND, "messages")]).await;
             let on = |id: &str| {
                 let mut request = request(&epoch, tenant, id);
@@ -390,10 +448,19 @@ async fn a_raised_limit_wakes_every_lane_that_counts_against_it() {
                 request
             };
             let retried = world.go(on("1")).await;
-            world.settle_one(park(&retried, WaitReason::Retry, Duration::ZERO)).await;
-            assert!(world.release(&epoch, Level::Medium, 9).await.is_empty(), "{limited}");
+            world
+                .settle_one(park(&retried, WaitReason::Retry, Duration::ZERO))
+                .await;
+            assert!(
+                world.release(&epoch, Level::Medium, 9).await.is_empty(),
+                "{limited}"
+            );
             world.limit(limited, &[(2, 3600 * SECOND, "messages")]).await;
-            assert_eq!(world.release(&epoch, Level::Medium, 9).await.len(), 1, "{limited}");
+            assert_eq!(
+                world.release(&epoch, Level::Medium, 9).await.len(),
+                1,
+                "{limited}"
+            );
             world.limit(limited, &[]).await;
         }
     })
@@ -409,7 +476,9 @@ async fn a_slot_given_back_wakes_those_who_wait_for_it() {
             let id = |name: &str| format!("{name}-{}", key.len());
             let first = world.go(request(&epoch, "acme", &id("first"))).await;
             let answer = world.admit_one(request(&epoch, "acme", &id("waits"))).await;
-            let Admitted::Wait { row, reason, delay } = answer else { panic!() };
+            let Admitted::Wait { row, reason, delay } = answer else {
+                panic!()
+            };
             world.settle_one(park(&row, reason, delay)).await;
             assert!(world.release(&epoch, Level::Medium, 1).await.is_empty());
             let mut failed = super::world::done(&first, crate::report::ReportType::Failed);
@@ -429,7 +498,8 @@ async fn a_job_parked_after_its_limit_was_opened_does_not_wait_for_the_old_time(
         let epoch = world.epoch().await;
         world.limit("acme/main", &[(1, 86400 * SECOND, "messages")]).await;
         world.go(request(&epoch, "acme", "1")).await;
-        let Admitted::Wait { row, reason, delay } = world.admit_one(request(&epoch, "acme", "2")).await else {
+        let Admitted::Wait { row, reason, delay } = world.admit_one(request(&epoch, "acme", "2")).await
+        else {
             panic!()
         };
         world.limit("acme/main", &[(2, 86400 * SECOND, "messages")]).await;
@@ -447,14 +517,24 @@ async fn a_limit_known_to_be_shut_is_answered_without_its_lock() {
         assert_eq!(grab(&world, &epoch, "denied", 2).await.0, 1);
         let locked = world.db.client().await.unwrap();
         locked.batch_execute("BEGIN").await.unwrap();
-        locked.batch_execute(&world.db.sql("SELECT 1 FROM {s}.rate FOR UPDATE")).await.unwrap();
+        locked
+            .batch_execute(&world.db.sql("SELECT 1 FROM {s}.rate FOR UPDATE"))
+            .await
+            .unwrap();
         let answer = tokio::time::timeout(Duration::from_secs(5), grab(&world, &epoch, "shut", 3)).await;
         assert_eq!(answer.unwrap().0, 0);
         // An open one is waited for.
         world.limit("free/main", &[(1, 60 * SECOND, "messages")]).await;
-        locked.batch_execute(&world.db.sql("SELECT 1 FROM {s}.rate FOR UPDATE")).await.unwrap();
+        locked
+            .batch_execute(&world.db.sql("SELECT 1 FROM {s}.rate FOR UPDATE"))
+            .await
+            .unwrap();
         let waits = world.admit_one(request(&epoch, "free", "1"));
-        assert!(tokio::time::timeout(Duration::from_millis(200), waits).await.is_err());
+        assert!(
+            tokio::time::timeout(Duration::from_millis(200), waits)
+                .await
+                .is_err()
+        );
         locked.batch_execute("ROLLBACK").await.unwrap();
     })
     .await;
@@ -496,13 +576,22 @@ async fn slots_are_only_for_those_who_hold_the_lease() {
         world.limit("acme/main", &[(10, 60 * SECOND, "messages")]).await;
         let over = world.go(request(&epoch, "acme", "over")).await;
         let kept = world.go(request(&epoch, "acme", "kept")).await;
-        world.settle_one(super::world::done(&over, crate::report::ReportType::Sent)).await;
+        world
+            .settle_one(super::world::done(&over, crate::report::ReportType::Sent))
+            .await;
         let mut unknown = slot_request(&kept, 1);
         unknown.id = super::world::job("unknown");
         let batch = [slot_request(&over, 1), unknown, slot_request(&kept, 1)];
         let answers = world.ledger.take_slots(&batch).await.unwrap();
         assert!(
-            matches!(answers[..], [SlotAnswer::LeaseLost, SlotAnswer::LeaseLost, SlotAnswer::Granted(_)]),
+            matches!(
+                answers[..],
+                [
+                    SlotAnswer::LeaseLost,
+                    SlotAnswer::LeaseLost,
+                    SlotAnswer::Granted(_)
+                ]
+            ),
             "{answers:?}"
         );
         assert_eq!(world.used("acme/main").await, 2);

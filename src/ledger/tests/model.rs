@@ -98,7 +98,11 @@ impl Model {
                 let epoch = Arc::clone(&self.workers[w].epoch);
                 self.world.ledger.forgotten(&epoch).await.unwrap();
                 let id = self.some_job();
-                self.world.ledger.release_by_hand(&tenant("acme"), &id).await.unwrap();
+                self.world
+                    .ledger
+                    .release_by_hand(&tenant("acme"), &id)
+                    .await
+                    .unwrap();
             }
         }
         self.check().await;
@@ -116,11 +120,18 @@ impl Model {
                 ))
                 .await;
             for task in worker.tasks.iter().filter(|_| !dead) {
-                owners.entry(task.row.id.clone()).or_default().push(task.row.lease.claim);
+                owners
+                    .entry(task.row.id.clone())
+                    .or_default()
+                    .push(task.row.lease.claim);
             }
         }
         for (id, claims) in owners {
-            assert!(claims.len() < 2, "{id} leased twice by the living\n{}", self.trace.join("\n"));
+            assert!(
+                claims.len() < 2,
+                "{id} leased twice by the living\n{}",
+                self.trace.join("\n")
+            );
         }
     }
 
@@ -139,14 +150,27 @@ impl Model {
         self.note(format!("deliver {id} to {}: {answer:?}", epoch.number()));
         match answer {
             Admitted::Go(row) | Admitted::Behind(row) => {
-                self.workers[w].tasks.push(Task { row: *row, delivery: true, sent: None });
+                self.workers[w].tasks.push(Task {
+                    row: *row,
+                    delivery: true,
+                    sent: None,
+                });
             }
             Admitted::Cancelled(row) => {
-                let task = Task { row: *row, delivery: true, sent: None };
+                let task = Task {
+                    row: *row,
+                    delivery: true,
+                    sent: None,
+                };
                 self.settle(task, finished(ReportType::Cancelled), false).await;
             }
             Admitted::InFlight | Admitted::Held => {
-                let safe = self.world.ledger.absorb(&[absorb("acme", id.as_str())]).await.unwrap()[0];
+                let safe = self
+                    .world
+                    .ledger
+                    .absorb(&[absorb("acme", id.as_str())])
+                    .await
+                    .unwrap()[0];
                 if !safe {
                     self.job(&id).ready += 1;
                 }
@@ -161,10 +185,18 @@ impl Model {
         let released = self.world.release(&epoch, Level::Medium, 2).await;
         let lost = self.pick(6) == 0;
         for released in released {
-            self.note(format!("release {} to {} (answer lost: {lost})", released.row.id, epoch.number()));
+            self.note(format!(
+                "release {} to {} (answer lost: {lost})",
+                released.row.id,
+                epoch.number()
+            ));
             assert!(!released.body.is_empty());
             if !lost {
-                self.workers[w].tasks.push(Task { row: released.row, delivery: false, sent: None });
+                self.workers[w].tasks.push(Task {
+                    row: released.row,
+                    delivery: false,
+                    sent: None,
+                });
             }
         }
     }
@@ -185,7 +217,11 @@ impl Model {
             if outcome == Accepted {
                 self.job(&task.row.id).taken += 1;
             }
-            self.note(format!("{} sends {}: {outcome:?}", task.row.lease.epoch.number(), task.row.id));
+            self.note(format!(
+                "{} sends {}: {outcome:?}",
+                task.row.lease.epoch.number(),
+                task.row.id
+            ));
             task.sent = Some(vec![result("a@b.example", outcome)]);
             self.workers[w].tasks.push(task);
             return;
@@ -193,11 +229,19 @@ impl Model {
         let next = match task.sent.as_ref().map(|results| results[0].status) {
             Some(Accepted) => finished(ReportType::Sent),
             Some(Refused) => finished(ReportType::Failed),
-            Some(_) => Next::Park { reason: WaitReason::Retry, delay: Duration::ZERO, body: Some(body()) },
+            Some(_) => Next::Park {
+                reason: WaitReason::Retry,
+                delay: Duration::ZERO,
+                body: Some(body()),
+            },
             None if self.pick(2) == 0 => Next::GiveBack,
             None => {
                 let reason = [WaitReason::Busy, WaitReason::Rate][self.pick(2)];
-                Next::Park { reason, delay: Duration::ZERO, body: Some(body()) }
+                Next::Park {
+                    reason,
+                    delay: Duration::ZERO,
+                    body: Some(body()),
+                }
             }
         };
         let twice = self.pick(4) == 0;
@@ -223,14 +267,22 @@ impl Model {
             written.report = Some(report(&row, ReportType::Cancelled));
             answer = self.world.settle_one(written.clone()).await;
         }
-        self.note(format!("{} settles {} {:?}: {answer:?}", row.lease.epoch.number(), row.id, written.next));
+        self.note(format!(
+            "{} settles {} {:?}: {answer:?}",
+            row.lease.epoch.number(),
+            row.id,
+            written.next
+        ));
         match answer {
             Settled::Written => self.written(&row, &written, delivery).await,
             Settled::LeaseLost => {
                 self.job(&row.id).excused = true;
                 let accepted = sent.filter(|results| results[0].status == Accepted);
                 if let Some(results) = accepted {
-                    let merge = self.world.ledger.merge_acceptance(&row.tenant, &row.id, &results, "<1@acme>");
+                    let merge =
+                        self.world
+                            .ledger
+                            .merge_acceptance(&row.tenant, &row.id, &results, "<1@acme>");
                     merge.await.unwrap();
                 }
                 if delivery {
@@ -258,7 +310,11 @@ impl Model {
     }
 
     fn publish(&mut self, id: &JobId, report: serde_json::Value) {
-        let name = format!("{} {}", report["data"]["sequence"], report["type"].as_str().unwrap());
+        let name = format!(
+            "{} {}",
+            report["data"]["sequence"],
+            report["type"].as_str().unwrap()
+        );
         let job = self.job(id);
         job.published += 1;
         if report["data"]["final"].as_bool().unwrap() {
@@ -268,16 +324,26 @@ impl Model {
 
     async fn clear(&mut self, report: &Report) {
         let (tenant, id) = (report.data.tenant.clone(), report.data.job.clone().unwrap());
-        let key = ReportKey { tenant, id, sequence: report.data.sequence };
+        let key = ReportKey {
+            tenant,
+            id,
+            sequence: report.data.sequence,
+        };
         self.world.ledger.clear_outbox(&[key]).await.unwrap();
     }
 
     async fn sweep(&mut self) {
-        self.world.run("UPDATE {s}.job SET outbox_at = clock_timestamp() WHERE outbox IS NOT NULL").await;
+        self.world
+            .run("UPDATE {s}.job SET outbox_at = clock_timestamp() WHERE outbox IS NOT NULL")
+            .await;
         for owed in self.world.ledger.owed_reports(100, Duration::ZERO).await.unwrap() {
             for (sequence, text) in owed.reports {
                 self.publish(&owed.id, serde_json::from_str(&text).unwrap());
-                let key = ReportKey { tenant: owed.tenant.clone(), id: owed.id.clone(), sequence };
+                let key = ReportKey {
+                    tenant: owed.tenant.clone(),
+                    id: owed.id.clone(),
+                    sequence,
+                };
                 self.world.ledger.clear_outbox(&[key]).await.unwrap();
             }
         }
@@ -285,7 +351,13 @@ impl Model {
 
     async fn crash(&mut self, w: usize) {
         let epoch = self.world.epoch().await;
-        let old = std::mem::replace(&mut self.workers[w], Worker { epoch, tasks: Vec::new() });
+        let old = std::mem::replace(
+            &mut self.workers[w],
+            Worker {
+                epoch,
+                tasks: Vec::new(),
+            },
+        );
         self.note(format!("{} crashes", old.epoch.number()));
         self.world.silence(&old.epoch).await;
         for task in old.tasks {
@@ -300,7 +372,8 @@ impl Model {
         let worker = &self.workers[w];
         self.world.silence(&worker.epoch).await;
         let ids: Vec<JobId> = worker.tasks.iter().map(|task| task.row.id.clone()).collect();
-        self.trace.push(format!("{} stalls with {ids:?}", self.workers[w].epoch.number()));
+        self.trace
+            .push(format!("{} stalls with {ids:?}", self.workers[w].epoch.number()));
         for id in ids {
             self.job(&id).excused = true;
         }
@@ -316,7 +389,13 @@ impl Model {
             // What is not yet written by the dead is abandoned; what is written must be told.
             if self.world.ledger.heartbeat(&epoch).await.unwrap() == crate::ledger::lease::Beat::Dead {
                 let fresh = self.world.epoch().await;
-                let old = std::mem::replace(&mut self.workers[w], Worker { epoch: fresh, tasks: Vec::new() });
+                let old = std::mem::replace(
+                    &mut self.workers[w],
+                    Worker {
+                        epoch: fresh,
+                        tasks: Vec::new(),
+                    },
+                );
                 for task in old.tasks {
                     let next = match task.sent {
                         Some(ref results) if results[0].status == Accepted => finished(ReportType::Sent),
@@ -341,7 +420,9 @@ impl Model {
                     self.job(&id).ready -= 1;
                     let epoch = Arc::clone(&self.workers[0].epoch);
                     match self.world.admit_one(request(&epoch, "acme", id.as_str())).await {
-                        Admitted::Go(row) | Admitted::Behind(row) => self.finish(*row, ReportType::Sent).await,
+                        Admitted::Go(row) | Admitted::Behind(row) => {
+                            self.finish(*row, ReportType::Sent).await
+                        }
                         Admitted::Cancelled(row) => self.finish(*row, ReportType::Cancelled).await,
                         Admitted::Waiting | Admitted::Done { .. } => {}
                         other => panic!("{id}: {other:?}\n{}", self.trace.join("\n")),
@@ -352,14 +433,20 @@ impl Model {
             for released in self.world.release(&epoch, Level::Medium, 100).await {
                 self.finish(released.row, ReportType::Sent).await;
             }
-            let open: i64 = self.world.one("SELECT count(*) FROM {s}.job WHERE state <> 3").await;
+            let open: i64 = self
+                .world
+                .one("SELECT count(*) FROM {s}.job WHERE state <> 3")
+                .await;
             if open == 0 {
                 break;
             }
         }
         let sweep = async || {
             self.sweep().await;
-            self.world.one::<i64>("SELECT count(*) FROM {s}.job WHERE outbox IS NOT NULL").await == 0
+            self.world
+                .one::<i64>("SELECT count(*) FROM {s}.job WHERE outbox IS NOT NULL")
+                .await
+                == 0
         };
         until("every report is published", sweep).await;
     }
@@ -369,7 +456,16 @@ impl Model {
             self.job(&row.id).taken += 1;
         }
         let sent = (kind == ReportType::Sent).then(|| vec![result("a@b.example", Accepted)]);
-        self.settle(Task { row, delivery: true, sent }, finished(kind), false).await;
+        self.settle(
+            Task {
+                row,
+                delivery: true,
+                sent,
+            },
+            finished(kind),
+            false,
+        )
+        .await;
     }
 }
 
@@ -383,11 +479,30 @@ async fn every_job_ends_once_whatever_happens_to_its_workers() {
         in_world(|world| async move {
             let mut workers = Vec::new();
             for _ in 0..3 {
-                workers.push(Worker { epoch: world.epoch().await, tasks: Vec::new() });
+                workers.push(Worker {
+                    epoch: world.epoch().await,
+                    tasks: Vec::new(),
+                });
             }
-            let jobs = (0..JOBS).map(|n| (job(&format!("{n}")), Job { ready: 1, ..Job::default() })).collect();
+            let jobs = (0..JOBS)
+                .map(|n| {
+                    (
+                        job(&format!("{n}")),
+                        Job {
+                            ready: 1,
+                            ..Job::default()
+                        },
+                    )
+                })
+                .collect();
             let random = SmallRng::seed_from_u64(seed);
-            let mut model = Model { world, random, workers, jobs, trace: vec![format!("seed {seed}")] };
+            let mut model = Model {
+                world,
+                random,
+                workers,
+                jobs,
+                trace: vec![format!("seed {seed}")],
+            };
             for _ in 0..150 {
                 model.step().await;
             }
@@ -396,10 +511,21 @@ async fn every_job_ends_once_whatever_happens_to_its_workers() {
             for (id, job) in &model.jobs {
                 assert_eq!(job.finals.len(), 1, "{id}: {:?}\n{trace}", job.finals);
                 assert!(job.published > 0);
-                assert!(job.taken <= 1 || job.excused, "{id} was sent {} times\n{trace}", job.taken);
-                let told = job.finals.first().is_some_and(|name| name.ends_with(ReportType::Sent.as_str()));
+                assert!(
+                    job.taken <= 1 || job.excused,
+                    "{id} was sent {} times\n{trace}",
+                    job.taken
+                );
+                let told = job
+                    .finals
+                    .first()
+                    .is_some_and(|name| name.ends_with(ReportType::Sent.as_str()));
                 let otherwise = job.taken > 0 && !told && !job.excused;
-                assert!(!otherwise, "{id} was taken, and told otherwise: {:?}\n{trace}", job.finals);
+                assert!(
+                    !otherwise,
+                    "{id} was taken, and told otherwise: {:?}\n{trace}",
+                    job.finals
+                );
             }
             model.world.assert_lanes_count_right().await;
         })

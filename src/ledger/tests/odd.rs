@@ -16,18 +16,29 @@ async fn cancel(world: &World, id: &str) -> Cancel {
 }
 
 async fn by_hand(world: &World, id: &str) -> ManualRelease {
-    world.ledger.release_by_hand(&tenant("acme"), &job(id)).await.unwrap()
+    world
+        .ledger
+        .release_by_hand(&tenant("acme"), &job(id))
+        .await
+        .unwrap()
 }
 
 async fn merge(world: &World, id: &str, results: &[RecipientResult]) -> bool {
     let (tenant, id) = (tenant("acme"), job(id));
-    world.ledger.merge_acceptance(&tenant, &id, results, "<1@acme>").await.unwrap()
+    world
+        .ledger
+        .merge_acceptance(&tenant, &id, results, "<1@acme>")
+        .await
+        .unwrap()
 }
 
 /// The reports owed for a job: (type, final, sequence above its birth).
 async fn reports(world: &World, id: &str) -> Vec<(String, bool, i64)> {
     let born: i64 = world.column("acme", id, "born").await.unwrap().parse().unwrap();
-    let json = world.column("acme", id, "to_json(outbox)").await.unwrap_or_else(|| "[]".to_owned());
+    let json = world
+        .column("acme", id, "to_json(outbox)")
+        .await
+        .unwrap_or_else(|| "[]".to_owned());
     let texts: Vec<String> = serde_json::from_str(&json).unwrap();
     texts
         .iter()
@@ -55,13 +66,23 @@ async fn a_cancel_before_the_job_comes_meets_it_at_the_door() {
         let epoch = world.epoch().await;
         assert_eq!(cancel(&world, "1").await, Cancel::Noted);
         assert_eq!(cancel(&world, "1").await, Cancel::Noted);
-        let Admitted::Cancelled(row) = world.admit_one(request(&epoch, "acme", "1")).await else { panic!() };
+        let Admitted::Cancelled(row) = world.admit_one(request(&epoch, "acme", "1")).await else {
+            panic!()
+        };
         // Its worker dies before it can say so; the next one hears the same.
         world.settle_one(settlement(&row, Next::GiveBack)).await;
         world.run("UPDATE {s}.job SET state = 0").await;
-        let Admitted::Cancelled(row) = world.admit_one(request(&epoch, "acme", "1")).await else { panic!() };
-        assert_eq!(world.settle_one(done(&row, ReportType::Cancelled)).await, Settled::Written);
-        assert_eq!(reports(&world, "1").await, [("mail.cancelled".to_owned(), true, 1)]);
+        let Admitted::Cancelled(row) = world.admit_one(request(&epoch, "acme", "1")).await else {
+            panic!()
+        };
+        assert_eq!(
+            world.settle_one(done(&row, ReportType::Cancelled)).await,
+            Settled::Written
+        );
+        assert_eq!(
+            reports(&world, "1").await,
+            [("mail.cancelled".to_owned(), true, 1)]
+        );
         // Stones are cleared away in time.
         cancel(&world, "never").await;
         assert_eq!(world.ledger.forget_old(Duration::ZERO, 10).await.unwrap(), 1);
@@ -79,17 +100,26 @@ async fn a_cancel_ends_what_is_not_in_flight() {
         let mut low = request(&epoch, "acme", "low");
         low.level = Level::Low;
         let row = world.go(low).await;
-        world.settle_one(park(&row, WaitReason::Busy, Duration::ZERO)).await;
+        world
+            .settle_one(park(&row, WaitReason::Busy, Duration::ZERO))
+            .await;
         let open = world.go(request(&epoch, "acme", "open")).await;
         world.settle_one(settlement(&open, Next::GiveBack)).await;
         held(&world, "held").await;
         for id in ["busy", "retry", "open", "held"] {
             assert_eq!(cancel(&world, id).await, Cancel::Cancelled, "{id}");
-            assert_eq!(reports(&world, id).await, [("mail.cancelled".to_owned(), true, 1)], "{id}");
+            assert_eq!(
+                reports(&world, id).await,
+                [("mail.cancelled".to_owned(), true, 1)],
+                "{id}"
+            );
             assert_eq!(world.column("acme", id, "body").await, None);
             assert_eq!(cancel(&world, id).await, Cancel::TooLate, "{id}");
         }
-        assert!(matches!(world.admit_one(request(&epoch, "acme", "open")).await, Admitted::Done { owed: true }));
+        assert!(matches!(
+            world.admit_one(request(&epoch, "acme", "open")).await,
+            Admitted::Done { owed: true }
+        ));
         // Each lane has lost its own, and only those that were counted.
         assert_eq!(world.fifo("acme/main", Level::Medium, "acme").await, Some(1));
         assert_eq!(world.fifo("acme/main", Level::Low, "acme").await, Some(1));
@@ -105,7 +135,10 @@ async fn a_cancelled_job_that_somebody_has_got_already_was_sent() {
         let epoch = world.epoch().await;
         let row = world.go(request(&epoch, "acme", "1")).await;
         let mut retry = park(&row, WaitReason::Retry, Duration::from_secs(60));
-        retry.recipients = Some(vec![result("a@b.example", Accepted), result("c@d.example", Deferred)]);
+        retry.recipients = Some(vec![
+            result("a@b.example", Accepted),
+            result("c@d.example", Deferred),
+        ]);
         world.settle_one(retry).await;
         assert_eq!(cancel(&world, "1").await, Cancel::Cancelled);
         assert_eq!(reports(&world, "1").await, [("mail.sent".to_owned(), true, 1)]);
@@ -144,10 +177,14 @@ async fn only_what_waits_or_is_held_can_be_released_by_hand() {
         assert_eq!(by_hand(&world, "leased").await, ManualRelease::NotWaiting);
 
         let row = world.go(request(&epoch, "acme", "waits")).await;
-        world.settle_one(park(&row, WaitReason::Schedule, Duration::from_hours(9))).await;
+        world
+            .settle_one(park(&row, WaitReason::Schedule, Duration::from_hours(9)))
+            .await;
         world.parked(&epoch, "acme", "busy", WaitReason::Busy).await;
         held(&world, "held").await;
-        world.run("UPDATE {s}.lane SET next_at = clock_timestamp() + interval '1 hour'").await;
+        world
+            .run("UPDATE {s}.lane SET next_at = clock_timestamp() + interval '1 hour'")
+            .await;
         for id in ["waits", "busy", "held", "held"] {
             assert_eq!(by_hand(&world, id).await, ManualRelease::Released, "{id}");
             world.assert_lanes_are_right().await;
@@ -155,7 +192,9 @@ async fn only_what_waits_or_is_held_can_be_released_by_hand() {
         assert_eq!(world.release(&epoch, Level::Medium, 9).await.len(), 3);
         // A held job that once waited for its turn enters no count either.
         held(&world, "again").await;
-        world.run("UPDATE {s}.job SET reason = 1 WHERE id = 'again'").await;
+        world
+            .run("UPDATE {s}.job SET reason = 1 WHERE id = 'again'")
+            .await;
         by_hand(&world, "again").await;
         world.assert_lanes_are_right().await;
     })
@@ -181,8 +220,15 @@ async fn a_late_acceptance_of_all_recipients_ends_any_job_as_sent() {
         world.settle_one(done(&over, ReportType::Failed)).await;
         for id in ["open", "waiting", "leased", "held"] {
             assert!(!merge(id).await, "{id}");
-            assert_eq!(reports(&world, id).await, [("mail.sent".to_owned(), true, 1)], "{id}");
-            assert_eq!(world.column("acme", id, "message_id").await.as_deref(), Some("<1@acme>"));
+            assert_eq!(
+                reports(&world, id).await,
+                [("mail.sent".to_owned(), true, 1)],
+                "{id}"
+            );
+            assert_eq!(
+                world.column("acme", id, "message_id").await.as_deref(),
+                Some("<1@acme>")
+            );
             assert!(merge(id).await, "{id}: now it is final");
         }
         assert!(merge("over").await && merge("unknown").await);
@@ -190,7 +236,10 @@ async fn a_late_acceptance_of_all_recipients_ends_any_job_as_sent() {
         // Its owner by lease has a report of the same number: it must not be published.
         let failed = done(&owner, ReportType::Failed);
         assert_eq!(world.settle_one(failed).await, Settled::LeaseLost);
-        assert_eq!(world.column("acme", "leased", "outcome").await.as_deref(), Some("mail.sent"));
+        assert_eq!(
+            world.column("acme", "leased", "outcome").await.as_deref(),
+            Some("mail.sent")
+        );
     })
     .await;
 }
@@ -207,12 +256,16 @@ async fn a_late_acceptance_of_some_leaves_the_others_to_be_tried() {
         assert!(!merge().await);
         // The refusal came from somebody without a lease: it is not what is true.
         let row = world.go(request(&new, "acme", "1")).await;
-        let statuses = |recipients: &[RecipientResult]| recipients.iter().map(|r| r.status).collect::<Vec<_>>();
+        let statuses =
+            |recipients: &[RecipientResult]| recipients.iter().map(|r| r.status).collect::<Vec<_>>();
         assert_eq!(statuses(&row.recipients), [Accepted, Pending]);
         assert_eq!(row.message_id.as_deref(), Some("<1@acme>"));
         // What is known already stays as it is.
         let mut retry = park(&row, WaitReason::Retry, Duration::ZERO);
-        retry.recipients = Some(vec![result("a@b.example", Accepted), result("c@d.example", Deferred)]);
+        retry.recipients = Some(vec![
+            result("a@b.example", Accepted),
+            result("c@d.example", Deferred),
+        ]);
         world.settle_one(retry).await;
         assert!(!merge().await);
         let released = world.release(&new, Level::Medium, 1).await.remove(0);
@@ -232,13 +285,20 @@ async fn an_acceptance_merged_under_a_lease_is_not_overwritten_by_its_owner() {
             world.ledger.takeover(&new, Duration::from_mins(1)).await.unwrap();
             let owner = world.go(request(&new, "acme", id)).await;
             if parked {
-                world.ledger.absorb(&[super::world::absorb("acme", id)]).await.unwrap();
+                world
+                    .ledger
+                    .absorb(&[super::world::absorb("acme", id)])
+                    .await
+                    .unwrap();
             }
             let mine = [result("a@b.example", Accepted), result("c@d.example", Deferred)];
             assert!(!merge(&world, id, &mine).await);
             // It knows nothing of that, and failed.
             let mut failed = done(&owner, ReportType::Failed);
-            failed.recipients = Some(vec![result("a@b.example", Refused), result("c@d.example", Refused)]);
+            failed.recipients = Some(vec![
+                result("a@b.example", Refused),
+                result("c@d.example", Refused),
+            ]);
             assert_eq!(world.settle_one(failed.clone()).await, Settled::LeaseLost);
             assert_eq!(world.settle_one(failed).await, Settled::LeaseLost);
             world.assert_lanes_are_right().await;
@@ -247,8 +307,14 @@ async fn an_acceptance_merged_under_a_lease_is_not_overwritten_by_its_owner() {
             } else {
                 world.go(request(&new, "acme", id)).await
             };
-            assert_eq!(row.recipients.iter().map(|r| r.status).collect::<Vec<_>>(), [Accepted, Pending]);
-            assert_eq!(world.settle_one(done(&row, ReportType::Sent)).await, Settled::Written);
+            assert_eq!(
+                row.recipients.iter().map(|r| r.status).collect::<Vec<_>>(),
+                [Accepted, Pending]
+            );
+            assert_eq!(
+                world.settle_one(done(&row, ReportType::Sent)).await,
+                Settled::Written
+            );
         }
     })
     .await;

@@ -43,8 +43,14 @@ async fn twenty_thousand_of_one_tenant_do_not_delay_another() {
         let mut mine = 0;
         while mine < 3 {
             let released = world.release(&epoch, Level::Low, 20).await;
-            mine += released.iter().filter(|r| r.row.tenant == tenant("small")).count();
-            others += released.iter().filter(|r| r.row.tenant != tenant("small")).count();
+            mine += released
+                .iter()
+                .filter(|r| r.row.tenant == tenant("small"))
+                .count();
+            others += released
+                .iter()
+                .filter(|r| r.row.tenant != tenant("small"))
+                .count();
             assert!(others <= 40, "{others} others went first");
         }
         // Inside one account too.
@@ -53,7 +59,11 @@ async fn twenty_thousand_of_one_tenant_do_not_delay_another() {
         let mut only = all(Level::Low, 10);
         only.only = Some(account("-/shared"));
         let released = world.ledger.release(&epoch, &only).await.unwrap();
-        assert!(released.iter().any(|r| r.row.tenant == tenant("small")), "{:?}", ids(&released));
+        assert!(
+            released.iter().any(|r| r.row.tenant == tenant("small")),
+            "{:?}",
+            ids(&released)
+        );
         assert_eq!(released.len(), 6, "five of the other: its half");
     })
     .await;
@@ -64,15 +74,23 @@ async fn the_oldest_go_first_and_not_before_their_time() {
     in_world(|world| async move {
         let epoch = world.epoch().await;
         fill(&world, "acme", "acme/main", Level::High, 30, 1).await;
-        world.run("UPDATE {s}.job SET due_at = now() + interval '1 hour' WHERE id LIKE '%-1'").await;
-        assert!(world.release(&epoch, Level::Medium, 10).await.is_empty(), "another level");
+        world
+            .run("UPDATE {s}.job SET due_at = now() + interval '1 hour' WHERE id LIKE '%-1'")
+            .await;
+        assert!(
+            world.release(&epoch, Level::Medium, 10).await.is_empty(),
+            "another level"
+        );
         let first = world.release(&epoch, Level::High, 10).await;
         let expected: Vec<_> = (2..12).map(|n| format!("acme/main-high-{n}")).collect();
         assert_eq!(ids(&first), expected);
         assert_eq!(world.ledger.due_levels().await.unwrap(), [Level::High]);
         assert_eq!(world.release(&epoch, Level::High, 100).await.len(), 19);
         assert!(world.release(&epoch, Level::High, 100).await.is_empty());
-        assert!(world.ledger.due_levels().await.unwrap().is_empty(), "nothing to look at for an hour");
+        assert!(
+            world.ledger.due_levels().await.unwrap().is_empty(),
+            "nothing to look at for an hour"
+        );
     })
     .await;
 }
@@ -81,18 +99,32 @@ async fn the_oldest_go_first_and_not_before_their_time() {
 async fn accounts_can_be_left_out_or_singled_out() {
     in_world(|world| async move {
         let epoch = world.epoch().await;
-        for (level, name) in [(Level::Low, "a"), (Level::Medium, "a"), (Level::Immediate, "a"), (Level::Medium, "b")] {
+        for (level, name) in [
+            (Level::Low, "a"),
+            (Level::Medium, "a"),
+            (Level::Immediate, "a"),
+            (Level::Medium, "b"),
+        ] {
             fill(&world, name, &format!("{name}/main"), level, 2, 1).await;
         }
         let mut without = all(Level::Medium, 10);
         without.exclude = vec![account("a/main")];
         let released = world.ledger.release(&epoch, &without).await.unwrap();
         assert_eq!(ids(&released), ["b/main-medium-1", "b/main-medium-2"]);
-        let only = ReleaseRequest { only: Some(account("a/main")), ..all(Level::Medium, 3) };
+        let only = ReleaseRequest {
+            only: Some(account("a/main")),
+            ..all(Level::Medium, 3)
+        };
         let released = world.ledger.release(&epoch, &only).await.unwrap();
-        assert_eq!(ids(&released), ["a/main-immediate-1", "a/main-immediate-2", "a/main-medium-1"]);
+        assert_eq!(
+            ids(&released),
+            ["a/main-immediate-1", "a/main-immediate-2", "a/main-medium-1"]
+        );
         assert_eq!(released[0].level, Level::Immediate);
-        let both = ReleaseRequest { exclude: vec![account("a/main")], ..only };
+        let both = ReleaseRequest {
+            exclude: vec![account("a/main")],
+            ..only
+        };
         assert!(world.ledger.release(&epoch, &both).await.unwrap().is_empty());
     })
     .await;
@@ -103,11 +135,17 @@ async fn bodies_are_bounded_in_bytes_but_one_always_goes() {
     in_world(|world| async move {
         let epoch = world.epoch().await;
         fill(&world, "acme", "acme/main", Level::Low, 10, 1000).await;
-        let sized = |most_bytes| ReleaseRequest { most_bytes, ..all(Level::Low, 10) };
+        let sized = |most_bytes| ReleaseRequest {
+            most_bytes,
+            ..all(Level::Low, 10)
+        };
         assert_eq!(world.ledger.release(&epoch, &sized(2500)).await.unwrap().len(), 3);
         assert_eq!(world.ledger.release(&epoch, &sized(1)).await.unwrap().len(), 1);
         assert_eq!(world.ledger.release(&epoch, &sized(0)).await.unwrap().len(), 0);
-        assert_eq!(world.ledger.release(&epoch, &sized(1 << 20)).await.unwrap().len(), 6);
+        assert_eq!(
+            world.ledger.release(&epoch, &sized(1 << 20)).await.unwrap().len(),
+            6
+        );
     })
     .await;
 }
@@ -128,7 +166,10 @@ async fn limited_lanes_get_exactly_their_room_and_others_the_rest() {
                 break;
             }
             for job in released {
-                assert_eq!(job.row.slot.unwrap().until.is_some(), job.row.tenant != tenant("c"));
+                assert_eq!(
+                    job.row.slot.unwrap().until.is_some(),
+                    job.row.tenant != tenant("c")
+                );
                 *count.entry(job.row.tenant.to_string()).or_default() += 1;
             }
         }
@@ -149,8 +190,13 @@ async fn an_immediate_job_goes_before_twenty_thousand_low_ones_of_its_limited_ac
         assert_eq!(world.release(&epoch, Level::Low, 10).await.len(), 2);
         let mut urgent = request(&epoch, "acme", "urgent");
         urgent.level = Level::Immediate;
-        let Admitted::Wait { row, reason, delay } = world.admit_one(urgent).await else { panic!() };
-        assert_eq!(world.settle_one(park(&row, reason, delay)).await, Settled::Written);
+        let Admitted::Wait { row, reason, delay } = world.admit_one(urgent).await else {
+            panic!()
+        };
+        assert_eq!(
+            world.settle_one(park(&row, reason, delay)).await,
+            Settled::Written
+        );
         // Low is asked for first, again and again.
         let mut others = 0;
         until("the urgent job leaves", async || {
@@ -159,7 +205,10 @@ async fn an_immediate_job_goes_before_twenty_thousand_low_ones_of_its_limited_ac
         })
         .await;
         assert_eq!(others, 0);
-        until("the others go on", async || !world.release(&epoch, Level::Low, 10).await.is_empty()).await;
+        until("the others go on", async || {
+            !world.release(&epoch, Level::Low, 10).await.is_empty()
+        })
+        .await;
     })
     .await;
 }
@@ -198,8 +247,13 @@ async fn shut_lanes_do_not_hide_the_open_one_behind_them() {
         }
         assert_eq!(world.release(&epoch, Level::Low, 3).await.len(), 1);
         fill(&world, "open", "open/main", Level::Low, 1, 1).await;
-        world.run("UPDATE {s}.lane SET next_at = now() WHERE account = 'open/main'").await;
-        assert_eq!(ids(&world.release(&epoch, Level::Low, 3).await), ["open/main-low-1"]);
+        world
+            .run("UPDATE {s}.lane SET next_at = now() WHERE account = 'open/main'")
+            .await;
+        assert_eq!(
+            ids(&world.release(&epoch, Level::Low, 3).await),
+            ["open/main-low-1"]
+        );
     })
     .await;
 }
@@ -208,7 +262,15 @@ async fn shut_lanes_do_not_hide_the_open_one_behind_them() {
 async fn workers_that_release_at_once_never_get_the_same_job_and_leave_none() {
     in_world(|world| async move {
         for n in 0..5 {
-            fill(&world, &format!("t{n}"), &format!("t{n}/main"), Level::Low, 200, 1).await;
+            fill(
+                &world,
+                &format!("t{n}"),
+                &format!("t{n}/main"),
+                Level::Low,
+                200,
+                1,
+            )
+            .await;
         }
         world.limit("t0/main", &[(100_000, 60_000_000, "messages")]).await;
         let mut workers = tokio::task::JoinSet::new();
@@ -230,7 +292,11 @@ async fn workers_that_release_at_once_never_get_the_same_job_and_leave_none() {
         let got: Vec<_> = workers.join_all().await.into_iter().flatten().collect();
         assert_eq!(got.len(), 1000);
         assert_eq!(got.iter().collect::<HashSet<_>>().len(), 1000);
-        assert_eq!(world.one::<i64>("SELECT count(*) FROM {s}.lane").await, 0, "empty lanes are gone");
+        assert_eq!(
+            world.one::<i64>("SELECT count(*) FROM {s}.lane").await,
+            0,
+            "empty lanes are gone"
+        );
     })
     .await;
 }
@@ -243,13 +309,27 @@ async fn an_answer_that_got_lost_is_found_again() {
         let kept = world.go(request(&epoch, "acme", "kept")).await;
         drop(world.release(&epoch, Level::Medium, 1).await);
         drop(world.go(request(&epoch, "acme", "open")).await);
-        assert_eq!(world.ledger.forgotten(&epoch).await.unwrap(), 0, "it may still be on its way");
-        assert_eq!(world.ledger.forgotten(&epoch).await.unwrap(), 0, "it may still be on its way");
+        assert_eq!(
+            world.ledger.forgotten(&epoch).await.unwrap(),
+            0,
+            "it may still be on its way"
+        );
+        assert_eq!(
+            world.ledger.forgotten(&epoch).await.unwrap(),
+            0,
+            "it may still be on its way"
+        );
         assert_eq!(world.ledger.forgotten(&epoch).await.unwrap(), 2);
-        assert_eq!([world.state("acme", "1").await, world.state("acme", "open").await], [2, 0]);
+        assert_eq!(
+            [world.state("acme", "1").await, world.state("acme", "open").await],
+            [2, 0]
+        );
         world.assert_lanes_are_right().await;
         assert_eq!(ids(&world.release(&epoch, Level::Medium, 1).await), ["1"]);
-        assert_eq!(world.settle_one(settlement(&kept, Next::GiveBack)).await, Settled::Written);
+        assert_eq!(
+            world.settle_one(settlement(&kept, Next::GiveBack)).await,
+            Settled::Written
+        );
     })
     .await;
 }
@@ -261,15 +341,25 @@ async fn a_job_that_somebody_is_working_on_is_passed_over() {
         fill(&world, "acme", "acme/main", Level::Low, 3, 1).await;
         let locked = world.db.client().await.unwrap();
         locked.batch_execute("BEGIN").await.unwrap();
-        let sql = world.db.sql("SELECT 1 FROM {s}.job WHERE id LIKE '%-1' FOR UPDATE");
+        let sql = world
+            .db
+            .sql("SELECT 1 FROM {s}.job WHERE id LIKE '%-1' FOR UPDATE");
         locked.batch_execute(&sql).await.unwrap();
-        let released = tokio::time::timeout(Duration::from_secs(5), world.release(&epoch, Level::Low, 9)).await;
+        let released =
+            tokio::time::timeout(Duration::from_secs(5), world.release(&epoch, Level::Low, 9)).await;
         assert_eq!(ids(&released.unwrap()), ["acme/main-low-2", "acme/main-low-3"]);
         locked.batch_execute("ROLLBACK").await.unwrap();
         drop(locked);
         let last = world.release(&epoch, Level::Low, 9).await;
         assert_eq!(ids(&last), ["acme/main-low-1"], "its lane has not forgotten it");
-        assert_eq!(world.ledger.cancel(&tenant("acme"), &job("acme/main-low-1")).await.unwrap(), crate::ledger::odd::Cancel::InFlight);
+        assert_eq!(
+            world
+                .ledger
+                .cancel(&tenant("acme"), &job("acme/main-low-1"))
+                .await
+                .unwrap(),
+            crate::ledger::odd::Cancel::InFlight
+        );
     })
     .await;
 }

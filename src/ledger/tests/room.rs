@@ -16,7 +16,12 @@ use crate::report::ReportType;
 
 const ACCOUNTS: [(&str, &str); 4] = [("a", "a/1"), ("a", "a/2"), ("b", "-/shared"), ("c", "-/shared")];
 const KEYS: [&str; 5] = ["a/", "a/1", "-/", "-/shared", "c/"];
-const REASONS: [WaitReason; 4] = [WaitReason::Rate, WaitReason::Retry, WaitReason::Schedule, WaitReason::Busy];
+const REASONS: [WaitReason; 4] = [
+    WaitReason::Rate,
+    WaitReason::Retry,
+    WaitReason::Schedule,
+    WaitReason::Busy,
+];
 
 /// One worker that does anything at random.
 struct Walker {
@@ -44,7 +49,9 @@ impl Walker {
         let rest: Vec<_> = self.mine.drain(..).map(|row| retry(&row)).collect();
         for (settlement, answer) in rest.iter().zip(self.world.ledger.settle(&rest).await.unwrap()) {
             if answer == Settled::Cancelled {
-                self.world.settle_one(done(&settlement.row, ReportType::Cancelled)).await;
+                self.world
+                    .settle_one(done(&settlement.row, ReportType::Cancelled))
+                    .await;
             }
         }
     }
@@ -57,14 +64,19 @@ impl Walker {
                 let mut request = request(epoch, tenant, &format!("{}-{}", self.seed, self.number));
                 request.account = account(key);
                 request.level = Level::ALL[self.random.random_range(1..3)];
-                request.want = *[Want::Claim, Want::Slot, Want::Park].choose(&mut self.random).unwrap();
+                request.want = *[Want::Claim, Want::Slot, Want::Park]
+                    .choose(&mut self.random)
+                    .unwrap();
                 request.recipients = self.random.random_range(1..4);
                 request
             })
             .collect();
         for answer in self.world.ledger.admit(&batch).await.unwrap() {
             match answer {
-                Admitted::Go(row) | Admitted::Behind(row) | Admitted::Wait { row, .. } | Admitted::Cancelled(row) => {
+                Admitted::Go(row)
+                | Admitted::Behind(row)
+                | Admitted::Wait { row, .. }
+                | Admitted::Cancelled(row) => {
                     self.mine.push_back(*row);
                 }
                 other => panic!("{other:?}"),
@@ -73,7 +85,10 @@ impl Walker {
     }
 
     async fn release(&mut self, epoch: &std::sync::Arc<crate::ledger::Epoch>) {
-        let mut what = all(Level::ALL[self.random.random_range(1..3)], self.random.random_range(1..10));
+        let mut what = all(
+            Level::ALL[self.random.random_range(1..3)],
+            self.random.random_range(1..10),
+        );
         if self.random.random_bool(0.3) {
             what.only = Some(account(ACCOUNTS.choose(&mut self.random).unwrap().1));
         }
@@ -95,7 +110,9 @@ impl Walker {
             match answer {
                 Settled::Written => {}
                 Settled::Cancelled => {
-                    self.world.settle_one(done(&settlement.row, ReportType::Cancelled)).await;
+                    self.world
+                        .settle_one(done(&settlement.row, ReportType::Cancelled))
+                        .await;
                 }
                 // The other copy wrote it, and somebody has leased or cancelled it since.
                 Settled::LeaseLost => assert_eq!(copies, 2),
@@ -117,7 +134,10 @@ impl Walker {
     }
 
     async fn cancel_or_release_by_hand(&mut self) {
-        let (tenant, id) = (tenant(ACCOUNTS.choose(&mut self.random).unwrap().0), self.some_job());
+        let (tenant, id) = (
+            tenant(ACCOUNTS.choose(&mut self.random).unwrap().0),
+            self.some_job(),
+        );
         if self.random.random_bool(0.5) {
             self.world.ledger.release_by_hand(&tenant, &id).await.unwrap();
         } else if self.number > 0 {
@@ -134,7 +154,9 @@ impl Walker {
         let key = *KEYS.choose(&mut self.random).unwrap();
         let unit = *["messages", "recipients"].choose(&mut self.random).unwrap();
         let limit = self.random.random_range(0..40);
-        self.world.limit(key, &[(limit, 300_000, unit), (limit * 2, 86_400_000_000, unit)]).await;
+        self.world
+            .limit(key, &[(limit, 300_000, unit), (limit * 2, 86_400_000_000, unit)])
+            .await;
     }
 
     /// A worker leases something and dies over it; another one takes it over.
@@ -143,7 +165,11 @@ impl Walker {
         self.world.release(&short, Level::Medium, 3).await;
         self.world.silence(&short).await;
         let heir = self.world.steady_epoch().await;
-        self.world.ledger.takeover(&heir, Duration::from_mins(1)).await.unwrap();
+        self.world
+            .ledger
+            .takeover(&heir, Duration::from_mins(1))
+            .await
+            .unwrap();
         self.world.ledger.retire(&heir).await.unwrap();
     }
 }
@@ -160,12 +186,22 @@ async fn no_waiting_job_is_ever_lost_or_miscounted() {
             let mut workers = tokio::task::JoinSet::new();
             for n in 0..4 {
                 let random = SmallRng::seed_from_u64(seed * 1000 + n);
-                let walker = Walker { world: world.clone(), random, seed: n, number: 0, mine: VecDeque::new() };
+                let walker = Walker {
+                    world: world.clone(),
+                    random,
+                    seed: n,
+                    number: 0,
+                    mine: VecDeque::new(),
+                };
                 workers.spawn(walker.walk(end));
             }
             workers.join_all().await;
             let heir = world.steady_epoch().await;
-            world.ledger.takeover(&heir, Duration::from_mins(1)).await.unwrap();
+            world
+                .ledger
+                .takeover(&heir, Duration::from_mins(1))
+                .await
+                .unwrap();
             let leased: i64 = world.one("SELECT count(*) FROM {s}.job WHERE state = 1").await;
             assert_eq!(leased, 0, "seed {seed}");
             world.assert_lanes_count_right().await;
@@ -177,7 +213,10 @@ async fn no_waiting_job_is_ever_lost_or_miscounted() {
                 for level in Level::ALL {
                     world.release(&heir, level, 500).await;
                 }
-                world.one::<i64>("SELECT count(*) FROM {s}.job WHERE state = 2").await == 0
+                world
+                    .one::<i64>("SELECT count(*) FROM {s}.job WHERE state = 2")
+                    .await
+                    == 0
             })
             .await;
             until("empty lanes are gone", async || {
@@ -187,7 +226,9 @@ async fn no_waiting_job_is_ever_lost_or_miscounted() {
                 world.one::<i64>("SELECT count(*) FROM {s}.lane").await == 0
             })
             .await;
-            let sums: i64 = world.one("SELECT count(*) FROM {s}.job WHERE state IN (1, 3)").await;
+            let sums: i64 = world
+                .one("SELECT count(*) FROM {s}.job WHERE state IN (1, 3)")
+                .await;
             assert!(sums > 100, "seed {seed}: {sums}");
         })
         .await;

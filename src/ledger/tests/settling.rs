@@ -11,7 +11,11 @@ use crate::level::Level;
 use crate::report::{RecipientStatus, ReportType};
 
 fn key(id: &str, sequence: i64) -> ReportKey {
-    ReportKey { tenant: tenant("acme"), id: job(id), sequence }
+    ReportKey {
+        tenant: tenant("acme"),
+        id: job(id),
+        sequence,
+    }
 }
 
 #[tokio::test]
@@ -37,11 +41,31 @@ async fn an_outcome_drops_the_body_and_leaves_its_report_in_the_outbox() {
             ("cardinality(outbox)", Some("1")),
             ("(seq - born)", Some("1")),
         ] {
-            assert_eq!(world.column("acme", "1", column).await.as_deref(), value, "{column}");
+            assert_eq!(
+                world.column("acme", "1", column).await.as_deref(),
+                value,
+                "{column}"
+            );
         }
-        assert_eq!(world.ledger.forget_old(Duration::ZERO, 10).await.unwrap(), 0, "a report is owed");
-        world.ledger.clear_outbox(&[key("1", row.sequence + 1)]).await.unwrap();
-        assert_eq!(world.ledger.forget_old(Duration::from_hours(1), 10).await.unwrap(), 0, "too young");
+        assert_eq!(
+            world.ledger.forget_old(Duration::ZERO, 10).await.unwrap(),
+            0,
+            "a report is owed"
+        );
+        world
+            .ledger
+            .clear_outbox(&[key("1", row.sequence + 1)])
+            .await
+            .unwrap();
+        assert_eq!(
+            world
+                .ledger
+                .forget_old(Duration::from_hours(1), 10)
+                .await
+                .unwrap(),
+            0,
+            "too young"
+        );
         assert_eq!(world.ledger.forget_old(Duration::ZERO, 10).await.unwrap(), 1);
     })
     .await;
@@ -64,15 +88,36 @@ async fn clearing_removes_exactly_the_published_report() {
         );
         // Twice, and one that was never there.
         for _ in 0..2 {
-            world.ledger.clear_outbox(&[key("1", first), key("1", 7), key("none", first)]).await.unwrap();
-            assert_eq!(world.column("acme", "1", "outbox_seq").await, Some(format!("{{{second}}}")));
+            world
+                .ledger
+                .clear_outbox(&[key("1", first), key("1", 7), key("none", first)])
+                .await
+                .unwrap();
+            assert_eq!(
+                world.column("acme", "1", "outbox_seq").await,
+                Some(format!("{{{second}}}"))
+            );
         }
-        world.run("UPDATE {s}.job SET outbox_at = clock_timestamp()").await;
-        let owed = world.ledger.owed_reports(10, Duration::from_mins(1)).await.unwrap();
+        world
+            .run("UPDATE {s}.job SET outbox_at = clock_timestamp()")
+            .await;
+        let owed = world
+            .ledger
+            .owed_reports(10, Duration::from_mins(1))
+            .await
+            .unwrap();
         assert_eq!(owed.len(), 1);
         assert_eq!(owed[0].reports[0].0, second);
         assert!(owed[0].reports[0].1.contains("mail.sent"));
-        assert!(world.ledger.owed_reports(10, Duration::from_mins(1)).await.unwrap().is_empty(), "leased");
+        assert!(
+            world
+                .ledger
+                .owed_reports(10, Duration::from_mins(1))
+                .await
+                .unwrap()
+                .is_empty(),
+            "leased"
+        );
         world.ledger.clear_outbox(&[key("1", second)]).await.unwrap();
         assert_eq!(world.column("acme", "1", "outbox").await, None);
         assert_eq!(world.column("acme", "1", "outbox_at").await, None);
@@ -105,14 +150,26 @@ async fn a_settlement_repeated_after_a_lost_commit_is_written_once() {
             assert_eq!(world.ledger.settle(&batch).await.unwrap(), [Settled::Written; 4]);
         }
         assert_eq!(world.used("acme/main").await, 1, "each slot went back once");
-        assert_eq!(world.column("acme", "done", "cardinality(outbox)").await.as_deref(), Some("1"));
+        assert_eq!(
+            world
+                .column("acme", "done", "cardinality(outbox)")
+                .await
+                .as_deref(),
+            Some("1")
+        );
         assert_eq!(world.fifo("acme/main", Level::Medium, "acme").await, Some(1));
         assert_eq!(
-            [world.state("acme", "done").await, world.state("acme", "park").await],
+            [
+                world.state("acme", "done").await,
+                world.state("acme", "park").await
+            ],
             [3, 2]
         );
         assert_eq!(
-            [world.state("acme", "back").await, world.state("acme", "hold").await],
+            [
+                world.state("acme", "back").await,
+                world.state("acme", "hold").await
+            ],
             [0, 4]
         );
     })
@@ -163,15 +220,27 @@ async fn whoever_lost_the_lease_writes_nothing() {
         for (n, late) in settlements(&row).into_iter().enumerate() {
             assert_eq!(world.settle_one(late).await, Settled::LeaseLost, "leased {n}");
         }
-        assert_eq!(world.settle_one(done(&owner, ReportType::Sent)).await, Settled::Written);
+        assert_eq!(
+            world.settle_one(done(&owner, ReportType::Sent)).await,
+            Settled::Written
+        );
         for (n, late) in settlements(&row).into_iter().enumerate() {
             assert_eq!(world.settle_one(late).await, Settled::LeaseLost, "over {n}");
         }
-        assert_eq!(world.column("acme", "1", "outcome").await.as_deref(), Some("mail.sent"));
-        assert_eq!(world.column("acme", "1", "cardinality(outbox)").await.as_deref(), Some("1"));
+        assert_eq!(
+            world.column("acme", "1", "outcome").await.as_deref(),
+            Some("mail.sent")
+        );
+        assert_eq!(
+            world.column("acme", "1", "cardinality(outbox)").await.as_deref(),
+            Some("1")
+        );
         // A job that nobody knows.
         world.run("DELETE FROM {s}.job").await;
-        assert_eq!(world.settle_one(done(&row, ReportType::Sent)).await, Settled::LeaseLost);
+        assert_eq!(
+            world.settle_one(done(&row, ReportType::Sent)).await,
+            Settled::LeaseLost
+        );
     })
     .await;
 }
@@ -185,10 +254,19 @@ async fn a_cancel_in_flight_stops_everything_but_an_outcome() {
         assert_eq!(cancel, Cancel::InFlight);
         let late = park(&row, WaitReason::Retry, Duration::ZERO);
         assert_eq!(world.settle_one(late).await, Settled::Cancelled);
-        assert_eq!(world.settle_one(settlement(&row, Next::GiveBack)).await, Settled::Cancelled);
+        assert_eq!(
+            world.settle_one(settlement(&row, Next::GiveBack)).await,
+            Settled::Cancelled
+        );
         assert_eq!(world.state("acme", "1").await, 1);
-        assert_eq!(world.settle_one(done(&row, ReportType::Cancelled)).await, Settled::Written);
-        assert_eq!(world.ledger.cancel(&row.tenant, &row.id).await.unwrap(), Cancel::TooLate);
+        assert_eq!(
+            world.settle_one(done(&row, ReportType::Cancelled)).await,
+            Settled::Written
+        );
+        assert_eq!(
+            world.ledger.cancel(&row.tenant, &row.id).await.unwrap(),
+            Cancel::TooLate
+        );
 
         // Nobody knows whether this one went out: that is not "cancelled".
         let row = world.go(request(&epoch, "acme", "2")).await;
@@ -242,7 +320,10 @@ async fn an_attempts_results_and_delay_come_back_with_the_job() {
             result("c@d.example", RecipientStatus::Deferred),
         ]);
         world.settle_one(retry.clone()).await;
-        assert!(world.release(&epoch, Level::Medium, 1).await.is_empty(), "not yet");
+        assert!(
+            world.release(&epoch, Level::Medium, 1).await.is_empty(),
+            "not yet"
+        );
         let mut released = Vec::new();
         super::world::until("the retry is due", async || {
             released = world.release(&epoch, Level::Medium, 1).await;
@@ -252,7 +333,11 @@ async fn an_attempts_results_and_delay_come_back_with_the_job() {
         assert_eq!(released[0].row.attempts, 1);
         assert_eq!(Some(&released[0].row.recipients), retry.recipients.as_ref());
         assert_eq!(released[0].reason, Some(WaitReason::Retry));
-        assert_eq!(released[0].row.slot.map(|slot| slot.recipients), Some(1), "only what is open is paid for");
+        assert_eq!(
+            released[0].row.slot.map(|slot| slot.recipients),
+            Some(1),
+            "only what is open is paid for"
+        );
     })
     .await;
 }
@@ -265,7 +350,10 @@ async fn the_beginning_of_the_final_write_is_marked_only_under_the_lease() {
         world.silence(&old).await;
         world.ledger.takeover(&new, Duration::from_mins(1)).await.unwrap();
         let kept = world.go(request(&old, "acme", "kept")).await;
-        assert_eq!(world.ledger.mark_data(&[lost, kept]).await.unwrap(), [false, true]);
+        assert_eq!(
+            world.ledger.mark_data(&[lost, kept]).await.unwrap(),
+            [false, true]
+        );
         assert_eq!(world.column("acme", "kept", "phase").await.as_deref(), Some("1"));
     })
     .await;

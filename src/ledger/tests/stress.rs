@@ -45,7 +45,13 @@ async fn client(world: World, seed: u64, end: Instant) -> Result<u32, DbError> {
             }
         }
         world.ledger.absorb(&bodies).await?;
-        rows.extend(world.release(&epoch, Level::Medium, 30).await.into_iter().map(|r| r.row));
+        rows.extend(
+            world
+                .release(&epoch, Level::Medium, 30)
+                .await
+                .into_iter()
+                .map(|r| r.row),
+        );
         rows.shuffle(&mut random);
         let slots: Vec<_> = rows.iter().map(|row| slot(row, &mut random)).collect();
         world.ledger.take_slots(&slots).await?;
@@ -70,7 +76,12 @@ async fn client(world: World, seed: u64, end: Instant) -> Result<u32, DbError> {
         world.ledger.clear_outbox(&keys).await?;
         world.ledger.owed_reports(5, Duration::ZERO).await?;
         if seed == 0 {
-            world.limit(["a/", "-/shared", "b/1"][round % 3], &[(random.random_range(20..300), 200_000, "messages")]).await;
+            world
+                .limit(
+                    ["a/", "-/shared", "b/1"][round % 3],
+                    &[(random.random_range(20..300), 200_000, "messages")],
+                )
+                .await;
         }
         calls += 8;
     }
@@ -89,7 +100,11 @@ fn slot(row: &Row, random: &mut SmallRng) -> SlotRequest {
 }
 
 fn key(row: &Row) -> ReportKey {
-    ReportKey { tenant: row.tenant.clone(), id: row.id.clone(), sequence: row.sequence + 1 }
+    ReportKey {
+        tenant: row.tenant.clone(),
+        id: row.id.clone(),
+        sequence: row.sequence + 1,
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -137,8 +137,10 @@ impl World {
     }
 
     pub(super) async fn state(&self, tenant: &str, id: &str) -> i16 {
-        self.one(&format!("SELECT state FROM {{s}}.job WHERE tenant = '{tenant}' AND id = '{id}'"))
-            .await
+        self.one(&format!(
+            "SELECT state FROM {{s}}.job WHERE tenant = '{tenant}' AND id = '{id}'"
+        ))
+        .await
     }
 
     /// One column of a job, as text.
