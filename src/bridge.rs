@@ -27,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config;
 use crate::db::{Database, DbError};
 use crate::egress::EgressGuard;
-use crate::secret::Keyring;
+use crate::secret::SharedKeyring;
 use crate::telemetry::metrics::Metrics;
 use client::Client;
 pub use run::{RunError, Settings, run};
@@ -57,7 +57,7 @@ impl From<tokio_postgres::Error> for BridgeError {
 #[derive(Debug)]
 pub struct Bridge {
     database: Database,
-    keyring: Arc<Keyring>,
+    keyring: SharedKeyring,
     client: Client,
     config: config::Webhook,
     metrics: Arc<Metrics>,
@@ -74,7 +74,7 @@ impl Bridge {
     /// If TLS cannot be set up.
     pub fn new(
         database: Database,
-        keyring: Arc<Keyring>,
+        keyring: impl Into<SharedKeyring>,
         guard: Arc<EgressGuard>,
         config: config::Webhook,
         metrics: Arc<Metrics>,
@@ -82,7 +82,7 @@ impl Bridge {
         let client = Client::new(guard, config.timeout).map_err(BridgeError::Client)?;
         Ok(Self {
             database,
-            keyring,
+            keyring: keyring.into(),
             client,
             config,
             metrics,

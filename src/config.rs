@@ -1,4 +1,4 @@
-//! Configuration, one struct per concern. [`load`] reads flags, environment and secret files, checks everything and
+//! Configuration, one struct per concern. [`load()`] reads flags, environment and secret files, checks everything and
 //! reports every error at once; it opens nothing. A command asks for the sections that it needs by their types:
 //! `let (broker, database): (Broker, Database) = load(&sources)?`.
 

@@ -37,6 +37,7 @@ const RECYCLE: Duration = Duration::from_secs(5);
 #[derive(Clone)]
 pub struct Database {
     pool: Pool,
+    connector: connect::Connector,
     schema: Arc<str>,
     quoted: Arc<str>,
 }
@@ -72,12 +73,12 @@ impl Database {
 
     fn connect_with(config: &config::Database, wait: Duration) -> Result<Self, DbError> {
         let connector = connect::Connector::new(config)?;
-        let pg = connector.config().clone();
+        let pg = connector.config();
         let recycling = ManagerConfig {
             // No round trip per checkout: a dead peer is found by TCP_USER_TIMEOUT and by the statement itself.
             recycling_method: RecyclingMethod::Fast,
         };
-        let pool = Pool::builder(Manager::from_connect(pg, connector, recycling))
+        let pool = Pool::builder(Manager::from_connect(pg, connector.clone(), recycling))
             .max_size(config.pool_size.max(1))
             .timeouts(Timeouts {
                 wait: Some(wait),
@@ -89,9 +90,19 @@ impl Database {
             .map_err(|error| DbError::Setup(error.to_string()))?;
         Ok(Self {
             pool,
+            connector,
             schema: config.schema.as_str().into(),
             quoted: quote(&config.schema).into(),
         })
+    }
+
+    /// Opens new connections as this says: another password, another host. The schema and the size of the pool stay, and
+    /// so do connections that are open.
+    ///
+    /// # Errors
+    /// If the URL or a certificate file cannot be used; everything stays as it was then.
+    pub fn reconnect(&self, config: &config::Database) -> Result<(), DbError> {
+        self.connector.replace(config)
     }
 
     /// A connection of the pool; returned to it when dropped.

@@ -262,6 +262,26 @@ pub fn install_crypto_provider() {
     let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
+/// The guard as resolver of the SMTP client.
+impl crate::smtp::Resolver for EgressGuard {
+    fn resolve<'a>(
+        &'a self,
+        host: &'a str,
+        port: u16,
+        trusted: bool,
+    ) -> futures_util::future::BoxFuture<'a, Result<Vec<SocketAddr>, crate::smtp::Refusal>> {
+        Box::pin(async move {
+            Self::resolve(self, host, port, trusted).await.map_err(|error| {
+                if error.is_transient() {
+                    crate::smtp::Refusal::Lookup(error.to_string())
+                } else {
+                    crate::smtp::Refusal::Denied(error.to_string())
+                }
+            })
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -403,24 +423,5 @@ mod tests {
             matches!(EgressError::find(&error), Some(EgressError::Refused { .. })),
             "{error:?}"
         );
-    }
-}
-
-impl crate::smtp::Resolver for EgressGuard {
-    fn resolve<'a>(
-        &'a self,
-        host: &'a str,
-        port: u16,
-        trusted: bool,
-    ) -> futures_util::future::BoxFuture<'a, Result<Vec<SocketAddr>, crate::smtp::Refusal>> {
-        Box::pin(async move {
-            Self::resolve(self, host, port, trusted).await.map_err(|error| {
-                if error.is_transient() {
-                    crate::smtp::Refusal::Lookup(error.to_string())
-                } else {
-                    crate::smtp::Refusal::Denied(error.to_string())
-                }
-            })
-        })
     }
 }

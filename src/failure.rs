@@ -3,6 +3,9 @@
 use std::fmt;
 use std::time::Duration;
 
+/// The reason of a failure that waits for a key.
+pub const KEY_UNKNOWN: &str = "key_unknown";
+
 /// What kind of trouble it is; the label in reports and metrics.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Class {
@@ -267,6 +270,12 @@ impl Failure {
     pub fn with_reply(mut self, reply: Reply) -> Self {
         self.reply = Some(reply);
         self
+    }
+
+    /// Whether a key is not there (yet). Such a job waits for it: that is no attempt, and never ends in failure.
+    #[must_use]
+    pub fn is_missing_key(&self) -> bool {
+        self.reason == KEY_UNKNOWN
     }
 
     /// Whether trying again later can help.

@@ -13,6 +13,9 @@ use crate::pipeline::{Attempt, Verdict};
 use crate::report::{RecipientResult, RecipientStatus, Report, ReportData, ReportType, Timings, event_id};
 use crate::retry::RetryPolicy;
 
+/// Longest wait between two looks for a missing key.
+const LONGEST_KEY_WAIT: Duration = Duration::from_mins(5);
+
 /// What the decision depends on besides the attempt itself.
 #[derive(Debug, Clone)]
 pub struct Circumstances<'a> {
@@ -38,12 +41,12 @@ pub struct Circumstances<'a> {
 #[must_use]
 pub fn plan(at: &Circumstances<'_>, attempt: Attempt, body: Option<Body>) -> Settlement {
     match &attempt.verdict {
-        Verdict::Expired => finish(at, attempt, ReportType::Expired, Some("expires_at has passed")),
-        Verdict::Cancelled => finish(at, attempt, ReportType::Cancelled, None),
+        Verdict::Expired => finish(at, &attempt, ReportType::Expired, Some("expires_at has passed")),
+        Verdict::Cancelled => finish(at, &attempt, ReportType::Cancelled, None),
         Verdict::GiveBack => settlement(at, &attempt, Next::GiveBack, None),
         Verdict::Wait { reason, delay } => {
             let (reason, delay) = (*reason, *delay);
-            wait(at, attempt, reason, delay, body)
+            wait(at, &attempt, reason, delay, body)
         }
         Verdict::Uncertain(_) if attempt.on_uncertain == OnUncertain::Hold => hold(at, attempt, body),
         Verdict::Uncertain(failure) | Verdict::Failed(failure) => {
@@ -74,7 +77,7 @@ fn attempted(at: &Circumstances<'_>, attempt: Attempt, body: Option<Body>) -> Se
     }
     if pending {
         // Only a part of the envelope was covered by the slot; the rest waits for the next one.
-        return wait(at, attempt, WaitReason::Rate, Duration::ZERO, body);
+        return wait(at, &attempt, WaitReason::Rate, Duration::ZERO, body);
     }
     let accepted = attempt
         .recipients
@@ -82,7 +85,7 @@ fn attempted(at: &Circumstances<'_>, attempt: Attempt, body: Option<Body>) -> Se
         .any(|r| r.status == RecipientStatus::Accepted);
     finish(
         at,
-        attempt,
+        &attempt,
         if accepted {
             ReportType::Sent
         } else {
@@ -106,18 +109,20 @@ fn unknown_refusal() -> Failure {
 fn again(at: &Circumstances<'_>, mut attempt: Attempt, failure: &Failure, body: Option<Body>) -> Settlement {
     let age = at.now.duration_since(at.row.created);
     let age = Duration::try_from(age.max(SignedDuration::ZERO)).unwrap_or_default();
+    if failure.is_missing_key() {
+        // However long it takes: keys are the operator's to bring.
+        let delay = age.clamp(at.retry.base, LONGEST_KEY_WAIT.max(at.retry.base));
+        let delay = delay.mul_f64(0.85 + 0.3 * at.jitter);
+        attempt.failure = Some(failure.clone());
+        return wait(at, &attempt, WaitReason::Key, delay, body);
+    }
     let attempts = attempt.number(at.row);
     let retry = attempt.retry.unwrap_or(at.retry);
     let Some(delay) = retry.next(attempts, age, failure.retry_after, at.jitter) else {
         return give_up(at, attempt, failure);
     };
     attempt.failure = Some(failure.clone());
-    let reason = if failure.reason == "key_unknown" {
-        WaitReason::Key
-    } else {
-        WaitReason::Retry
-    };
-    wait(at, attempt, reason, delay, body)
+    wait(at, &attempt, WaitReason::Retry, delay, body)
 }
 
 /// Retries are used up: whoever still waits will not get it.
@@ -146,7 +151,7 @@ fn fail(at: &Circumstances<'_>, mut attempt: Attempt, failure: &Failure) -> Sett
     attempt.failure = Some(failure.clone());
     finish(
         at,
-        attempt,
+        &attempt,
         if accepted {
             ReportType::Sent
         } else {
@@ -156,14 +161,14 @@ fn fail(at: &Circumstances<'_>, mut attempt: Attempt, failure: &Failure) -> Sett
     )
 }
 
-fn finish(at: &Circumstances<'_>, attempt: Attempt, kind: ReportType, detail: Option<&str>) -> Settlement {
+fn finish(at: &Circumstances<'_>, attempt: &Attempt, kind: ReportType, detail: Option<&str>) -> Settlement {
     let accepted = attempt
         .recipients
         .iter()
         .any(|r| r.status == RecipientStatus::Accepted);
     // What somebody has received was sent, whatever ended the rest.
     let kind = if accepted { ReportType::Sent } else { kind };
-    let mut report = report(at, &attempt, kind);
+    let mut report = report(at, attempt, kind);
     report.data.partial = accepted
         && attempt
             .recipients
@@ -172,7 +177,7 @@ fn finish(at: &Circumstances<'_>, attempt: Attempt, kind: ReportType, detail: Op
     if report.data.detail.is_none() {
         report.data.detail = detail.map(str::to_owned);
     }
-    settlement(at, &attempt, Next::Done(kind), Some(report))
+    settlement(at, attempt, Next::Done(kind), Some(report))
 }
 
 fn hold(at: &Circumstances<'_>, mut attempt: Attempt, body: Option<Body>) -> Settlement {
@@ -186,13 +191,13 @@ fn hold(at: &Circumstances<'_>, mut attempt: Attempt, body: Option<Body>) -> Set
 
 fn wait(
     at: &Circumstances<'_>,
-    attempt: Attempt,
+    attempt: &Attempt,
     reason: WaitReason,
     delay: Duration,
     body: Option<Body>,
 ) -> Settlement {
-    let report = is_reported(at, &attempt, reason, delay).then(|| {
-        let mut report = report(at, &attempt, ReportType::Deferred);
+    let report = is_reported(at, attempt, reason, delay).then(|| {
+        let mut report = report(at, attempt, ReportType::Deferred);
         report
             .data
             .reason
@@ -203,14 +208,15 @@ fn wait(
             .ok();
         report
     });
-    settlement(at, &attempt, Next::Park { reason, delay, body }, report)
+    settlement(at, attempt, Next::Park { reason, delay, body }, report)
 }
 
 /// At most one report per job and reason: the first retry, and the first wait for a limit or a date that is long
 /// enough to be worth telling.
 fn is_reported(at: &Circumstances<'_>, attempt: &Attempt, reason: WaitReason, delay: Duration) -> bool {
     match reason {
-        WaitReason::Retry | WaitReason::Key => attempt.number(at.row) == 1,
+        WaitReason::Retry => attempt.number(at.row) == 1,
+        WaitReason::Key => at.new,
         WaitReason::Rate | WaitReason::Schedule => at.new && delay >= at.deferred_report_after,
         WaitReason::Busy | WaitReason::Contract => false,
     }
@@ -294,7 +300,7 @@ fn timings(at: &Circumstances<'_>, attempt: &Attempt) -> Option<Timings> {
 #[must_use]
 pub fn all_pending(job: &MailJob) -> Vec<RecipientResult> {
     job.recipients()
-        .map(|address| RecipientResult::pending(&address.to_string()))
+        .map(|address| RecipientResult::pending(address.as_ref()))
         .collect()
 }
 

@@ -53,15 +53,19 @@ where
         .with(filter(&config.log))
 }
 
-/// The filter for a text that [`config`](crate::config) has found good.
+/// The filter for a text that [`config`] has found good.
 ///
 /// Libraries log warnings only, unless the text names them, and never below info: at debug and trace several of them
 /// print what they send and receive, passwords included (AMQP's `start-ok`, SQL parameters, HTTP headers).
+///
+/// lapin logs every closed channel as an error, those that a look for a missing queue or an orderly end closes too. What
+/// is worth telling about a channel reaches us as the error of a call.
 fn filter(text: &str) -> Targets {
     let given: Targets = text.parse().unwrap_or_default();
     let default = given.default_level().unwrap_or(LevelFilter::INFO);
     let base = Targets::new()
         .with_default(default.min(LevelFilter::WARN))
+        .with_target("lapin::channel", LevelFilter::OFF)
         .with_target(OWN, default);
     given
         .into_iter()
@@ -160,6 +164,8 @@ mod tests {
             ("info", "postroom::smtp", Level::DEBUG, false),
             ("info", "lapin", Level::WARN, true),
             ("info", "lapin", Level::INFO, false),
+            ("info", "lapin::channels", Level::ERROR, false),
+            ("info,lapin::channel=error", "lapin::channel", Level::ERROR, true),
             ("trace", "postroom", Level::TRACE, true),
             ("trace", "lapin::frames", Level::INFO, false),
             ("trace", "tokio_postgres::connect_raw", Level::DEBUG, false),

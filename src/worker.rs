@@ -160,8 +160,15 @@ impl Worker {
         self.metrics.sql_errors.with_label_values(&[error.class()]).inc();
         if error.is_retryable() {
             self.database.not_ready(error.to_string());
+            self.metrics.connected.with_label_values(&["database"]).set(0);
         }
         tracing::warn!(statement = what, %error, "trouble with the database");
+    }
+
+    /// Notes that the database answers.
+    fn database_works(&self) {
+        self.database.ready();
+        self.metrics.connected.with_label_values(&["database"]).set(1);
     }
 
     /// Asks the database for the time.
@@ -213,7 +220,8 @@ impl Worker {
         }
         tracing::info!(
             attempt = attempt.number(&task.row),
-            level = %task.level,
+            // Not `level`: in JSON that is the severity's key.
+            job_level = %task.level,
             via = attempt.sender.as_ref().map(|s| s.via),
             account = attempt.sender.as_ref().and_then(|s| s.account.as_deref()),
             accepted = count(RecipientStatus::Accepted),

@@ -72,11 +72,11 @@ async fn main() -> Result<(), Failed> {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     let (took, sent) = (begun.elapsed().as_secs_f64(), server.received_count() - first);
-    let spent = cpu_seconds(pid) - cpu;
+    let busy = cpu_seconds(pid) - cpu;
     println!("{sent} mails in {took:.2} s: {:.0} mails/s", sent as f64 / took);
     println!(
         "worker: {:.0} µs CPU per mail, {:.0} MiB peak",
-        spent * 1e6 / sent as f64,
+        busy * 1e6 / sent as f64,
         peak_mib(pid)
     );
     println!("{} connections", server.counters().connections);

@@ -44,10 +44,7 @@ impl Bridge {
         let Some((tenant, name)) = within(self.disable_and_owe(endpoint, reason)).await? else {
             return Ok(false);
         };
-        self.metrics
-            .webhook_attempts
-            .with_label_values(&["disabled"])
-            .inc();
+        self.metrics.webhook_disabled.with_label_values(&[reason]).inc();
         tracing::error!(
             tenant,
             endpoint = name,

@@ -172,7 +172,7 @@ impl Attempt {
                     error,
                     "cannot open the endpoint's secrets; its webhooks wait"
                 );
-                return release(&leased, error);
+                return release(&leased, error, NO_KEY_WAIT * self.config.retry_scale);
             }
         };
         let begun = Instant::now();
@@ -194,7 +194,7 @@ impl Attempt {
     /// One line per attempt, and the count. The host only: paths of webhooks often hold tokens.
     fn note(&self, leased: &Leased, settled: &Settled, took: Duration) {
         let result = match settled.outcome {
-            _ if settled.gone => "disabled",
+            _ if settled.gone => "gone",
             Outcome::Delivered => "delivered",
             Outcome::Failed => "failed",
             Outcome::Retry(_) | Outcome::Release(_) => "retried",
@@ -219,16 +219,16 @@ impl Attempt {
     }
 }
 
-fn release(leased: &Leased, error: String) -> Settled {
+fn release(leased: &Leased, error: String, wait: f64) -> Settled {
     Settled {
         event: leased.event,
         endpoint: leased.endpoint,
         lease: leased.lease,
-        outcome: Outcome::Release(NO_KEY_WAIT),
+        outcome: Outcome::Release(wait),
         status: None,
         error: Some(error),
         blame: false,
-        pause: NO_KEY_WAIT,
+        pause: wait,
         gone: false,
     }
 }
@@ -243,7 +243,7 @@ fn judge(leased: &Leased, answer: Answer, config: &config::Webhook) -> Settled {
                 status: Some(status),
                 error: None,
                 pause: 0.0,
-                ..release(leased, String::new())
+                ..release(leased, String::new(), 0.0)
             };
         }
         Answer::Gone => Refusal {
@@ -272,7 +272,7 @@ fn judge(leased: &Leased, answer: Answer, config: &config::Webhook) -> Settled {
         blame: refusal.blame,
         pause: refusal.retry_after.unwrap_or_default().as_secs_f64(),
         gone,
-        ..release(leased, String::new())
+        ..release(leased, String::new(), 0.0)
     }
 }
 

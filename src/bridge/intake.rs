@@ -169,7 +169,6 @@ impl Bridge {
         // Before the others are acked: an ack with `multiple` must not take one along that has no new home yet.
         for (handle, NotAReport { reason, detail }) in dead {
             tracing::warn!(reason, detail, "not a report: dead-lettered");
-            self.metrics.dead_lettered.with_label_values(&[reason]).inc();
             source.dead_letter(handle, reason, detail).await;
         }
         if reports.is_empty() {

@@ -100,8 +100,9 @@ impl Bridge {
                 .await?)
         })
         .await?;
+        let keyring = self.keyring.current();
         rows.iter()
-            .map(|row| leased(row, &self.keyring).map_err(BridgeError::from))
+            .map(|row| leased(row, &keyring).map_err(BridgeError::from))
             .collect()
     }
 

@@ -13,8 +13,7 @@ use crate::cli::{Service, ServiceError};
 use crate::config;
 use crate::db::{Database, DbError};
 use crate::egress::EgressGuard;
-use crate::secret::stored::{StoredError, verify_keys};
-use crate::secret::{KeyError, Keyring};
+use crate::secret::{Keys, KeysError};
 
 /// Reports in hand at once.
 const PREFETCH: u16 = 500;
@@ -39,12 +38,9 @@ pub struct Settings {
 /// Why a bridge cannot start, or did not end well.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// The keys cannot be read.
-    #[error("POSTROOM_ENCRYPTION_KEYS: {0}")]
-    Keys(KeyError),
-    /// The keys do not fit what is stored.
+    /// The keys cannot be read, or do not fit what is stored.
     #[error(transparent)]
-    Stored(#[from] StoredError),
+    Keys(#[from] KeysError),
     /// The database cannot be used.
     #[error(transparent)]
     Database(#[from] DbError),
@@ -64,24 +60,26 @@ pub enum RunError {
 /// # Errors
 /// If it cannot start for a reason that waiting does not cure, or a part of it died.
 pub async fn run(settings: Settings, service: Service) -> Result<(), RunError> {
-    let keys = Arc::new(Keyring::parse(&settings.keys.encryption).map_err(RunError::Keys)?);
     let database = Database::connect(&settings.database)?;
+    let metrics = Arc::clone(&service.metrics);
+    let supervisor = Supervisor::new(settings.broker, Arc::clone(&metrics));
+    service.follow_urls(supervisor.url(), database.clone());
     let ready = service.readiness.component("database");
+    let amqp = service.readiness.component("amqp");
     let soft = service.shutdown.soft.clone();
     if !database.wait_until_usable(&ready, &soft).await? {
         return Ok(service.finish().await?);
     }
-    verify_keys(&database, &keys).await?;
+    let keys = Keys::open(&settings.keys, &database).await?;
+    service.follow_keys(keys.clone(), database.clone());
     let guard = Arc::new(EgressGuard::new(settings.egress));
-    let metrics = Arc::clone(&service.metrics);
     let bridge = Bridge::new(
         database.clone(),
-        keys,
+        keys.encryption,
         guard,
         settings.webhook,
-        Arc::clone(&metrics),
+        metrics,
     )?;
-    let supervisor = Supervisor::new(settings.broker, metrics);
     let (reports, taken) = mpsc::channel(usize::from(PREFETCH));
     let (publisher, topology) = (supervisor.publisher(), supervisor.topology().clone());
     let source = Source {
@@ -103,7 +101,7 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), RunError> {
     service
         .shutdown
         .spawn("database", database.watch(ready, soft.clone()));
-    service.follow_broker(supervisor.connected());
+    service.follow_broker(amqp, supervisor.connected());
     let queue = topology.reports_queue();
     let serving = supervisor.run(&soft, |session| {
         serve(

@@ -11,6 +11,7 @@ use futures_util::StreamExt as _;
 use lapin::options::{BasicConsumeOptions, BasicQosOptions, ConfirmSelectOptions};
 use lapin::types::{FieldTable, ShortString};
 use lapin::{Channel, Connection, Event};
+use secrecy::SecretString;
 use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -34,6 +35,7 @@ const LEAVE_LIMIT: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Supervisor {
     config: config::Broker,
+    url: watch::Sender<SecretString>,
     topology: Topology,
     publisher: Publisher,
     connected: watch::Sender<bool>,
@@ -158,6 +160,7 @@ impl Supervisor {
             topology: Topology::new(&config.prefix, &config.extra_queues),
             publisher: Publisher::new(Arc::clone(&metrics)),
             connected: watch::Sender::new(false),
+            url: watch::Sender::new(config.url.clone()),
             config,
             metrics,
         }
@@ -167,6 +170,12 @@ impl Supervisor {
     #[must_use]
     pub fn publisher(&self) -> Publisher {
         self.publisher.clone()
+    }
+
+    /// Where sessions connect: a URL sent here is that of the next one. It must be well-formed, see [`super::vhost`].
+    #[must_use]
+    pub fn url(&self) -> watch::Sender<SecretString> {
+        self.url.clone()
     }
 
     /// Names of exchanges and queues.
@@ -196,6 +205,7 @@ impl Supervisor {
     {
         let mut pauses = pauses();
         let mut generation = 0;
+        let mut url = self.url.subscribe();
         loop {
             let started = Instant::now();
             let opened = tokio::select! {
@@ -223,13 +233,18 @@ impl Supervisor {
             tokio::select! {
                 () = shutdown.cancelled() => return Ok(()),
                 () = tokio::time::sleep(pause) => {}
+                Ok(()) = url.changed() => {}
             }
         }
     }
 
     /// Connections, topology, the publishing channel.
     async fn open(&self, generation: u64) -> Result<(Session, Connection), BrokerError> {
-        let consume = connect(&self.config, "consume").await?;
+        let config = config::Broker {
+            url: self.url.borrow().clone(),
+            ..self.config.clone()
+        };
+        let consume = connect(&config, "consume").await?;
         match self.config.topology {
             TopologyMode::Apply => {
                 let applied = self.topology.apply(&consume).await?;
@@ -240,7 +255,7 @@ impl Supervisor {
             TopologyMode::Check => self.topology.check(&consume).await?,
             TopologyMode::Off => {}
         }
-        let publish = connect(&self.config, "publish").await?;
+        let publish = connect(&config, "publish").await?;
         let channel = publishing_channel(&publish).await?;
         let shared = Arc::new(Shared {
             generation,

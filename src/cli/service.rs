@@ -3,17 +3,24 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use secrecy::SecretString;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::config;
-use crate::health::{HealthError, Readiness, Server};
+use crate::broker;
+use crate::config::{self, FromSettings, Sources};
+use crate::db::Database;
+use crate::health::{self, HealthError, Readiness, Server};
+use crate::secret::Keys;
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::Metrics;
 
 /// How long tasks may take to notice the hard token.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// When to try again after keys could not be checked.
+const KEYS_AGAIN: Duration = Duration::from_secs(5);
 
 /// A long-running process, before and after its own work.
 #[derive(Debug)]
@@ -24,6 +31,7 @@ pub struct Service {
     pub readiness: Readiness,
     /// What `/metrics` shows.
     pub metrics: Arc<Metrics>,
+    sources: Sources,
     http: Option<(CancellationToken, JoinHandle<()>)>,
 }
 
@@ -52,6 +60,7 @@ impl Service {
     pub async fn start(
         telemetry: &config::Telemetry,
         process: config::Process,
+        sources: &Sources,
     ) -> Result<Self, ServiceError> {
         let shutdown = Shutdown::new();
         shutdown
@@ -76,13 +85,15 @@ impl Service {
             shutdown,
             readiness,
             metrics,
+            sources: sources.clone(),
             http,
         })
     }
 
-    /// Lets readiness follow the session with the broker.
-    pub fn follow_broker(&self, mut connected: watch::Receiver<bool>) {
-        let (amqp, soft) = (self.readiness.component("amqp"), self.shutdown.soft.clone());
+    /// Lets a component of readiness follow the session with the broker. Register it before any other becomes ready:
+    /// nobody may be told that the process can work while it has no session.
+    pub fn follow_broker(&self, amqp: health::Handle, mut connected: watch::Receiver<bool>) {
+        let soft = self.shutdown.soft.clone();
         self.shutdown.spawn("readiness", async move {
             loop {
                 if *connected.borrow_and_update() {
@@ -93,6 +104,54 @@ impl Service {
                 tokio::select! {
                     () = soft.cancelled() => return,
                     changed = connected.changed() => if changed.is_err() { return },
+                }
+            }
+        });
+    }
+
+    /// Reads the keys again with every SIGHUP. What cannot be used is told, and the keys in use stay.
+    pub fn follow_keys(&self, keys: Keys, database: Database) {
+        let (sources, soft) = (self.sources.clone(), self.shutdown.soft.clone());
+        let mut reloads = self.shutdown.reloads();
+        self.shutdown.spawn("keys", async move {
+            loop {
+                tokio::select! {
+                    () = soft.cancelled() => return,
+                    changed = reloads.changed() => if changed.is_err() { return },
+                }
+                while !reload(&keys, &sources, &database).await {
+                    tokio::select! {
+                        () = soft.cancelled() => return,
+                        () = tokio::time::sleep(KEYS_AGAIN) => {}
+                    }
+                }
+            }
+        });
+    }
+
+    /// Reads the URLs of broker and database again with every SIGHUP, for connections that are opened from then on. What
+    /// cannot be used is told, and the URL in use stays.
+    pub fn follow_urls(&self, broker: watch::Sender<SecretString>, database: Database) {
+        let (sources, soft) = (self.sources.clone(), self.shutdown.soft.clone());
+        let mut reloads = self.shutdown.reloads();
+        self.shutdown.spawn("urls", async move {
+            loop {
+                tokio::select! {
+                    () = soft.cancelled() => return,
+                    changed = reloads.changed() => if changed.is_err() { return },
+                }
+                let changed = read_again::<config::Broker>(&sources).and_then(|new| {
+                    broker::vhost(&new.url).map_err(|error| error.to_string())?;
+                    broker.send_replace(new.url);
+                    Ok(())
+                });
+                if let Err(error) = changed {
+                    tracing::error!(error, "POSTROOM_AMQP_URL: the URL in use stays");
+                }
+                let changed = read_again::<config::Database>(&sources)
+                    .and_then(|new| database.reconnect(&new).map_err(|error| error.to_string()));
+                if let Err(error) = changed {
+                    tracing::error!(error, "POSTROOM_DATABASE_URL: the URL in use stays");
                 }
             }
         });
@@ -116,6 +175,36 @@ impl Service {
             Err(ServiceError::Crashed)
         } else {
             Ok(())
+        }
+    }
+}
+
+/// A section as it is now; an error names everything that is wrong.
+fn read_again<T: FromSettings>(sources: &Sources) -> Result<T, String> {
+    config::load(sources).map_err(|errors| {
+        let errors: Vec<_> = errors.iter().map(ToString::to_string).collect();
+        errors.join("; ")
+    })
+}
+
+/// Whether it is decided: the keys are replaced, or are no good.
+async fn reload(keys: &Keys, sources: &Sources, database: &Database) -> bool {
+    let config: config::Keys = match read_again(sources) {
+        Ok(config) => config,
+        Err(error) => {
+            tracing::error!(error, "the keys in use stay");
+            return true;
+        }
+    };
+    match keys.replace(&config, database).await {
+        Ok(()) => true,
+        Err(error) if error.is_passing() => {
+            tracing::warn!(%error, "the new keys cannot be checked, will try again; the keys in use stay");
+            false
+        }
+        Err(error) => {
+            tracing::error!(%error, "the keys in use stay");
+            true
         }
     }
 }

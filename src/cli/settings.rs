@@ -29,7 +29,7 @@ pub(super) fn sections(command: &str) -> &'static [Section] {
 }
 
 /// Examples at the end of a command's help.
-fn examples(command: &str) -> &'static str {
+pub(super) fn examples(command: &str) -> &'static str {
     match command {
         "worker" => {
             "Examples:\n  postroom worker --concurrency 128\n  POSTROOM_QUEUES=high:mail.jobs.acme postroom worker"
@@ -51,7 +51,7 @@ fn examples(command: &str) -> &'static str {
             "Examples:\n  postroom endpoint set acme --url https://example.com/mail-events --generate-secret"
         }
         "job" => "Examples:\n  postroom job list --json\n  postroom job show acme order-4711",
-        "dead" => "Examples:\n  postroom dead list\n  postroom dead show 1",
+        "dead" => "Examples:\n  postroom dead list --reason invalid\n  postroom dead replay --id order-4711",
         "send" => {
             "Examples:\n  postroom send --level immediate mail.json\n  postroom send --level low - < mail.json"
         }

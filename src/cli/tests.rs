@@ -37,6 +37,23 @@ fn the_command_line_is_sound() {
 }
 
 #[test]
+fn the_examples_in_help_are_valid() {
+    for command in settings::command().get_subcommands() {
+        let text = settings::examples(command.get_name()).replace("\\\n", " ");
+        for line in text.lines().skip(1) {
+            let line = line.split(['#', '<']).next().unwrap_or_default();
+            let words = line.split_whitespace().skip_while(|word| *word != "postroom");
+            let words: Vec<&str> = words.skip(1).map(|word| word.trim_matches('\'')).collect();
+            // A quoted value is two words here, and stands for any value.
+            let words: Vec<&str> = words.into_iter().filter(|word| *word != "Inc.").collect();
+            if let Err(error) = parse(&words) {
+                panic!("{line}: {error}");
+            }
+        }
+    }
+}
+
+#[test]
 fn help_and_documentation_name_every_variable() {
     let help = settings::command().render_long_help().to_string();
     let documentation = include_str!("../../docs/configuration.md");
@@ -253,7 +270,9 @@ async fn a_service_is_not_ready_while_it_ends_and_tells_a_crash() {
         ("POSTROOM_GRACE_PERIOD", "10s"),
     ];
     let (telemetry, process) = config::load(&sources(&env)).unwrap();
-    let service = Service::start(&telemetry, process).await.unwrap();
+    let service = Service::start(&telemetry, process, &Sources::default())
+        .await
+        .unwrap();
     let (readiness, hard) = (service.readiness.clone(), service.shutdown.hard.clone());
     assert!(readiness.is_ready());
     let watched = readiness.clone();

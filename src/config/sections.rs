@@ -9,6 +9,7 @@ use super::{
 };
 
 use crate::retry::RetryPolicy;
+use crate::secret::Keyring;
 
 const SECOND: Duration = Duration::from_secs(1);
 const MINUTE: Duration = Duration::from_mins(1);
@@ -81,14 +82,19 @@ impl FromSettings for Database {
 
 impl FromSettings for Keys {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
-        // The key ring has its own parser, which says more than could be said here.
-        let encryption = r.secret("POSTROOM_ENCRYPTION_KEYS", |_| Ok(()));
-        let overrides = r.optional_secret("POSTROOM_OVERRIDE_KEYS", |_| Ok(()));
+        let encryption = r.secret("POSTROOM_ENCRYPTION_KEYS", key_ring);
+        let overrides = r.optional_secret("POSTROOM_OVERRIDE_KEYS", key_ring);
         Some(Self {
             encryption: encryption?,
             overrides,
         })
     }
+}
+
+/// Said with all else that is wrong; the ring itself is made where it is used.
+fn key_ring(text: &str) -> Result<(), String> {
+    let parsed = Keyring::parse(&text.into());
+    parsed.map(drop).map_err(|error| error.to_string())
 }
 
 impl FromSettings for Smtp {

@@ -3,8 +3,8 @@
 use std::future::Future;
 use std::path::Path;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use deadpool_postgres::Connect;
@@ -29,20 +29,50 @@ const TCP_USER_TIMEOUT: Duration = Duration::from_secs(20);
 /// An idle connection is probed after this long.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 
-/// Everything needed to open a connection.
+/// Opens connections; clones open the same ones.
 #[derive(Clone)]
-pub(super) struct Connector {
+pub(super) struct Connector(Arc<RwLock<Arc<Parameters>>>);
+
+/// Everything needed to open a connection.
+struct Parameters {
     /// With the statement time limit as a start-up option.
     config: Config,
     /// Without: `PgBouncer` refuses options that it does not track.
     plain: Config,
     /// The server (or what stands in front of it) refused the option.
-    refused: Arc<AtomicBool>,
+    refused: AtomicBool,
     tls: Option<MakeRustlsConnect>,
 }
 
 impl Connector {
     pub(super) fn new(database: &config::Database) -> Result<Self, DbError> {
+        let parameters = Parameters::new(database)?;
+        Ok(Self(Arc::new(RwLock::new(Arc::new(parameters)))))
+    }
+
+    /// Opens connections elsewhere from now on.
+    pub(super) fn replace(&self, database: &config::Database) -> Result<(), DbError> {
+        let parameters = Arc::new(Parameters::new(database)?);
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = parameters;
+        Ok(())
+    }
+
+    fn current(&self) -> Arc<Parameters> {
+        Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(super) fn config(&self) -> Config {
+        self.current().config.clone()
+    }
+
+    /// Opens one connection.
+    pub(super) async fn open(&self) -> Result<(Client, JoinHandle<()>), Error> {
+        self.current().open().await
+    }
+}
+
+impl Parameters {
+    fn new(database: &config::Database) -> Result<Self, DbError> {
         let dsn = Dsn::parse(database.url.expose_secret())?;
         let mut plain: Config = dsn
             .url
@@ -87,17 +117,12 @@ impl Connector {
         Ok(Self {
             config,
             plain,
-            refused: Arc::new(AtomicBool::new(false)),
+            refused: AtomicBool::new(false),
             tls,
         })
     }
 
-    pub(super) fn config(&self) -> &Config {
-        &self.config
-    }
-
-    /// Opens one connection.
-    pub(super) async fn open(&self) -> Result<(Client, JoinHandle<()>), Error> {
+    async fn open(&self) -> Result<(Client, JoinHandle<()>), Error> {
         if !self.refused.load(Ordering::Relaxed) {
             match self.open_with(&self.config).await {
                 Err(error) if is_refused_option(&error) => self.refused.store(true, Ordering::Relaxed),

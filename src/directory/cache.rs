@@ -12,7 +12,7 @@ use super::{Account, DirectoryError, Tenant, TenantEntry};
 use crate::db::{Database, DbError};
 use crate::id::TenantId;
 use crate::retry::RetryPolicy;
-use crate::secret::{Keyring, stored};
+use crate::secret::{Keyring, SharedKeyring, stored};
 use crate::smtp::{Credentials, Server};
 
 /// A tenant is read again when what is known of it is this old: so long a change takes to arrive everywhere.
@@ -44,7 +44,7 @@ impl Known {
 /// Tenants and their accounts, cached. Share one per process.
 pub struct Directory {
     db: Database,
-    keys: Arc<Keyring>,
+    keys: SharedKeyring,
     retry: RetryPolicy,
     sql: String,
     known: Mutex<HashMap<TenantId, Known>>,
@@ -65,7 +65,7 @@ impl Directory {
     /// An empty cache over the database; passwords are opened with `keys`, and accounts follow `retry` where they set
     /// nothing themselves.
     #[must_use]
-    pub fn new(db: Database, keys: Arc<Keyring>, retry: RetryPolicy) -> Self {
+    pub fn new(db: Database, keys: impl Into<SharedKeyring>, retry: RetryPolicy) -> Self {
         let (tenant, account) = (row::TENANT_COLUMNS, row::ACCOUNT_COLUMNS);
         let sql = db.sql(&format!(
             "SELECT {tenant}, {account} FROM {{s}}.tenant t LEFT JOIN {{s}}.account a ON a.tenant = t.id \
@@ -73,7 +73,7 @@ impl Directory {
         ));
         Self {
             db,
-            keys,
+            keys: keys.into(),
             retry,
             sql,
             known: Mutex::default(),
@@ -200,9 +200,10 @@ impl Directory {
             if account.is_default {
                 entry.default = Some(id.clone());
             }
-            entry
-                .accounts
-                .insert(id, Arc::new(account_of(account, &self.keys, self.retry)));
+            entry.accounts.insert(
+                id,
+                Arc::new(account_of(account, &self.keys.current(), self.retry)),
+            );
         }
         Ok(())
     }

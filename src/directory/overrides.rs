@@ -4,7 +4,7 @@
 use jiff::Timestamp;
 use secrecy::ExposeSecret;
 
-use crate::failure::{Class, Failure, Fault, Stage};
+use crate::failure::{Class, Failure, Fault, KEY_UNKNOWN, Stage};
 use crate::id::{JobId, TenantId};
 use crate::job::decode::{self, SealedBy};
 use crate::job::{MailJob, OverrideServer, SmtpOverride};
@@ -70,7 +70,7 @@ fn of_jwe(error: &JweError) -> Failure {
 
 fn waiting(message: &str) -> Failure {
     let message = format!("smtp_override: {message}");
-    Failure::transient(Class::Local, Fault::Us, Stage::Resolve, "key_unknown", message)
+    Failure::transient(Class::Local, Fault::Us, Stage::Resolve, KEY_UNKNOWN, message)
 }
 
 fn invalid(message: &str) -> Failure {

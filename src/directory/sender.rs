@@ -14,7 +14,7 @@ use std::sync::Arc;
 use super::{Account, Tenant, TenantEntry};
 use crate::address::{Address, Mailbox};
 use crate::config::UnknownTenant;
-use crate::failure::{Class, Failure, Fault, Stage};
+use crate::failure::{Class, Failure, Fault, KEY_UNKNOWN, Stage};
 use crate::id::{AccountKey, TenantId};
 use crate::job::{Fallback, MailJob, OverrideServer};
 use crate::report;
@@ -305,7 +305,7 @@ fn check_unlocked(account: &Account) -> Result<(), Failure> {
         return Ok(());
     };
     let reason = match error {
-        SecretError::UnknownKey { .. } => "key_unknown",
+        SecretError::UnknownKey { .. } => KEY_UNKNOWN,
         SecretError::Corrupt | SecretError::Format => "secret_unreadable",
     };
     let message = format!("the password of account `{}`: {error}", account.key);

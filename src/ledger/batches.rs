@@ -22,6 +22,12 @@ pub struct Batches {
     mark: Coalescer<Row, bool>,
 }
 
+/// A function of the ledger as a coalescer takes it.
+fn with<I, F>(ledger: &Ledger, run: fn(Ledger, Vec<I>) -> F) -> impl Fn(Vec<I>) -> F + use<I, F> {
+    let ledger = ledger.clone();
+    move |batch| run(ledger.clone(), batch)
+}
+
 /// Bodies in one statement, in bytes: it holds no lock others wait for, but must not hold the connection long.
 const BODY_BYTES: usize = 4 << 20;
 
@@ -29,24 +35,17 @@ impl Batches {
     /// Starts the tasks behind the calls.
     #[must_use]
     pub fn new(ledger: &Ledger) -> Self {
-        let (a, b, c, d, e) = (
-            ledger.clone(),
-            ledger.clone(),
-            ledger.clone(),
-            ledger.clone(),
-            ledger.clone(),
-        );
         let rows = |parallel| Bounds {
             rows: 256,
             weight: BODY_BYTES,
             parallel,
         };
         Self {
-            settle: Coalescer::spawn(rows(2), move |batch| settle(a.clone(), batch)),
-            slots: Coalescer::spawn(rows(1), move |batch| slots(b.clone(), batch)),
-            absorb: Coalescer::spawn(rows(1), move |batch| absorb(c.clone(), batch)),
-            clear: Coalescer::spawn(rows(1), move |batch| clear(d.clone(), batch)),
-            mark: Coalescer::spawn(rows(1), move |batch| mark(e.clone(), batch)),
+            settle: Coalescer::spawn(rows(2), with(ledger, settle)),
+            slots: Coalescer::spawn(rows(1), with(ledger, slots)),
+            absorb: Coalescer::spawn(rows(1), with(ledger, absorb)),
+            clear: Coalescer::spawn(rows(1), with(ledger, clear)),
+            mark: Coalescer::spawn(rows(1), with(ledger, mark)),
         }
     }
 

@@ -19,7 +19,7 @@ use crate::ledger::batches::Batches;
 use crate::ledger::slots::{SlotAnswer, SlotRequest};
 use crate::ledger::{Slot, WaitReason};
 use crate::report::{LinkedFile, RecipientStatus};
-use crate::secret::Keyring;
+use crate::secret::{Keys, SharedKeyring};
 use crate::settlement::all_pending;
 use crate::smtp::{self, CheckoutError, Envelope, Outcome, Pools, Submission, Transaction};
 use crate::telemetry::metrics::Metrics;
@@ -38,10 +38,8 @@ pub struct Pipeline {
     pub pools: Arc<Pools>,
     /// Slots and marks.
     pub batches: Batches,
-    /// Keys at rest.
-    pub keys: Arc<Keyring>,
-    /// Keys producers seal overrides with.
-    pub override_keys: Option<Keyring>,
+    /// Keys at rest, and those producers seal overrides with.
+    pub keys: Keys,
     /// Keys Message-IDs.
     pub installation_secret: Vec<u8>,
     /// What to do with unknown tenants.
@@ -80,13 +78,18 @@ impl Pipeline {
         attempt
     }
 
-    /// resolve → fetch → compose → connect → slot → send, down the ladder of senders.
+    /// resolve → fetch → connect → compose → slot → send, down the ladder of senders.
     async fn run(&self, task: &Task, attempt: &mut Attempt) -> Result<Verdict, Verdict> {
         if task.is_expired(self.clock.now()) {
             return Err(Verdict::Expired);
         }
         let resolved = self.resolve(&task.job).await;
         let (entries, mut chosen) = resolved.map_err(|verdict| match verdict {
+            // No attempt: nothing was tried, and the key may come at any time.
+            Verdict::Failed(failure) if failure.is_missing_key() => {
+                tracing::warn!(%failure, "the job waits for a key");
+                Verdict::Failed(failure)
+            }
             Verdict::Failed(failure) => started(attempt, failure),
             other => other,
         })?;
@@ -138,7 +141,8 @@ impl Pipeline {
 
     async fn look_up(&self, job: &MailJob) -> Result<(Entries, Chosen), Verdict> {
         let entries = self.entries(&job.tenant).await?;
-        let opened = overrides::open_override(job, &self.keys, self.override_keys.as_ref());
+        let overrides = self.keys.overrides.as_ref().map(SharedKeyring::current);
+        let opened = overrides::open_override(job, &self.keys.encryption.current(), overrides.as_deref());
         let chosen = opened
             .and_then(|opened| sender::choose(job, &entries.tenant, entries.platform.as_deref(), opened))
             .map_err(Verdict::Failed)?;
@@ -198,15 +202,21 @@ impl Pipeline {
         // An override has no schedule of its own: the installation's holds.
         attempt.retry = (chosen.via != Via::Override).then_some(chosen.account.retry);
         let message_id = self.message_id(task, chosen, attempt);
-        let limited = entries.tenant.tenant.limited || chosen.account.limited || task.row.slot.is_none();
+        let bound = task.row.slot.is_none_or(|slot| slot.until.is_some());
+        let limited = bound || entries.tenant.tenant.limited || chosen.account.limited;
         let mut slot = task.row.slot.filter(|_| chosen.account.key == task.row.account);
         let mut tried = HashSet::new();
         loop {
-            let open = open_recipients(attempt, &tried);
+            let mut open = open_recipients(attempt, &tried);
             if open.is_empty() {
                 return Ok(Verdict::Attempted);
             }
             let lease = self.connection(task, attempt, chosen).await?;
+            let begun = Instant::now();
+            let mut email =
+                Self::compose(task, chosen, prepared, &message_id, &open).map_err(|f| started(attempt, f))?;
+            self.observe("compose", begun);
+            // Last of all: a slot is valid only briefly, and the limit has to hold at the provider.
             let granted = match slot.take().filter(Slot::is_valid) {
                 Some(slot) => slot,
                 None if !limited => Slot::unlimited(),
@@ -215,18 +225,14 @@ impl Pipeline {
                         .await?
                 }
             };
-            let part: Vec<Address> = open.into_iter().take(granted.recipients as usize).collect();
-            tried.extend(part.iter().map(ToString::to_string));
-            let begun = Instant::now();
-            let email = self
-                .compose(task, chosen, prepared, &message_id, &part)
-                .map_err(|f| started(attempt, f))?;
-            self.observe("compose", begun);
+            open.truncate(granted.recipients as usize);
+            email.recipients.truncate(open.len());
+            tried.extend(open.iter().map(ToString::to_string));
             if task.is_expired(self.clock.now()) {
                 return Err(Verdict::Expired);
             }
             let begun = Instant::now();
-            let result = self.transact(task, attempt, lease, &email, &part).await;
+            let result = self.transact(task, attempt, lease, &email, &open).await;
             attempt.smtp = Some(attempt.smtp.unwrap_or_default() + begun.elapsed());
             self.observe("send", begun);
             result?;
@@ -251,7 +257,6 @@ impl Pipeline {
     }
 
     fn compose(
-        &self,
         task: &Task,
         chosen: &Chosen,
         prepared: &Prepared,

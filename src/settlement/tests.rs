@@ -314,3 +314,24 @@ fn a_job_given_back_says_nothing_and_returns_its_slot() {
     assert!(settlement.report.is_none() && settlement.refund);
     assert_eq!(outcome(&settlement), "give back");
 }
+
+#[test]
+fn a_missing_key_is_waited_for_however_long_and_costs_no_attempt() {
+    let mut case = Case::new();
+    case.row = row(2);
+    case.retry.max_age = Duration::from_secs(1);
+    for (new, reported) in [(true, true), (false, false)] {
+        case.new = new;
+        let failure = Failure {
+            reason: crate::failure::KEY_UNKNOWN,
+            ..later()
+        };
+        let settlement = case.plan(case.concluded(Verdict::Failed(failure)));
+        let Next::Park { reason, delay, .. } = settlement.next else {
+            panic!("{:?}", settlement.next);
+        };
+        // As long as it has waited already.
+        assert_eq!((reason, delay), (WaitReason::Key, Duration::from_secs(100)));
+        assert_eq!((settlement.attempts, settlement.report.is_some()), (2, reported));
+    }
+}

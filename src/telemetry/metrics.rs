@@ -64,7 +64,7 @@ metrics! {
     /// Deliveries taken from job queues.
     deliveries: IntCounterVec "postroom_deliveries_total" ["level", "redelivered"];
     /// Jobs that ended or changed state, by outcome: sent, failed, rejected, expired, cancelled, uncertain, parked, duplicate,
-    /// given_back, too_new.
+    /// `given_back`, `too_new`.
     jobs: IntCounterVec "postroom_jobs_total" ["outcome"];
     /// Recipients by result: accepted, deferred, refused; with failure class.
     recipients: IntCounterVec "postroom_recipients_total" ["status", "class"];
@@ -72,7 +72,7 @@ metrics! {
     failures: IntCounterVec "postroom_attempt_failures_total" ["class", "fault", "stage"];
     /// From the job's AMQP timestamp to its first attempt.
     queue_age: HistogramVec "postroom_queue_age_seconds" ["level"] in SLOW;
-    /// Time a job spends in one stage: decode, admit, resolve, fetch, compose, slot, connection, send, settle.
+    /// Time a job spends in one stage: decode, fetch, connection, slot, compose, send.
     stage: HistogramVec "postroom_stage_duration_seconds" ["stage"] in FAST;
     /// Time of one SMTP phase: connect, tls, auth, envelope, data.
     smtp_phase: HistogramVec "postroom_smtp_phase_duration_seconds" ["phase"] in FAST;
@@ -84,9 +84,9 @@ metrics! {
     permits_used: IntGaugeVec "postroom_permits_in_use" ["level"];
     /// Jobs between delivery and settlement.
     in_flight: IntGauge "postroom_in_flight_jobs";
-    /// Waiting jobs by reason: rate, retry, schedule, busy; sampled by one worker at a time.
+    /// Waiting jobs of the whole installation by reason: rate, retry, schedule, busy, contract, key; every worker shows it.
     waiting: IntGaugeVec "postroom_waiting_jobs" ["reason"];
-    /// Rate slots asked for, by answer: granted, denied, expired.
+    /// Rate slots asked for, by answer: granted, denied, lost (with the lease).
     slots: IntCounterVec "postroom_rate_slots_total" ["answer"];
     /// Rows per coalesced SQL statement.
     batch_rows: HistogramVec "postroom_sql_batch_rows" ["statement"] in COUNTS;
@@ -104,7 +104,7 @@ metrics! {
     publishes: IntCounterVec "postroom_publishes_total" ["result"];
     /// Age of the oldest report not yet published.
     outbox_age: IntGauge "postroom_outbox_oldest_seconds";
-    /// Attachments fetched, by result.
+    /// Attachments fetched, by result: ok, cached, failed.
     fetches: IntCounterVec "postroom_attachment_fetches_total" ["result"];
     /// Uploads to the object store, by result: stored, present, failed.
     uploads: IntCounterVec "postroom_uploads_total" ["result"];
@@ -112,19 +112,21 @@ metrics! {
     upload_bytes: IntCounter "postroom_upload_bytes_total";
     /// Attachment bytes in memory.
     attachment_bytes: IntGauge "postroom_attachment_bytes";
-    /// Webhook attempts by result: delivered, retried, failed, disabled.
+    /// Webhook attempts by result: delivered, retried, failed, gone.
     webhook_attempts: IntCounterVec "postroom_webhook_attempts_total" ["result"];
+    /// Endpoints disabled by the bridge, by reason: gone, failing.
+    webhook_disabled: IntCounterVec "postroom_webhook_endpoints_disabled_total" ["reason"];
     /// Duration of one webhook POST.
     webhook_seconds: Histogram "postroom_webhook_duration_seconds" in SLOW;
     /// Events waiting for delivery to a webhook.
     webhook_pending: IntGauge "postroom_webhook_pending";
     /// Age of the oldest event waiting for delivery.
     webhook_oldest: IntGauge "postroom_webhook_oldest_pending_seconds";
-    /// Whether a dependency is connected: amqp, database.
+    /// Whether a dependency is connected: amqp.
     connected: IntGaugeVec "postroom_connected" ["dependency"];
     /// Sessions with the broker begun.
     broker_sessions: IntCounter "postroom_broker_sessions_total";
-    /// Version and contract of this process.
+    /// Version of this process; always 1.
     build_info: IntGaugeVec "postroom_build_info" ["version"];
 }
 

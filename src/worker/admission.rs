@@ -144,6 +144,10 @@ impl Admission {
     }
 }
 
+#[expect(
+    clippy::result_large_err,
+    reason = "not an error: the arrival goes back to its place"
+)]
 fn pick_one(worker: &Worker, arrival: Arrival, level: Level) -> Result<Picked, Arrival> {
     let want = if worker.load.is_full(&arrival.account, arrival.connections) {
         if arrival.since.elapsed() < PARK_AFTER {
@@ -196,7 +200,7 @@ async fn admit(worker: &Arc<Worker>, batch: Vec<Picked>) {
             }
         }
     };
-    let mut behind: HashMap<(AccountKey, Level), Vec<(Picked, Box<crate::ledger::Row>)>> = HashMap::new();
+    let mut behind: HashMap<_, Vec<_>> = HashMap::new();
     for (picked, answer) in batch.into_iter().zip(answers) {
         match answer {
             Admitted::Behind(row) => {
@@ -246,7 +250,7 @@ async fn release_first(
         match jobs.pop_back() {
             Some((mut picked, row)) => {
                 let permit = picked.permit.take();
-                worker.park_busy(picked, row);
+                worker.park_busy(picked, *row);
                 worker.run_released(job, permit);
             }
             None => worker.run_released(job, None),

@@ -103,6 +103,8 @@ impl Worker {
                 Some(
                     self.pipeline
                         .keys
+                        .encryption
+                        .current()
                         .seal(&delivery.body, super::DEAD_BODY)
                         .into_bytes(),
                 ),
@@ -115,7 +117,13 @@ impl Worker {
         if !decode::may_hold_secret(&plain) {
             return (None, false);
         }
-        match decode::seal_override(&plain, |secret| self.pipeline.keys.seal(secret, DEAD_OVERRIDE)) {
+        match decode::seal_override(&plain, |secret| {
+            self.pipeline
+                .keys
+                .encryption
+                .current()
+                .seal(secret, DEAD_OVERRIDE)
+        }) {
             Ok(Cow::Owned(changed)) if matches!(plain, Cow::Borrowed(_)) && !has_password(&changed) => {
                 (Some(changed), false)
             }

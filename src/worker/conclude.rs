@@ -22,7 +22,7 @@ use crate::ledger::{Row, WaitReason};
 use crate::pipeline::attempt::panicked;
 use crate::pipeline::task::Task;
 use crate::pipeline::{Attempt, Verdict};
-use crate::report::RecipientStatus;
+use crate::report::{RecipientResult, RecipientStatus};
 use crate::settlement::{Circumstances, all_pending, plan};
 
 type Right = Option<(Permit, InHand)>;
@@ -63,9 +63,9 @@ impl Worker {
     }
 
     /// Parks a claimed job behind older ones of its account.
-    pub fn park_busy(self: &Arc<Self>, picked: Picked, row: Box<Row>) {
+    pub fn park_busy(self: &Arc<Self>, picked: Picked, row: Row) {
         let delay = std::time::Duration::ZERO;
-        let (task, delivery) = self.task(picked.arrival, *row);
+        let (task, delivery) = self.task(picked.arrival, row);
         self.conclude_at_once(
             task,
             delivery,
@@ -106,7 +106,14 @@ impl Worker {
     fn task(&self, arrival: super::arrival::Arrival, row: Row) -> (Task, Delivery) {
         let body = plain(&arrival.delivery, &self.limits)
             .ok_or_else(|| "the body cannot be inflated again".to_owned())
-            .and_then(|plain| stored(&arrival.job, &plain, &arrival.properties, &self.pipeline.keys));
+            .and_then(|plain| {
+                stored(
+                    &arrival.job,
+                    &plain,
+                    &arrival.properties,
+                    &self.pipeline.keys.encryption.current(),
+                )
+            });
         let body = body
             .map_err(|error| tracing::error!(%error, job = %arrival.job.id, "body cannot be stored"))
             .ok();
@@ -136,6 +143,9 @@ impl Worker {
             .catch_unwind()
             .await;
         let attempt = attempt.unwrap_or_else(|_| crashed(&task));
+        if let (Some((_, in_hand)), Some(took)) = (&right, attempt.smtp) {
+            in_hand.note_send(took);
+        }
         // The mail is out, or not: either way the connection is free. What follows is bookkeeping.
         drop(right);
         if matches!(
@@ -164,12 +174,13 @@ impl Worker {
 
     /// plan → settle → acknowledge → report.
     async fn conclude(self: &Arc<Self>, task: Task, delivery: Option<Delivery>, attempt: Attempt) {
-        let accepted: Vec<_> = attempt
-            .recipients
-            .iter()
-            .filter(|r| r.status == RecipientStatus::Accepted)
-            .cloned()
-            .collect();
+        let accepted = |r: &RecipientResult| r.status == RecipientStatus::Accepted;
+        // True even if the lease is lost. All of them: those that were not accepted are still to be tried.
+        let results = if attempt.recipients.iter().any(accepted) {
+            attempt.recipients.clone()
+        } else {
+            Vec::new()
+        };
         let message_id = attempt.message_id.clone().unwrap_or_default();
         let at = Circumstances {
             job: &task.job,
@@ -201,7 +212,7 @@ impl Worker {
                     self.reporter.publish(self, report);
                 }
             }
-            Settled::LeaseLost => self.lost(&task, delivery, &accepted, &message_id).await,
+            Settled::LeaseLost => self.lost(&task, delivery, &results, &message_id).await,
         }
         if matches!(
             settlement.next,
@@ -237,17 +248,17 @@ impl Worker {
         &self,
         task: &Task,
         delivery: Option<Delivery>,
-        accepted: &[crate::report::RecipientResult],
+        results: &[RecipientResult],
         message_id: &str,
     ) {
         self.metrics.leases_lost.inc();
         tracing::warn!("the lease was lost before the outcome was written");
-        if !accepted.is_empty() {
+        if !results.is_empty() {
             let mut waits = crate::ledger::batches::pauses();
             let merged = loop {
                 match self
                     .ledger
-                    .merge_acceptance(&task.row.tenant, &task.row.id, accepted, message_id)
+                    .merge_acceptance(&task.row.tenant, &task.row.id, results, message_id)
                     .await
                 {
                     Ok(was_final) => break was_final,
@@ -270,7 +281,13 @@ impl Worker {
         let worker = Arc::clone(self);
         self.tasks.spawn(async move {
             let stored = plain(&arrival.delivery, &worker.limits).and_then(|plain| {
-                stored(&arrival.job, &plain, &arrival.properties, &worker.pipeline.keys).ok()
+                stored(
+                    &arrival.job,
+                    &plain,
+                    &arrival.properties,
+                    &worker.pipeline.keys.encryption.current(),
+                )
+                .ok()
             });
             let Some(Body { bytes, properties }) = stored else {
                 return arrival.give_back();

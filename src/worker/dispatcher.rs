@@ -24,14 +24,19 @@ pub async fn run(worker: Arc<Worker>, stop: CancellationToken) {
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
+            biased;
             () = stop.cancelled() => return,
             _ = ticks.tick() => {}
             () = worker.nudge.notified() => {}
         }
         loop {
+            // Counts as a job in flight: what it takes out is waited for when the worker ends.
+            let _taking = worker.tasks.token();
+            if stop.is_cancelled() {
+                return;
+            }
             match turn(&worker).await {
                 Ok(0) => break,
-                Ok(_) if stop.is_cancelled() => return,
                 Ok(_) => {}
                 Err(error) => {
                     worker.database_trouble("release", &error);
@@ -59,8 +64,9 @@ async fn turn(worker: &Arc<Worker>) -> Result<usize, DbError> {
 }
 
 async fn level_turn(worker: &Arc<Worker>, level: Level) -> Result<usize, DbError> {
-    // Permits first: what is leased without one would only sit here.
-    let most = worker.permits.available(level).min(MOST);
+    // Permits first: what is leased without one would only sit here. Half of those left at a time: an account that is
+    // full after this is passed over next time, and must not have taken the permits of all others by then.
+    let most = worker.permits.available(level).div_ceil(2).min(MOST);
     let mut permits: Vec<Permit> = (0..most)
         .map_while(|_| worker.permits.try_acquire(level))
         .collect();

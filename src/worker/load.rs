@@ -7,9 +7,13 @@ use std::time::{Duration, Instant};
 
 use crate::id::AccountKey;
 
-/// How many jobs of an account may be in hand per connection it has here: admission and bookkeeping of the next ones
-/// overlap with the sends of these.
+/// How long it takes until an admitted job can have its connection. So many jobs as end meanwhile may be in hand beyond
+/// the connections of an account: a quick server is kept busy, a slow one does not hold permits that it cannot use.
+const ADMISSION: Duration = Duration::from_millis(50);
+/// Most jobs in hand per connection.
 const PER_CONNECTION: usize = 4;
+/// Time of a send until one has been seen.
+const UNKNOWN: Duration = Duration::from_millis(100);
 /// How long an account counts as full after a job found no connection.
 const BUSY_FOR: Duration = Duration::from_millis(500);
 
@@ -21,11 +25,24 @@ pub struct Load {
     fair: usize,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Account {
     in_hand: usize,
     connections: usize,
     busy_until: Option<Instant>,
+    /// Moving average of the time of a send.
+    send: Duration,
+}
+
+impl Default for Account {
+    fn default() -> Self {
+        Self {
+            in_hand: 0,
+            connections: 0,
+            busy_until: None,
+            send: UNKNOWN,
+        }
+    }
 }
 
 /// One job in hand; counted until dropped.
@@ -90,7 +107,8 @@ impl Load {
     }
 
     fn full(&self, entry: &Account, connections: usize, shared: bool) -> bool {
-        let room = connections.saturating_mul(PER_CONNECTION);
+        let ahead = ADMISSION.as_micros() as usize * connections / (entry.send.as_micros() as usize).max(1);
+        let room = connections.saturating_add(ahead.min(connections * (PER_CONNECTION - 1)));
         let room = if shared { room.min(self.fair) } else { room };
         entry.busy_until.is_some_and(|until| until > Instant::now())
             || (entry.in_hand > 0 && entry.in_hand >= room)
@@ -99,6 +117,15 @@ impl Load {
     fn lock(&self) -> MutexGuard<'_, HashMap<AccountKey, Account>> {
         // A count is one step: a panic elsewhere cannot leave it half done.
         self.accounts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl InHand {
+    /// Its send took so long.
+    pub fn note_send(&self, took: Duration) {
+        if let Some(entry) = self.load.lock().get_mut(&self.account) {
+            entry.send = (entry.send * 3 + took) / 4;
+        }
     }
 }
 
@@ -126,12 +153,31 @@ mod tests {
     #[test]
     fn an_account_is_full_when_its_connections_have_enough_in_hand() {
         let load = Load::new(64);
-        let held: Vec<_> = (0..4).map(|_| load.enter(&key("t/a"), 1)).collect();
-        assert!(load.is_full(&key("t/a"), 1));
-        assert!(!load.is_full(&key("t/b"), 1));
+        let mut held: Vec<_> = (0..2).map(|_| load.enter(&key("t/a"), 2)).collect();
+        assert!(!load.is_full(&key("t/a"), 2));
+        held.push(load.enter(&key("t/a"), 2));
+        assert!(load.is_full(&key("t/a"), 2));
+        assert!(!load.is_full(&key("t/b"), 2));
         assert_eq!(load.full_accounts(), [key("t/a")]);
         drop(held);
-        assert!(!load.is_full(&key("t/a"), 1));
+        assert!(!load.is_full(&key("t/a"), 2));
+    }
+
+    #[test]
+    fn a_quick_server_gets_more_in_hand_than_a_slow_one() {
+        let load = Load::new(64);
+        let in_hand_of = |account: &str, took: Duration| {
+            let mut held = vec![load.enter(&key(account), 2)];
+            for _ in 0..50 {
+                held[0].note_send(took);
+            }
+            while !load.is_full(&key(account), 2) {
+                held.push(load.enter(&key(account), 2));
+            }
+            held.len()
+        };
+        assert_eq!(in_hand_of("t/slow", Duration::from_secs(20)), 2);
+        assert_eq!(in_hand_of("t/quick", Duration::from_millis(5)), 8);
     }
 
     #[test]

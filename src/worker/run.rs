@@ -28,8 +28,7 @@ use crate::ledger::{Epoch, Ledger};
 use crate::level::Level;
 use crate::pipeline::attempt::Pipeline;
 use crate::pipeline::task::SharedClock;
-use crate::secret::stored::{StoredError, verify_keys};
-use crate::secret::{KeyError, Keyring};
+use crate::secret::{Keys, KeysError};
 use crate::smtp::{CapsError, ConnectionCaps, Pools};
 
 /// What `postroom worker` is started with.
@@ -58,15 +57,9 @@ pub struct Settings {
 /// Why a worker cannot start, or did not end well.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
-    /// The keys cannot be read.
-    #[error("POSTROOM_ENCRYPTION_KEYS: {0}")]
-    Keys(KeyError),
-    /// The keys for overrides cannot be read.
-    #[error("POSTROOM_OVERRIDE_KEYS: {0}")]
-    OverrideKeys(KeyError),
-    /// The keys do not fit what is stored.
+    /// The keys cannot be read, or do not fit what is stored.
     #[error(transparent)]
-    Stored(#[from] StoredError),
+    Keys(#[from] KeysError),
     /// The database cannot be used.
     #[error(transparent)]
     Database(#[from] DbError),
@@ -89,30 +82,22 @@ pub enum WorkerError {
 /// # Errors
 /// If it cannot start for a reason that waiting does not cure, or a part of it died.
 pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError> {
-    let keys = Arc::new(Keyring::parse(&settings.keys.encryption).map_err(WorkerError::Keys)?);
-    let overrides = settings.keys.overrides.as_ref().map(Keyring::parse).transpose();
-    let override_keys = overrides.map_err(WorkerError::OverrideKeys)?;
     let database = Database::connect(&settings.database)?;
+    let supervisor = Supervisor::new(settings.broker.clone(), Arc::clone(&service.metrics));
+    service.follow_urls(supervisor.url(), database.clone());
     let ready = service.readiness.component("database");
+    let amqp = service.readiness.component("amqp");
     if !database.wait_until_usable(&ready, &service.shutdown.soft).await? {
         return Ok(service.finish().await?);
     }
-    verify_keys(&database, &keys).await?;
-    let supervisor = Supervisor::new(settings.broker.clone(), Arc::clone(&service.metrics));
-    let (worker, arrivals) = build(
-        settings,
-        &service,
-        keys,
-        override_keys,
-        database,
-        ready,
-        &supervisor,
-    )
-    .await?;
+    let keys = Keys::open(&settings.keys, &database).await?;
+    service.follow_keys(keys.clone(), database.clone());
+    let (worker, arrivals) = build(settings, &service, keys, database, ready, &supervisor).await?;
     let end = CancellationToken::new();
     let parts = Parts {
         worker: Arc::clone(&worker),
         service: &service,
+        amqp,
         end: end.clone(),
     };
     let takers = parts.start(arrivals);
@@ -142,15 +127,10 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError
 }
 
 /// Puts a worker together.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "the parts of a worker meet here and nowhere else"
-)]
 async fn build(
     settings: Settings,
     service: &Service,
-    keys: Arc<Keyring>,
-    override_keys: Option<Keyring>,
+    keys: Keys,
     database: Database,
     ready: health::Handle,
     supervisor: &Supervisor,
@@ -169,7 +149,11 @@ async fn build(
     let batches = Batches::new(&ledger);
     let pool_size = settings.smtp.pool_size;
     let pipeline = Pipeline {
-        directory: Arc::new(Directory::new(database, Arc::clone(&keys), settings.worker.retry)),
+        directory: Arc::new(Directory::new(
+            database,
+            keys.encryption.clone(),
+            settings.worker.retry,
+        )),
         attachments: Attachments::new(
             settings.fetch,
             settings.storage.as_ref(),
@@ -184,7 +168,6 @@ async fn build(
         )?,
         batches: batches.clone(),
         keys,
-        override_keys,
         installation_secret: ledger.installation_secret().await?,
         unknown_tenant: settings.worker.unknown_tenant,
         clock: Arc::clone(&clock),
@@ -224,6 +207,7 @@ async fn build(
 struct Parts<'a> {
     worker: Arc<Worker>,
     service: &'a Service,
+    amqp: health::Handle,
     end: CancellationToken,
 }
 
@@ -249,7 +233,8 @@ impl Parts<'_> {
             "database",
             database.watch(self.worker.database.clone(), soft.clone()),
         );
-        self.service.follow_broker(self.worker.connected.clone());
+        self.service
+            .follow_broker(self.amqp, self.worker.connected.clone());
         takers
     }
 }

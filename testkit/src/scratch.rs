@@ -56,16 +56,24 @@ impl Servers {
         })
     }
 
+    /// Where the management API and its web pages are, without credentials.
+    #[must_use]
+    pub fn management_url(&self) -> Url {
+        let mut url = self.management.clone();
+        // Both fail only for URLs without a host.
+        let _ = url.set_username("");
+        let _ = url.set_password(None);
+        url
+    }
+
     /// One request to the management API; `path` begins behind `/api/`.
     ///
     /// # Errors
     /// If it is not answered with success; 404 is success for DELETE.
     pub async fn management(&self, method: Method, path: &str, body: Option<&str>) -> Result<String, String> {
-        let mut url = self.management.clone();
-        let user = percent_decoded(url.username());
-        let password = percent_decoded(url.password().unwrap_or_default());
-        let _ = url.set_username("");
-        let _ = url.set_password(None);
+        let user = percent_decoded(self.management.username());
+        let password = percent_decoded(self.management.password().unwrap_or_default());
+        let url = self.management_url();
         let url = format!("{}/api/{path}", url.as_str().trim_end_matches('/'));
         let mut request = http_client()?
             .request(method.clone(), &url)

@@ -5,11 +5,31 @@
     reason = "a scenario that cannot go on has failed"
 )]
 
+mod attachments;
 mod bad_input;
 mod broker_commands;
 mod broker_restart;
 mod broker_session;
 mod broker_tls;
 mod broker_topology;
+mod connection_caps;
+mod crash;
+mod duplicates;
+mod fairness;
+mod frame;
+mod job_commands;
+mod levels;
+mod limits;
+mod lost_connections;
+mod outages;
+mod producers;
+mod retries;
+mod schedule;
+mod secret_files;
+mod secrets;
 mod sends;
+mod smtp_trouble;
 mod support;
+mod watching;
+mod webhooks;
+mod who_sends;

@@ -20,6 +20,7 @@
 )]
 
 mod amqp;
+mod mail;
 mod private;
 mod process;
 mod reports;
@@ -27,8 +28,9 @@ mod wait;
 mod world;
 
 pub(crate) use amqp::{Amqp, producers_names};
+pub(crate) use mail::{header, mail, mails, most_within, taken, times};
 pub(crate) use private::{POSTGRES, Private, RABBITMQ};
 pub(crate) use process::{Finished, Process};
 pub(crate) use reports::{Received, Reports};
 pub(crate) use wait::{eventually, eventually_some};
-pub(crate) use world::World;
+pub(crate) use world::{World, new_key};

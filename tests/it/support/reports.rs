@@ -1,5 +1,6 @@
 //! Every report of a world, through a queue of one's own.
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
@@ -16,6 +17,8 @@ pub(crate) struct Received {
     /// AMQP `message_id`: the event id.
     pub(crate) id: String,
     pub(crate) key: String,
+    /// The body as it came.
+    pub(crate) body: Vec<u8>,
     pub(crate) json: Value,
 }
 
@@ -25,6 +28,7 @@ impl Received {
         Self {
             id: id.map(ToString::to_string).unwrap_or_default(),
             key: delivery.routing_key.to_string(),
+            body: delivery.data.clone(),
             json: serde_json::from_slice(&delivery.data).unwrap(),
         }
     }
@@ -134,6 +138,28 @@ impl Reports {
         let of_job = |report: &Received| report.job() == job && report.is_final();
         self.until(|all| all.iter().any(of_job)).await;
         self.all.iter().find(|report| of_job(report)).unwrap().clone()
+    }
+
+    /// Waits until so many jobs have a final report, and gives the final reports, each event once.
+    pub(crate) async fn finals(&mut self, jobs: usize, limit: Duration) -> Vec<Received> {
+        let (mut seen, mut done) = (0, HashSet::new());
+        let all = self.until_within(limit, |all| {
+            let news = all[seen..].iter().filter(|report| report.is_final());
+            done.extend(news.map(|report| (report.tenant().to_owned(), report.job().to_owned())));
+            seen = all.len();
+            done.len() >= jobs
+        });
+        let mut events = HashSet::new();
+        let finals = all.await.iter().filter(|report| report.is_final());
+        finals
+            .filter(|report| events.insert(report.id.clone()))
+            .cloned()
+            .collect()
+    }
+
+    /// Everything that was reported of a job so far, in order of arrival.
+    pub(crate) fn of(&self, job: &str) -> Vec<&Received> {
+        self.all.iter().filter(|report| report.job() == job).collect()
     }
 
     /// Whether nothing more comes within `time`; for what must not happen.

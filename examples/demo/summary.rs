@@ -1,0 +1,172 @@
+//! The table at the end, and where to look when everything is kept.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+
+use comfy_table::{CellAlignment, Table, presets};
+
+use crate::account::Audit;
+use crate::plan::{Outcome, TOTAL};
+use crate::screen::Screen;
+use crate::setup::World;
+
+/// Differences printed; the rest is counted.
+const MOST_PROBLEMS: usize = 40;
+
+/// Prints table, checks and figures; whether everything adds up.
+pub(crate) fn print(screen: &Screen, audit: &Audit) -> bool {
+    screen.heading("Accounted for");
+    let sums = table(screen, audit);
+    let total: usize = sums.values().sum();
+    let parts: Vec<String> = Outcome::ALL
+        .iter()
+        .map(|outcome| format!("{} {}", sums.get(outcome).copied().unwrap_or(0), outcome.name()))
+        .collect();
+    screen.line(format_args!("  {total} published = {}", parts.join(" + ")));
+    screen.line("");
+    for (good, text) in &audit.checks {
+        screen.check(*good, text);
+    }
+    screen.heading("Speed on this machine (for information)");
+    let width = audit
+        .figures
+        .iter()
+        .map(|(name, _)| name.len())
+        .max()
+        .unwrap_or(0);
+    for (name, value) in &audit.figures {
+        screen.line(format_args!("  {name:width$}  {value}"));
+    }
+    let good = audit.is_good() && total == TOTAL;
+    if good {
+        screen.verdict(
+            true,
+            &format!("Everything adds up: {TOTAL} of {TOTAL} jobs accounted for."),
+        );
+        return true;
+    }
+    screen.verdict(false, "It does not add up:");
+    for problem in audit.problems.iter().take(MOST_PROBLEMS) {
+        screen.check(false, problem);
+    }
+    let more = audit.problems.len().saturating_sub(MOST_PROBLEMS);
+    if more > 0 {
+        screen.line(format_args!("  … and {more} more"));
+    }
+    false
+}
+
+/// A row per kind; the published messages by outcome.
+fn table(screen: &Screen, audit: &Audit) -> BTreeMap<Outcome, usize> {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    table.set_header(["", "JOBS", "PUBLISHED", "EXPECTED", "MAILS SENT", "FINAL REPORTS"]);
+    let mut sums = BTreeMap::new();
+    let (mut mails, mut finals) = (0, 0);
+    for row in &audit.rows {
+        let mut expected = String::new();
+        for (outcome, count) in &row.outcomes {
+            *sums.entry(*outcome).or_default() += count;
+            let _ = write!(expected, "{}", outcome.name());
+        }
+        mails += row.mails;
+        finals += row.finals;
+        table.add_row([
+            screen.mark(row.good),
+            row.kind.share().label.to_owned(),
+            row.published.to_string(),
+            expected,
+            row.mails.to_string(),
+            row.finals.to_string(),
+        ]);
+    }
+    let published: usize = sums.values().sum();
+    table.add_row([
+        String::new(),
+        "together".to_owned(),
+        published.to_string(),
+        String::new(),
+        mails.to_string(),
+        finals.to_string(),
+    ]);
+    for column in [2, 4, 5] {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    screen.line(table);
+    sums
+}
+
+/// Where to look, as long as everything runs.
+pub(crate) fn invite(screen: &Screen, world: &World) -> Result<(), String> {
+    let variables = world.folder.join("env");
+    write_variables(world, &variables).map_err(|error| format!("{}: {error}", variables.display()))?;
+    let program = world.postroom.program.display();
+    let variables = variables.display();
+    let database = world.scratch.database_url();
+    let management = world.scratch.servers().management_url();
+    screen.heading("Left running until Ctrl-C");
+    let mut places = vec![
+        (
+            "RabbitMQ",
+            format!("{management}#/queues (vhost {})", world.scratch.name()),
+        ),
+        (
+            "Postgres",
+            format!("psql '{database}' -c 'SELECT * FROM postroom.job LIMIT 10'"),
+        ),
+        (
+            "SMTP server",
+            format!("127.0.0.1:{} (STARTTLS, AUTH)", world.smtp.port()),
+        ),
+        ("webhooks go to", world.hooks.url("/hooks/…")),
+        ("S3", world.s3.endpoint()),
+    ];
+    for process in world.workers.iter().chain(&world.bridge) {
+        places.push((
+            "metrics",
+            format!("{}  ({})", process.url("/metrics"), process.name),
+        ));
+    }
+    for process in world.workers.iter().chain(&world.bridge) {
+        places.push(("log", process.log.display().to_string()));
+    }
+    places.push(("jobs", format!("(. {variables}; {program} job list --limit 10)")));
+    places.push(("dead letters", format!("(. {variables}; {program} dead list)")));
+    places.push((
+        "one more mail",
+        format!("(. {variables}; {program} send --level high examples/jobs/transactional.json)"),
+    ));
+    for (name, place) in places {
+        screen.line(format_args!("  {name:<14} {place}"));
+    }
+    Ok(())
+}
+
+/// The variables of the installation, for the user's shell alone: there are keys among them.
+fn write_variables(world: &World, path: &std::path::Path) -> std::io::Result<()> {
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)?;
+    for (name, value) in &world.postroom.variables {
+        writeln!(file, "export {name}='{}'", value.replace('\'', "'\\''"))?;
+    }
+    Ok(())
+}
+
+/// Logs stay if something went wrong.
+pub(crate) fn tidy(screen: &Screen, world: &World, good: bool) {
+    if good {
+        let _ = std::fs::remove_dir_all(&world.folder);
+    } else {
+        screen.line(format_args!(
+            "\nLogs of workers and bridge: {}",
+            world.folder.display()
+        ));
+    }
+}

@@ -1,0 +1,259 @@
+//! What the documentation says about the code, checked against the code: links, metrics, report fields, reasons, layers,
+//! names of tests. Reads files only.
+#![expect(clippy::unwrap_used, reason = "a file that cannot be read is a failed test")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn top() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn read(path: &str) -> String {
+    fs::read_to_string(top().join(path)).unwrap()
+}
+
+/// Files with this extension below a folder of the project.
+fn files(folder: &str, extension: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut folders = vec![top().join(folder)];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|e| e == extension) {
+                found.push(path);
+            }
+        }
+    }
+    found
+}
+
+fn documents() -> Vec<PathBuf> {
+    let mut all = files("docs", "md");
+    let at_the_top = fs::read_dir(top()).unwrap().map(|entry| entry.unwrap().path());
+    all.extend(at_the_top.filter(|path| path.extension().is_some_and(|e| e == "md")));
+    all
+}
+
+/// The text without fenced code.
+fn prose(markdown: &str) -> String {
+    let mut fenced = false;
+    let mut lines = Vec::new();
+    for line in markdown.lines() {
+        if line.trim_start().starts_with("```") {
+            fenced = !fenced;
+        } else if !fenced {
+            lines.push(line);
+        }
+    }
+    lines.join("\n")
+}
+
+/// The anchor of a heading, as GitHub makes it.
+fn anchor(heading: &str) -> String {
+    heading
+        .trim_start_matches('#')
+        .trim()
+        .to_lowercase()
+        .chars()
+        .filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'))
+        .map(|c| if c == ' ' { '-' } else { c })
+        .collect()
+}
+
+fn anchors(markdown: &str) -> BTreeSet<String> {
+    let text = prose(markdown);
+    text.lines()
+        .filter(|line| line.starts_with('#'))
+        .map(anchor)
+        .collect()
+}
+
+/// Targets of `[text](target)`.
+fn links(markdown: &str) -> Vec<String> {
+    let text = prose(markdown);
+    let after = text.split("](").skip(1);
+    after
+        .filter_map(|rest| Some(rest.split_once(')')?.0.to_owned()))
+        .collect()
+}
+
+#[test]
+fn relative_links_lead_somewhere() {
+    let mut broken = Vec::new();
+    for document in documents() {
+        let text = fs::read_to_string(&document).unwrap();
+        for link in links(&text).iter().filter(|link| !link.contains("://")) {
+            let (path, heading) = link.split_once('#').unwrap_or((link, ""));
+            let target = if path.is_empty() {
+                document.clone()
+            } else {
+                document.parent().unwrap().join(path)
+            };
+            let leads = target.exists()
+                && (heading.is_empty() || anchors(&fs::read_to_string(&target).unwrap()).contains(heading));
+            if !leads {
+                broken.push(format!("{}: {link}", document.display()));
+            }
+        }
+    }
+    assert!(broken.is_empty(), "{broken:#?}");
+}
+
+/// The beginning of each metric's row in the documentation: name, type, labels.
+fn metric_rows() -> Vec<String> {
+    let source = read("src/telemetry/metrics.rs");
+    let (_, table) = source.split_once("\nmetrics! {").unwrap();
+    let (table, _) = table.split_once("\n}").unwrap();
+    let lines = table
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.starts_with("//"));
+    lines
+        .filter_map(|line| {
+            let (_, definition) = line.split_once(": ")?;
+            let kind = definition.split(' ').next()?.trim_start_matches("Int");
+            let kind = kind.trim_end_matches("Vec").to_lowercase();
+            let mut quoted = definition.split('"').skip(1).step_by(2);
+            let name = quoted.next()?;
+            let labels: Vec<String> = quoted.map(|label| format!("`{label}`")).collect();
+            Some(format!("| `{name}` | {kind} | {} |", labels.join(", ")))
+        })
+        .collect()
+}
+
+#[test]
+fn every_metric_is_in_the_operations_page() {
+    let page = read("docs/operations.md");
+    let rows = metric_rows();
+    assert!(
+        rows.len() > 20,
+        "the table of metrics is written otherwise than this test reads it"
+    );
+    let missing: Vec<_> = rows.iter().filter(|row| !page.contains(row.as_str())).collect();
+    assert!(
+        missing.is_empty(),
+        "docs/operations.md should have these rows:\n{missing:#?}"
+    );
+}
+
+#[test]
+fn every_report_type_and_field_is_in_the_reports_page() {
+    let page = read("docs/reports.md");
+    let source = read("src/report.rs");
+    let types = source
+        .split('"')
+        .skip(1)
+        .step_by(2)
+        .filter(|text| text.starts_with("mail."));
+    let missing: Vec<_> = types
+        .filter(|kind| !page.contains(&format!("`{kind}`")))
+        .collect();
+    assert!(missing.is_empty(), "types: {missing:?}");
+    let (_, data) = source.split_once("pub struct ReportData {").unwrap();
+    let (data, _) = data.split_once("\n}").unwrap();
+    let fields = data.lines().filter_map(|line| line.trim().strip_prefix("pub "));
+    let names = fields.map(|field| field.split(':').next().unwrap());
+    let missing: Vec<_> = names
+        .map(|name| if name == "is_final" { "final" } else { name })
+        .filter(|name| !page.contains(&format!("| `{name}` |")))
+        .collect();
+    assert!(missing.is_empty(), "fields of data: {missing:?}");
+}
+
+#[test]
+fn every_reason_of_a_refused_mail_is_in_the_reports_page() {
+    let page = read("docs/reports.md");
+    let source = read("src/smtp/classify/verdict.rs");
+    let is_word = |text: &&str| {
+        !text.is_empty()
+            && text
+                .chars()
+                .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+    };
+    let reasons: Vec<_> = source.split('"').skip(1).step_by(2).filter(is_word).collect();
+    assert!(
+        reasons.len() > 20,
+        "reasons are written otherwise than this test reads them"
+    );
+    let missing: Vec<_> = reasons
+        .iter()
+        .filter(|reason| !page.contains(&format!("`{reason}`")))
+        .collect();
+    assert!(missing.is_empty(), "{missing:?}");
+}
+
+/// The first column and the names in the second, row by row.
+fn layers() -> Vec<BTreeSet<String>> {
+    let page = read("docs/architecture.md");
+    let (_, table) = page.split_once("| layer | modules |").unwrap();
+    table
+        .lines()
+        .skip(2)
+        .take_while(|line| line.starts_with('|'))
+        .map(|row| row.split('`').skip(1).step_by(2).map(str::to_owned).collect())
+        .collect()
+}
+
+#[test]
+fn modules_use_their_own_layer_and_those_below() {
+    let mut place = BTreeMap::new();
+    for (layer, modules) in layers().iter().enumerate() {
+        place.extend(modules.iter().map(|module| (module.clone(), layer)));
+    }
+    let mut wrong = Vec::new();
+    for file in files("src", "rs") {
+        let path = file.strip_prefix(top().join("src")).unwrap();
+        let module = path.iter().next().unwrap().to_string_lossy();
+        let module = module.trim_end_matches(".rs");
+        let is_test = path.iter().any(|part| part == "tests" || part == "tests.rs");
+        if is_test || matches!(module, "lib" | "main") {
+            continue;
+        }
+        let Some(own) = place.get(module) else {
+            wrong.push(format!("`{module}` is in no layer of docs/architecture.md"));
+            continue;
+        };
+        let text = fs::read_to_string(&file).unwrap();
+        let (code, _) = text
+            .split_once("#[cfg(test)]\nmod tests {")
+            .unwrap_or((&text, ""));
+        let code = code.lines().filter(|line| !line.trim_start().starts_with("//"));
+        for used in code.flat_map(|line| line.split("crate::").skip(1)) {
+            let used: String = used
+                .chars()
+                .take_while(|c| c.is_alphanumeric() || *c == '_')
+                .collect();
+            let is_exception = (module, used.as_str()) == ("config", "secret");
+            if !is_exception && place.get(&used).is_some_and(|layer| layer < own) {
+                wrong.push(format!("{} uses `{used}`, which is above it", path.display()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn tests_named_in_the_guarantees_exist() {
+    let mut code = String::new();
+    for folder in ["src", "tests", "testkit/src"] {
+        for file in files(folder, "rs") {
+            code.push_str(&fs::read_to_string(file).unwrap());
+        }
+    }
+    let page = read("docs/guarantees.md");
+    let names = page.split('`').skip(1).step_by(2).filter(|name| {
+        let words = name.split('_').count();
+        words > 3
+            && name
+                .chars()
+                .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+    });
+    let missing: Vec<_> = names
+        .filter(|name| !code.contains(&format!("fn {name}(")))
+        .collect();
+    assert!(missing.is_empty(), "{missing:#?}");
+}

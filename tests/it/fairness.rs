@@ -1,0 +1,97 @@
+//! One account's backlog or slow server is that account's own trouble.
+
+use std::time::Duration;
+
+use postroom::level::Level;
+use postroom_testkit::smtp::{Phase, Script, SmtpServer};
+
+use crate::sends::account;
+use crate::support::{World, header, mails};
+
+/// How many mails a server took before the one with this subject.
+fn place(server: &SmtpServer, subject: &str) -> usize {
+    let mails = server.received();
+    mails
+        .iter()
+        .position(|mail| header(mail, "Subject") == subject)
+        .unwrap()
+}
+
+#[tokio::test]
+async fn a_job_behind_twenty_thousand_of_a_limited_account_leaves_before_one_percent_of_them() {
+    const BULK: usize = 20_000;
+    let mut world = World::ready().await;
+    world.set("POSTROOM_LOG", "info");
+    let (bulk, other) = (
+        SmtpServer::builder().start().await,
+        SmtpServer::builder().start().await,
+    );
+    account(&world, "bulk", &bulk, &["--limit", "8/4s"]).await;
+    account(&world, "other", &other, &[]).await;
+    world
+        .publish_all(Level::Medium, &mails("bulk", "bulk", BULK))
+        .await;
+    world.publish_mail(Level::Medium, "other", "behind").await;
+    let mut reports = world.reports().await;
+    let _workers = (world.start_worker().await, world.start_worker().await);
+    let wait = Duration::from_mins(3);
+    reports
+        .until_within(wait, |all| {
+            all.iter().any(|r| r.job() == "behind" && r.is_final())
+        })
+        .await;
+    let gone = bulk.received_count();
+    assert!(gone < BULK / 100, "{gone} of {BULK} went first");
+    let gone = bulk.received_count();
+    // The limited account's own urgent job waits for the limit, but not for those who wait for it too.
+    world.publish_mail(Level::Immediate, "bulk", "urgent").await;
+    reports
+        .until_within(wait, |all| {
+            all.iter().any(|r| r.job() == "urgent" && r.is_final())
+        })
+        .await;
+    let place = place(&bulk, "urgent");
+    // Two turns of the limit at most.
+    assert!(place <= gone + 16, "{} of {BULK} went first", place - gone);
+    let deferred = reports
+        .all()
+        .iter()
+        .filter(|r| r.job() == "urgent" && !r.is_final());
+    assert_eq!(deferred.count(), 0, "it was told to wait long");
+}
+
+#[tokio::test]
+async fn an_account_with_a_very_slow_server_does_not_hold_up_the_jobs_of_others() {
+    let world = World::ready().await;
+    let script = Script::new().delay(Phase::FinalDot, Duration::from_secs(4));
+    let (slow, quick) = (
+        SmtpServer::builder().script(script).start().await,
+        SmtpServer::builder().start().await,
+    );
+    account(&world, "slow", &slow, &[]).await;
+    account(&world, "quick", &quick, &[]).await;
+    let mut reports = world.reports().await;
+    let _worker = world.start_worker().await;
+    world
+        .publish_all(Level::Medium, &mails("slow", "slow", 300))
+        .await;
+    crate::support::eventually(Duration::from_secs(20), || async {
+        slow.counters().command("DATA") >= 16
+    })
+    .await;
+    for round in 0..3 {
+        world
+            .publish_mail(Level::Medium, "quick", &format!("quick-{round}"))
+            .await;
+        assert_eq!(
+            reports.final_of(&format!("quick-{round}")).await.kind(),
+            "mail.sent"
+        );
+        let ended = reports
+            .all()
+            .iter()
+            .filter(|report| report.tenant() == "slow")
+            .count();
+        assert_eq!(ended, 0, "it waited for a slow one to end");
+    }
+}

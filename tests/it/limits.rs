@@ -1,0 +1,186 @@
+//! Rolling limits, judged by the clock of the server that receives the mail.
+
+use std::time::Duration;
+
+use postroom::level::Level;
+use postroom_testkit::smtp::SmtpServer;
+use serde_json::{Value, json};
+
+use crate::sends::account;
+use crate::support::{Process, World, header, mail, mails, most_within, taken, times};
+
+const WINDOW: Duration = Duration::from_secs(3);
+
+async fn parked(workers: &[&Process]) -> f64 {
+    let mut parked = 0.0;
+    for worker in workers {
+        parked += worker.metric(r#"postroom_jobs_total{outcome="parked"}"#).await;
+    }
+    parked
+}
+
+#[tokio::test]
+async fn five_hundred_jobs_over_two_workers_never_exceed_the_limit_and_use_most_of_it() {
+    let world = World::ready().await;
+    let server = SmtpServer::builder().start().await;
+    account(&world, "acme", &server, &["--limit", "60/3s"]).await;
+    let mut reports = world.reports().await;
+    let (one, two) = (world.start_worker().await, world.start_worker().await);
+    world.publish_all(Level::Medium, &mails("acme", "job", 500)).await;
+    let finals = reports.finals(500, Duration::from_mins(2)).await;
+    assert_eq!(finals.len(), 500, "one final report each");
+    assert!(finals.iter().all(|report| report.kind() == "mail.sent"));
+    let times = times(&server.received());
+    assert_eq!(times.len(), 500, "one mail each");
+    assert!(
+        most_within(&times, WINDOW) <= 60,
+        "{} within {WINDOW:?}",
+        most_within(&times, WINDOW)
+    );
+    // The limit allows a hundred each five seconds; the first sixty may go at once.
+    let took = times[499] - times[0];
+    let best = WINDOW * (500 - 60) / 60;
+    assert!(took.mul_f64(0.8) <= best, "{took:?} instead of {best:?}");
+    // Parked once each, not over and over again.
+    let parked = parked(&[&one, &two]).await;
+    assert!((400.0..=500.0).contains(&parked), "{parked} times parked");
+    for worker in [&one, &two] {
+        assert!(worker.metric(r#"postroom_jobs_total{outcome="sent"}"#).await > 0.0);
+    }
+    world.assert_settled().await;
+}
+
+#[tokio::test]
+async fn limits_count_recipients_and_span_the_accounts_of_a_tenant() {
+    let world = World::ready().await;
+    let (server, other, third) = (
+        SmtpServer::builder().start().await,
+        SmtpServer::builder().start().await,
+        SmtpServer::builder().start().await,
+    );
+    account(&world, "people", &server, &["--limit", "30/3s:recipients"]).await;
+    account(&world, "both", &other, &[]).await;
+    let port = third.port().to_string();
+    let second = [
+        "account",
+        "set",
+        "both",
+        "second",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        &port,
+        "--tls",
+        "none",
+    ];
+    world
+        .postroom(&[&second[..], &["--from", "b@example.com"]].concat())
+        .await
+        .success();
+    world
+        .postroom(&["tenant", "set", "both", "--limit", "20/3s"])
+        .await
+        .success();
+    let mut reports = world.reports().await;
+    let _workers = (world.start_worker().await, world.start_worker().await);
+    let mut jobs: Vec<(String, Value)> = Vec::new();
+    for n in 0..20 {
+        let mut job = mail("people", &format!("people-{n}"));
+        job["to"] = (0..4).map(|r| format!("r{r}@example.org")).collect();
+        jobs.push(("people".to_owned(), job));
+    }
+    for n in 0..50 {
+        let mut job = mail("both", &format!("both-{n}"));
+        job["account"] = json!(if n % 2 == 0 { "main" } else { "second" });
+        jobs.push(("both".to_owned(), job));
+    }
+    world.publish_all(Level::Medium, &jobs).await;
+    let finals = reports.finals(70, Duration::from_mins(2)).await;
+    assert_eq!(finals.len(), 70);
+    let each_recipient: Vec<_> = server.received().into_iter().flat_map(|m| vec![m; 4]).collect();
+    assert_eq!(each_recipient.len(), 80);
+    assert!(most_within(&times(&each_recipient), WINDOW) <= 30);
+    let together = [other.received(), third.received()].concat();
+    assert_eq!(together.len(), 50);
+    assert!(most_within(&times(&together), WINDOW) <= 20);
+    assert_eq!((other.received_count(), third.received_count()), (25, 25));
+    world.assert_settled().await;
+}
+
+#[tokio::test]
+async fn an_envelope_larger_than_a_limit_is_split_under_one_message_id() {
+    let world = World::ready().await;
+    let server = SmtpServer::builder().start().await;
+    account(&world, "acme", &server, &["--limit", "3/2s:recipients"]).await;
+    let mut reports = world.reports().await;
+    let _worker = world.start_worker().await;
+    let mut job = mail("acme", "many");
+    let names: Vec<String> = (0..7).map(|n| format!("r{n}@example.org")).collect();
+    job["to"] = json!(names);
+    world.publish(Level::Medium, "acme", &job).await;
+    let sent = reports.final_of("many").await;
+    assert_eq!(sent.kind(), "mail.sent");
+    assert_ne!(sent.json["data"]["partial"], true);
+    let mails = server.received();
+    let sizes: Vec<_> = mails.iter().map(|mail| mail.to.len()).collect();
+    assert_eq!(sizes, [3, 3, 1]);
+    let to: Vec<_> = mails.iter().flat_map(|mail| mail.to.clone()).collect();
+    assert_eq!(to, names);
+    for name in ["Message-ID", "Date"] {
+        assert!(
+            mails
+                .iter()
+                .all(|mail| header(mail, name) == header(&mails[0], name))
+        );
+    }
+    let each_recipient: Vec<_> = mails
+        .into_iter()
+        .flat_map(|m| vec![m.clone(); m.to.len()])
+        .collect();
+    assert!(most_within(&times(&each_recipient), Duration::from_secs(2)) <= 3);
+    world.assert_settled().await;
+}
+
+#[tokio::test]
+async fn a_limit_raised_or_removed_while_jobs_wait_takes_effect_at_once() {
+    let world = World::ready().await;
+    let server = SmtpServer::builder().start().await;
+    account(&world, "acme", &server, &["--limit", "5/1h"]).await;
+    let mut reports = world.reports().await;
+    let worker = world.start_worker().await;
+    world.publish_all(Level::Medium, &mails("acme", "job", 40)).await;
+    world.wait_depth("mail.jobs.medium", 0).await;
+    crate::support::eventually(Duration::from_secs(20), || async {
+        parked(&[&worker]).await >= 35.0
+    })
+    .await;
+    assert_eq!(server.received_count(), 5);
+    let shown = world
+        .postroom(&["job", "list", "--state", "waiting"])
+        .await
+        .success();
+    assert!(shown.contains("waiting (rate)"), "{shown}");
+    // A cancelled one must not make the others be forgotten.
+    for n in 0..40 {
+        let id = format!("job-{n}");
+        if world.job("acme", &id).await["state"] == "waiting" {
+            world.postroom(&["job", "cancel", "acme", &id]).await.success();
+            break;
+        }
+    }
+    world
+        .postroom(&["account", "set", "acme", "main", "--limit", "15/1h"])
+        .await
+        .success();
+    server.wait_for(15, Duration::from_secs(30)).await;
+    assert!(reports.finals(16, Duration::from_secs(30)).await.len() >= 16);
+    assert_eq!(server.received_count(), 15);
+    world
+        .postroom(&["account", "set", "acme", "main", "--limit", "0/1h"])
+        .await
+        .success();
+    let finals = reports.finals(40, Duration::from_secs(30)).await;
+    assert_eq!(finals.iter().filter(|r| r.kind() == "mail.sent").count(), 39);
+    assert_eq!(taken(&server).len(), 39);
+    world.assert_settled().await;
+}

@@ -1,0 +1,110 @@
+//! `send_at` and `expires_at`.
+
+use std::time::{Duration, SystemTime};
+
+use jiff::{SignedDuration, Timestamp};
+use postroom::level::Level;
+use postroom_testkit::smtp::{Action, Phase, Script, SmtpServer};
+use serde_json::Value;
+
+use crate::sends::account;
+use crate::support::{World, mail, taken};
+
+fn in_seconds(seconds: i64) -> Timestamp {
+    Timestamp::now()
+        .checked_add(SignedDuration::from_secs(seconds))
+        .unwrap()
+}
+
+fn with(mut job: Value, name: &str, value: Timestamp) -> Value {
+    job[name] = value.to_string().into();
+    job
+}
+
+#[tokio::test]
+async fn a_scheduled_job_waits_in_the_ledger_and_is_sent_once_not_before_its_time() {
+    let mut world = World::ready().await;
+    world.set("POSTROOM_DEFERRED_REPORT_AFTER", "1s");
+    let server = SmtpServer::builder().start().await;
+    account(&world, "acme", &server, &[]).await;
+    let mut reports = world.reports().await;
+    let _worker = world.start_worker().await;
+    let send_at = in_seconds(5);
+    let job = with(mail("acme", "later"), "send_at", send_at);
+    world.publish(Level::High, "acme", &job).await;
+    reports.until(|all| all.iter().any(|r| r.job() == "later")).await;
+    let deferred = reports.of("later")[0].clone();
+    assert_eq!(
+        (deferred.kind(), deferred.reason()),
+        ("mail.deferred", "schedule")
+    );
+    assert_eq!(deferred.json["data"]["attempt"], 0);
+    world.wait_depth("mail.jobs.high", 0).await;
+    let listed = world
+        .postroom(&["job", "list", "--tenant", "acme"])
+        .await
+        .success();
+    assert!(listed.contains("waiting (schedule)"), "{listed}");
+    let shown = world.job("acme", "later").await;
+    let next: Timestamp = shown["next_attempt_at"].as_str().unwrap().parse().unwrap();
+    assert!(
+        next.duration_since(send_at).abs() < SignedDuration::from_millis(50),
+        "{shown}"
+    );
+    assert_eq!(server.received_count(), 0);
+
+    let sent = reports.final_of("later").await;
+    assert_eq!(sent.kind(), "mail.sent");
+    assert_eq!(sent.json["data"]["attempt"], 1);
+    let mails = server.received();
+    assert!(
+        mails[0].time >= SystemTime::from(send_at),
+        "{:?} {send_at}",
+        mails[0].time
+    );
+    assert!(reports.none_for(Duration::from_millis(500)).await);
+    assert_eq!((taken(&server)["later"], reports.of("later").len()), (1, 2));
+    world.assert_settled().await;
+}
+
+#[tokio::test]
+async fn an_expired_job_is_reported_and_never_sent_also_when_it_expires_while_it_waits() {
+    let mut world = World::ready().await;
+    world.set("POSTROOM_RETRY_BASE", "3s");
+    let busy = Script::new().on(Phase::Mail, Action::reply("451 4.3.0 Not now"));
+    let server = SmtpServer::builder().script(busy).start().await;
+    account(&world, "acme", &server, &[]).await;
+    let free = SmtpServer::builder().start().await;
+    account(&world, "slow", &free, &["--limit", "1/4s"]).await;
+    let mut reports = world.reports().await;
+    let _worker = world.start_worker().await;
+    let expires = |job, at| with(job, "expires_at", in_seconds(at));
+    world
+        .publish(Level::High, "acme", &expires(mail("acme", "old"), -1))
+        .await;
+    world
+        .publish(Level::High, "acme", &expires(mail("acme", "tried"), 2))
+        .await;
+    world.publish_mail(Level::High, "slow", "first").await;
+    reports.final_of("first").await;
+    world
+        .publish(Level::High, "slow", &expires(mail("slow", "limited"), 1))
+        .await;
+    world.publish_mail(Level::High, "slow", "second").await;
+    let old = reports.final_of("old").await;
+    assert_eq!(
+        (old.kind(), &old.json["data"]["attempt"]),
+        ("mail.expired", &0.into())
+    );
+    let tried = reports.final_of("tried").await;
+    assert_eq!(tried.kind(), "mail.expired");
+    assert_eq!(tried.json["data"]["attempt"], 1);
+    assert_eq!(reports.final_of("limited").await.kind(), "mail.expired");
+    assert_eq!(reports.final_of("second").await.kind(), "mail.sent");
+    assert_eq!(server.received_count(), 0);
+    assert_eq!(
+        taken(&free).keys().map(String::as_str).collect::<Vec<_>>(),
+        ["first", "second"]
+    );
+    world.assert_settled().await;
+}

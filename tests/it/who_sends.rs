@@ -1,0 +1,301 @@
+//! The ladder of senders through a real worker: who sent, as whom, and what the report says about it.
+
+use mail_parser::MessageParser;
+use postroom::level::Level;
+use postroom_testkit::smtp::{Action, Phase, RcptRule, Received as Mail, Script, SmtpServer};
+use serde_json::{Value, json};
+
+use crate::sends::account;
+use crate::support::{Received, Reports, World};
+
+fn job(id: &str, tenant: &str, more: &Value) -> Value {
+    let mut job = json!({"id": id, "tenant": tenant, "to": "ann@example.org", "subject": "s", "text": "t"});
+    for (name, value) in more.as_object().unwrap() {
+        job[name] = value.clone();
+    }
+    job
+}
+
+async fn outcome(world: &World, reports: &mut Reports, job: &Value) -> Received {
+    let tenant = job["tenant"].as_str().unwrap();
+    world.publish(Level::High, tenant, job).await;
+    reports.final_of(job["id"].as_str().unwrap()).await
+}
+
+async fn set(world: &World, arguments: &[&str]) {
+    world.postroom(arguments).await.success();
+}
+
+/// Another account of a tenant that exists.
+async fn add_account(world: &World, tenant: &str, name: &str, server: &SmtpServer, more: &[&str]) {
+    let port = server.port().to_string();
+    let mut arguments = vec![
+        "account",
+        "set",
+        tenant,
+        name,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        &port,
+    ];
+    arguments.extend(["--tls", "none"]);
+    arguments.extend(more);
+    set(world, &arguments).await;
+}
+
+/// The mail's From and Reply-To as `name <address>`.
+fn author(mail: &Mail) -> (String, Option<String>) {
+    let parsed = MessageParser::default().parse(&mail.data).unwrap();
+    let shown = |address: &mail_parser::Address<'_>| {
+        let first = address.first().unwrap();
+        format!(
+            "{} <{}>",
+            first.name().unwrap_or_default(),
+            first.address().unwrap()
+        )
+    };
+    (shown(parsed.from().unwrap()), parsed.reply_to().map(shown))
+}
+
+fn sender(report: &Received) -> &Value {
+    &report.json["data"]["sender"]
+}
+
+#[tokio::test]
+async fn the_named_account_sends_else_the_default_else_the_job_fails_aloud() {
+    let world = World::ready().await;
+    let (main, second) = (
+        SmtpServer::builder().start().await,
+        SmtpServer::builder().start().await,
+    );
+    account(&world, "acme", &main, &[]).await;
+    add_account(
+        &world,
+        "acme",
+        "second",
+        &second,
+        &["--from", "second@example.com"],
+    )
+    .await;
+    set(&world, &["tenant", "set", "bare"]).await;
+    let mut reports = world.reports().await;
+    let _worker = world.start_worker().await;
+
+    let named = outcome(
+        &world,
+        &mut reports,
+        &job("named", "acme", &json!({"account": "second"})),
+    )
+    .await;
+    assert_eq!(named.kind(), "mail.sent");
+    assert_eq!(
+        sender(&named),
+        &json!({"via": "account", "account": "acme/second"})
+    );
+    assert_eq!(author(&second.received()[0]).0, " <second@example.com>");
+
+    let default = outcome(&world, &mut reports, &job("default", "acme", &json!({}))).await;
+    assert_eq!(
+        sender(&default),
+        &json!({"via": "account", "account": "acme/main"})
+    );
+    let own = json!({"from": "Ann <own@example.com>"});
+    outcome(&world, &mut reports, &job("own", "acme", &own)).await;
+    assert_eq!(author(&main.received()[1]).0, "Ann <own@example.com>");
+
+    let nobody = outcome(&world, &mut reports, &job("nobody", "bare", &json!({}))).await;
+    assert_eq!(
+        (nobody.kind(), nobody.reason()),
+        ("mail.failed", "sender_not_configured")
+    );
+    assert_eq!(nobody.json["data"]["recipients"][0]["status"], "refused");
+
+    // An account that does not exist is a mistake in the job, not a matter of policy.
+    set(&world, &["tenant", "set", "bare", "--fallback", "platform"]).await;
+    let unknown = job(
+        "unknown",
+        "bare",
+        &json!({"account": "nowhere", "fallback": "never"}),
+    );
+    let unknown = outcome(&world, &mut reports, &unknown).await;
+    assert_eq!(
+        (unknown.kind(), unknown.reason()),
+        ("mail.rejected", "unknown_account")
+    );
+    let no_platform = outcome(&world, &mut reports, &job("no-platform", "bare", &json!({}))).await;
+    assert_eq!(no_platform.kind(), "mail.failed");
+    assert!(
+        no_platform.json["data"]["detail"]
+            .to_string()
+            .contains("platform"),
+        "{}",
+        no_platform.json
+    );
+}
+
+#[tokio::test]
+async fn the_platform_sends_for_a_tenant_without_account_where_the_policy_says_so() {
+    let mut world = World::ready().await;
+    world.set("POSTROOM_UNKNOWN_TENANT", "platform");
+    let platform = SmtpServer::builder().start().await;
+    add_account(
+        &world,
+        "-",
+        "relay",
+        &platform,
+        &["--from", "Post <post@platform.example>"],
+    )
+    .await;
+    set(
+        &world,
+        &[
+            "tenant",
+            "set",
+            "bare",
+            "--name",
+            "Bare Ltd",
+            "--fallback",
+            "platform",
+        ],
+    )
+    .await;
+    let mut reports = world.reports().await;
+    let _worker = world.start_worker().await;
+
+    let from = json!({"from": "Shop <shop@bare.example>"});
+    let sent = outcome(&world, &mut reports, &job("1", "bare", &from)).await;
+    assert_eq!(sent.kind(), "mail.sent", "{}", sent.json);
+    let expected = json!({"via": "platform", "account": "-/relay", "reason": "not_configured"});
+    assert_eq!(sender(&sent), &expected);
+    let mail = platform.received().remove(0);
+    assert_eq!(mail.from, "post@platform.example");
+    let reply_to = Some("Shop <shop@bare.example>".to_owned());
+    assert_eq!(
+        author(&mail),
+        ("Bare Ltd <post@platform.example>".to_owned(), reply_to)
+    );
+
+    // The job's own policy is stronger than the tenant's.
+    let never = job("2", "bare", &json!({"fallback": "never"}));
+    let never = outcome(&world, &mut reports, &never).await;
+    assert_eq!(
+        (never.kind(), never.reason()),
+        ("mail.failed", "sender_not_configured")
+    );
+
+    let unknown = outcome(&world, &mut reports, &job("3", "stranger", &from)).await;
+    assert_eq!(unknown.kind(), "mail.sent", "{}", unknown.json);
+    assert_eq!(sender(&unknown), &expected);
+    assert_eq!(author(&platform.received()[1]).0, "Shop <post@platform.example>");
+}
+
+#[tokio::test]
+async fn the_platform_sends_after_a_failure_of_the_account_but_never_after_one_of_the_recipient() {
+    let world = World::ready().await;
+    let platform = SmtpServer::builder().start().await;
+    add_account(
+        &world,
+        "-",
+        "relay",
+        &platform,
+        &["--from", "post@platform.example"],
+    )
+    .await;
+    let script = Script::new()
+        .recipient(
+            "gone",
+            RcptRule::refuse("550 5.1.1 No such user <gone@example.org>"),
+        )
+        .recipient("later", RcptRule::refuse("451 4.2.2 Mailbox full"));
+    let own = SmtpServer::builder().script(script).start().await;
+    account(&world, "acme", &own, &[]).await;
+    set(
+        &world,
+        &[
+            "tenant",
+            "set",
+            "acme",
+            "--name",
+            "Acme",
+            "--fallback",
+            "platform",
+        ],
+    )
+    .await;
+    let closed = SmtpServer::builder()
+        .script(Script::new().on(
+            Phase::Auth,
+            Action::reply("535 5.7.8 Authentication credentials invalid"),
+        ))
+        .auth("u", "p")
+        .start()
+        .await;
+    let port = closed.port().to_string();
+    let locked_out = [
+        "account",
+        "set",
+        "acme",
+        "locked",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        &port,
+        "--tls",
+        "none",
+        "--username",
+        "u",
+        "--password-stdin",
+        "--allow-plaintext-auth",
+        "--from",
+        "acme@example.com",
+    ];
+    world.postroom_stdin(&locked_out, b"wrong").await.success();
+    let mut reports = world.reports().await;
+    let worker = world.start_worker().await;
+
+    let after_535 = job("auth", "acme", &json!({"account": "locked"}));
+    let after_535 = outcome(&world, &mut reports, &after_535).await;
+    assert_eq!(after_535.kind(), "mail.sent", "{}", after_535.json);
+    let expected = json!({"via": "platform", "account": "-/relay", "reason": "send_error"});
+    assert_eq!(sender(&after_535), &expected);
+    let reply_to = Some(" <acme@example.com>".to_owned());
+    assert_eq!(
+        author(&platform.received()[0]),
+        ("Acme <post@platform.example>".to_owned(), reply_to)
+    );
+
+    let refused = outcome(
+        &world,
+        &mut reports,
+        &job("gone", "acme", &json!({"to": "gone@example.org"})),
+    )
+    .await;
+    assert_eq!(refused.kind(), "mail.failed");
+    assert_eq!(refused.json["data"]["class"], "recipient");
+    assert_eq!(sender(&refused)["via"], "account");
+    world
+        .publish(
+            Level::High,
+            "acme",
+            &job("later", "acme", &json!({"to": "later@example.org"})),
+        )
+        .await;
+    reports
+        .until(|all| {
+            all.iter()
+                .any(|r| r.job() == "later" && r.kind() == "mail.deferred")
+        })
+        .await;
+    assert_eq!(
+        platform.received_count(),
+        1,
+        "only the refused login went to the platform"
+    );
+    // What the server quotes is masked as well.
+    let logs = worker.logs();
+    assert!(
+        logs.contains("***@example.org") && !logs.contains("gone@"),
+        "{logs}"
+    );
+}
