@@ -302,14 +302,14 @@ impl Model {
         if let Some(report) = &written.report
             && self.pick(3) > 0
         {
-            self.publish(&row.id, serde_json::to_value(report).unwrap());
+            self.publish(&row.id, &serde_json::to_value(report).unwrap());
             if self.pick(3) > 0 {
                 self.clear(report).await;
             }
         }
     }
 
-    fn publish(&mut self, id: &JobId, report: serde_json::Value) {
+    fn publish(&mut self, id: &JobId, report: &serde_json::Value) {
         let name = format!(
             "{} {}",
             report["data"]["sequence"],
@@ -338,7 +338,7 @@ impl Model {
             .await;
         for owed in self.world.ledger.owed_reports(100, Duration::ZERO).await.unwrap() {
             for (sequence, text) in owed.reports {
-                self.publish(&owed.id, serde_json::from_str(&text).unwrap());
+                self.publish(&owed.id, &serde_json::from_str(&text).unwrap());
                 let key = ReportKey {
                     tenant: owed.tenant.clone(),
                     id: owed.id.clone(),
@@ -421,7 +421,7 @@ impl Model {
                     let epoch = Arc::clone(&self.workers[0].epoch);
                     match self.world.admit_one(request(&epoch, "acme", id.as_str())).await {
                         Admitted::Go(row) | Admitted::Behind(row) => {
-                            self.finish(*row, ReportType::Sent).await
+                            self.finish(*row, ReportType::Sent).await;
                         }
                         Admitted::Cancelled(row) => self.finish(*row, ReportType::Cancelled).await,
                         Admitted::Waiting | Admitted::Done { .. } => {}
