@@ -160,8 +160,15 @@ impl Worker {
         self.metrics.sql_errors.with_label_values(&[error.class()]).inc();
         if error.is_retryable() {
             self.database.not_ready(error.to_string());
+            self.metrics.connected.with_label_values(&["database"]).set(0);
         }
         tracing::warn!(statement = what, %error, "trouble with the database");
+    }
+
+    /// Notes that the database answers.
+    fn database_works(&self) {
+        self.database.ready();
+        self.metrics.connected.with_label_values(&["database"]).set(1);
     }
 
     /// Asks the database for the time.

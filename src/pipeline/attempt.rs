@@ -78,7 +78,7 @@ impl Pipeline {
         attempt
     }
 
-    /// resolve → fetch → compose → connect → slot → send, down the ladder of senders.
+    /// resolve → fetch → connect → compose → slot → send, down the ladder of senders.
     async fn run(&self, task: &Task, attempt: &mut Attempt) -> Result<Verdict, Verdict> {
         if task.is_expired(self.clock.now()) {
             return Err(Verdict::Expired);
@@ -202,11 +202,12 @@ impl Pipeline {
         // An override has no schedule of its own: the installation's holds.
         attempt.retry = (chosen.via != Via::Override).then_some(chosen.account.retry);
         let message_id = self.message_id(task, chosen, attempt);
-        let limited = entries.tenant.tenant.limited || chosen.account.limited || task.row.slot.is_none();
+        let bound = task.row.slot.is_none_or(|slot| slot.until.is_some());
+        let limited = bound || entries.tenant.tenant.limited || chosen.account.limited;
         let mut slot = task.row.slot.filter(|_| chosen.account.key == task.row.account);
         let mut tried = HashSet::new();
         loop {
-            let open = open_recipients(attempt, &tried);
+            let mut open = open_recipients(attempt, &tried);
             if open.is_empty() {
                 return Ok(Verdict::Attempted);
             }
@@ -215,7 +216,7 @@ impl Pipeline {
             let mut email =
                 Self::compose(task, chosen, prepared, &message_id, &open).map_err(|f| started(attempt, f))?;
             self.observe("compose", begun);
-            // The slot last: it is the right to write MAIL FROM, and soon runs out. It may cover only a part.
+            // Last of all: a slot is valid only briefly, and the limit has to hold at the provider.
             let granted = match slot.take().filter(Slot::is_valid) {
                 Some(slot) => slot,
                 None if !limited => Slot::unlimited(),
@@ -224,15 +225,14 @@ impl Pipeline {
                         .await?
                 }
             };
-            let mut part = open;
-            part.truncate(granted.recipients as usize);
-            email.recipients.truncate(part.len());
-            tried.extend(part.iter().map(ToString::to_string));
+            open.truncate(granted.recipients as usize);
+            email.recipients.truncate(open.len());
+            tried.extend(open.iter().map(ToString::to_string));
             if task.is_expired(self.clock.now()) {
                 return Err(Verdict::Expired);
             }
             let begun = Instant::now();
-            let result = self.transact(task, attempt, lease, &email, &part).await;
+            let result = self.transact(task, attempt, lease, &email, &open).await;
             attempt.smtp = Some(attempt.smtp.unwrap_or_default() + begun.elapsed());
             self.observe("send", begun);
             result?;

@@ -49,7 +49,7 @@ async fn beat(worker: Arc<Worker>, end: CancellationToken) {
         }
         let epoch = worker.epoch();
         match worker.ledger.heartbeat(&epoch).await {
-            Ok(Beat::Alive { .. }) => worker.database.ready(),
+            Ok(Beat::Alive { .. }) => worker.database_works(),
             Ok(Beat::Dead) => {
                 tracing::error!(
                     epoch = epoch.number(),

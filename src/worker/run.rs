@@ -127,10 +127,6 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError
 }
 
 /// Puts a worker together.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "the parts of a worker meet here and nowhere else"
-)]
 async fn build(
     settings: Settings,
     service: &Service,

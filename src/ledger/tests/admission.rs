@@ -150,10 +150,13 @@ async fn a_known_job_is_answered_by_its_state() {
         ));
 
         let held = world.go(request(&epoch, "acme", "held")).await;
-        let hold = Next::Hold {
+        let outcome = Next::Hold {
             body: Some(super::world::body()),
         };
-        assert_eq!(world.settle_one(settlement(&held, hold)).await, Settled::Written);
+        assert_eq!(
+            world.settle_one(settlement(&held, outcome)).await,
+            Settled::Written
+        );
         assert!(matches!(world.admit_one(again("held")).await, Admitted::Held));
 
         assert_eq!(

@@ -134,7 +134,7 @@ async fn a_cancelled_job_that_somebody_has_got_already_was_sent() {
     in_world(|world| async move {
         let epoch = world.epoch().await;
         let row = world.go(request(&epoch, "acme", "1")).await;
-        let mut retry = park(&row, WaitReason::Retry, Duration::from_secs(60));
+        let mut retry = park(&row, WaitReason::Retry, Duration::from_mins(1));
         retry.recipients = Some(vec![
             result("a@b.example", Accepted),
             result("c@d.example", Deferred),

@@ -129,6 +129,11 @@ impl Process {
             .sum()
     }
 
+    /// [`Process::metric`] of counters.
+    pub(crate) async fn count(&self, series: &str) -> u64 {
+        self.metric(series).await.round() as u64
+    }
+
     pub(crate) fn pid(&self) -> u32 {
         self.child.id().unwrap()
     }
