@@ -39,6 +39,10 @@ async fn shown_as_waiting(world: &World) {
     assert_eq!(jobs.len(), 2, "{listed}");
     let shown = world.job("acme", "first").await;
     assert!(jobs.contains(&shown));
+    is_shown_in_full(&shown);
+}
+
+fn is_shown_in_full(shown: &Value) {
     for (name, value) in [
         ("tenant", json!("acme")),
         ("job", json!("first")),
