@@ -5,12 +5,14 @@
 //! webhooks said. It ends with 0 only if everything adds up. With `KEEP=1` it leaves everything running until Ctrl-C.
 
 mod account;
+mod hook;
 mod plan;
 mod process;
 mod run;
 mod screen;
 mod setup;
 mod summary;
+mod waiting;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -20,7 +22,7 @@ use tokio::time::timeout;
 
 use account::Audit;
 use plan::{Plan, TOTAL};
-use screen::Screen;
+use screen::{Screen, line};
 use setup::World;
 
 /// For everything, from the first command to the table. A usual run takes a fifth of it.
@@ -40,7 +42,7 @@ async fn main() -> ExitCode {
         },
         // Dropping the demo stops its processes and drops its vhost and its database.
         name = told_to_end() => {
-            screen.line(format_args!("\n{name}: stopped, and everything that was set up is removed"));
+            line(format_args!("\n{name}: stopped, and everything that was set up is removed"));
             ExitCode::from(130)
         }
     }
@@ -49,7 +51,7 @@ async fn main() -> ExitCode {
 /// Whether everything added up.
 async fn demo(screen: &Screen) -> Result<bool, String> {
     let keep = std::env::var_os("KEEP").is_some_and(|value| !value.is_empty());
-    screen.line(format_args!(
+    line(format_args!(
         "{TOTAL} mail jobs through RabbitMQ, two postroom workers and a bridge"
     ));
     let exceeded = |_| format!("it took longer than {} s", LIMIT.as_secs());
@@ -60,12 +62,12 @@ async fn demo(screen: &Screen) -> Result<bool, String> {
     if keep {
         summary::invite(screen, &world)?;
         let name = told_to_end().await;
-        screen.line(format_args!("\n{name}: stopping"));
+        line(format_args!("\n{name}: stopping"));
         for problem in world.stop().await {
             screen.check(false, &problem);
         }
     }
-    summary::tidy(screen, &world, good);
+    summary::tidy(&world, good);
     world.scratch.remove().await?;
     Ok(good)
 }
@@ -79,7 +81,7 @@ async fn rehearse(screen: &Screen, keep: bool) -> Result<(World, Audit), String>
     let mut audit = Audit::of(&world, &plan, &times).await?;
     if !keep {
         let problems = world.stop().await;
-        audit.check("workers and bridge ended well on SIGTERM".to_owned(), problems);
+        audit.check(("workers and bridge ended well on SIGTERM".to_owned(), problems));
     }
     Ok((world, audit))
 }

@@ -1,5 +1,6 @@
 //! What is published, and what must come of it, as data. Nothing here talks to anybody.
 
+mod draft;
 mod jobs;
 mod kind;
 mod letter;
@@ -10,7 +11,7 @@ use std::collections::HashSet;
 use jiff::Timestamp;
 use postroom::level::Level;
 
-pub(crate) use kind::{Kind, Outcome, SHARES, TOTAL};
+pub(crate) use kind::{Kind, Outcome, SHARES, Share, TOTAL};
 pub(crate) use letter::{Delivered, File};
 pub(crate) use seal::SealingKey;
 
@@ -98,8 +99,10 @@ pub(crate) struct Surroundings {
     pub(crate) own_port: u16,
     pub(crate) own_password: String,
     pub(crate) sealing: SealingKey,
-    /// Files to be fetched; the last is answered with an error the first time.
+    /// Files to be fetched, by URL.
     pub(crate) fetched: Vec<(String, File)>,
+    /// One that cannot be had the first time.
+    pub(crate) fetched_late: (String, File),
     /// One above the threshold.
     pub(crate) fetched_large: (String, File),
 }
@@ -134,11 +137,6 @@ impl Plan {
     /// Jobs that must get a final report, as (tenant, id).
     pub(crate) fn jobs_with_final(&self) -> HashSet<(&str, &str)> {
         self.messages.iter().filter_map(Message::job_with_final).collect()
-    }
-
-    /// How many reports must come that are final, unreadable bodies included.
-    pub(crate) fn finals(&self) -> usize {
-        self.count(|message| message.has_final())
     }
 
     pub(crate) fn count(&self, which: impl Fn(&Message) -> bool) -> usize {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::AsyncWriteExt as _;
 use tokio::process::{Child, Command};
@@ -161,6 +162,18 @@ impl Process {
         Metrics(page)
     }
 
+    /// CPU time used so far, in seconds (proc(5): `utime` and `stime`). The metric has whole seconds only.
+    pub(crate) fn cpu(&self) -> Option<f64> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id()?)).ok()?;
+        // The name before it may hold anything but ends with the last bracket.
+        let fields = stat.rsplit_once(')')?.1.split_whitespace();
+        let ticks = fields
+            .skip(11)
+            .take(2)
+            .filter_map(|field| field.parse::<u64>().ok());
+        Some(ticks.sum::<u64>() as f64 / rustix::param::clock_ticks_per_second() as f64)
+    }
+
     /// SIGTERM, and SIGKILL if that is not enough. An error if it did not end well.
     pub(crate) async fn stop(&mut self) -> Result<(), String> {
         let pid = self.child.id().and_then(|id| Pid::from_raw(id.cast_signed()));
@@ -191,6 +204,11 @@ impl Process {
         let log = std::fs::read_to_string(&self.log).unwrap_or_default();
         log.lines().next_back().unwrap_or("its log is empty").to_owned()
     }
+}
+
+/// The metrics of several processes.
+pub(crate) async fn metrics(processes: &[Process], http: &reqwest::Client) -> Vec<Metrics> {
+    join_all(processes.iter().map(|process| process.metrics(http))).await
 }
 
 /// A metrics page.

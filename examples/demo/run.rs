@@ -7,17 +7,17 @@ use futures_util::future::join_all;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties};
-use postroom_testkit::webhook::Received;
-use serde_json::Value;
 use tokio::time::{sleep, timeout};
 
+use crate::hook::{Hook, hooks};
 use crate::plan::{Message, Outcome, Plan, TOTAL};
-use crate::process::Metrics;
+use crate::process::metrics;
 use crate::screen::{Progress, Screen};
 use crate::setup::World;
+use crate::waiting::WaitingRoom;
 
 /// For everything to come back, from the first publish on. What is missing then is named.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_mins(1);
 /// For one answer of the broker.
 const BROKER_LIMIT: Duration = Duration::from_secs(10);
 /// Publishes awaiting their confirms at once.
@@ -36,49 +36,6 @@ pub(crate) struct Times {
     pub(crate) confirmed: Vec<Option<SystemTime>>,
 }
 
-/// A report out of a webhook.
-pub(crate) struct Hook {
-    pub(crate) request: Received,
-    pub(crate) json: Value,
-}
-
-impl Hook {
-    fn new(request: Received) -> Self {
-        Self {
-            json: request.json(),
-            request,
-        }
-    }
-
-    pub(crate) fn kind(&self) -> &str {
-        self.json["type"].as_str().unwrap_or_default()
-    }
-
-    pub(crate) fn data(&self, field: &str) -> &Value {
-        &self.json["data"][field]
-    }
-
-    pub(crate) fn text(&self, field: &str) -> &str {
-        self.data(field).as_str().unwrap_or_default()
-    }
-
-    pub(crate) fn is_final(&self) -> bool {
-        self.data("final") == true
-    }
-
-    /// How it counts in the sum.
-    pub(crate) fn outcome(&self) -> Option<Outcome> {
-        Some(match self.kind() {
-            "mail.sent" if self.data("partial") == true => Outcome::Partial,
-            "mail.sent" => Outcome::Sent,
-            "mail.failed" => Outcome::Failed,
-            "mail.expired" => Outcome::Expired,
-            "mail.rejected" => Outcome::Rejected,
-            _ => return None,
-        })
-    }
-}
-
 /// The producer's side, and the eyes on everything else.
 pub(crate) struct Run<'a> {
     world: &'a World,
@@ -89,6 +46,7 @@ pub(crate) struct Run<'a> {
     times: Times,
     progress: Progress,
     published: u64,
+    waiting: WaitingRoom,
 }
 
 /// Publishes everything and waits for what must come of it, or for the time limit.
@@ -108,6 +66,7 @@ impl<'a> Run<'a> {
     async fn new(screen: &Screen, world: &'a World, plan: &'a Plan) -> Result<Self, String> {
         let failed = |error: lapin::Error| format!("publishing: {error}");
         let url = world.scratch.amqp_url();
+        let url_of_database = world.scratch.database_url();
         let connecting = Box::pin(Connection::connect(&url, ConnectionProperties::default()));
         let connection = timeout(BROKER_LIMIT, connecting)
             .await
@@ -134,6 +93,7 @@ impl<'a> Run<'a> {
             },
             progress: screen.progress(&bars),
             published: 0,
+            waiting: WaitingRoom::open(&url_of_database).await?,
         })
     }
 
@@ -235,7 +195,7 @@ impl<'a> Run<'a> {
     /// What has come so far, shown as well.
     async fn look(&self) -> (Vec<Hook>, Vec<(&'static str, u64)>) {
         let hooks = hooks(self.world);
-        let pages = metrics(self.world).await;
+        let pages = metrics(&self.world.workers, &self.world.http).await;
         let sum = |series: &str| pages.iter().map(|page| page.sum(series)).sum::<f64>() as u64;
         let count = |outcome| match outcome {
             Outcome::Duplicate => sum("postroom_jobs_total{outcome=\"duplicate\"}"),
@@ -246,23 +206,7 @@ impl<'a> Run<'a> {
         };
         let mut counts = vec![("published", self.published)];
         counts.extend(Outcome::ALL.map(|outcome| (outcome.name(), count(outcome))));
-        let waiting: Vec<String> = ["rate", "schedule", "retry", "busy"]
-            .into_iter()
-            .map(|reason| {
-                (
-                    reason,
-                    sum(&format!("postroom_waiting_jobs{{reason=\"{reason}\"}}")),
-                )
-            })
-            .filter(|(_, count)| *count > 0)
-            .map(|(reason, count)| format!("{count} {reason}"))
-            .collect();
-        let waiting = if waiting.is_empty() {
-            "nothing".to_owned()
-        } else {
-            waiting.join(", ")
-        };
-        self.progress.update(&counts, &waiting);
+        self.progress.update(&counts, &self.waiting.shown().await);
         (hooks, counts)
     }
 
@@ -286,14 +230,4 @@ impl<'a> Run<'a> {
         }
         true
     }
-}
-
-/// All webhooks so far.
-pub(crate) fn hooks(world: &World) -> Vec<Hook> {
-    world.hooks.received().into_iter().map(Hook::new).collect()
-}
-
-/// The metrics of the workers.
-pub(crate) async fn metrics(world: &World) -> Vec<Metrics> {
-    join_all(world.workers.iter().map(|worker| worker.metrics(&world.http))).await
 }

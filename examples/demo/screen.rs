@@ -12,7 +12,12 @@ const WIDTH: usize = 116;
 /// Between two plain lines of progress.
 const PLAIN_EVERY: Duration = Duration::from_secs(2);
 
-/// Standard output.
+/// A line of standard output. A closed pipe is no reason to stop.
+pub(crate) fn line(text: impl Display) {
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
+
+/// Standard output with its looks.
 pub(crate) struct Screen {
     terminal: bool,
     colour: bool,
@@ -33,13 +38,8 @@ impl Screen {
         }
     }
 
-    /// A closed pipe is no reason to stop.
-    pub(crate) fn line(&self, text: impl Display) {
-        let _ = writeln!(std::io::stdout(), "{text}");
-    }
-
     pub(crate) fn heading(&self, text: &str) {
-        self.line(format_args!("\n{}", self.style("1", text)));
+        line(format_args!("\n{}", self.style("1", text)));
     }
 
     /// A command as a user would type it, shortened.
@@ -48,12 +48,12 @@ impl Screen {
         if shown.len() < text.len() {
             shown.push('…');
         }
-        self.line(format_args!("  {} {shown}", self.style("2", "$")));
+        line(format_args!("  {} {shown}", self.style("2", "$")));
     }
 
     /// A check and how it went.
     pub(crate) fn check(&self, good: bool, text: &str) {
-        self.line(format_args!("  {} {text}", self.mark(good)));
+        line(format_args!("  {} {text}", self.mark(good)));
     }
 
     pub(crate) fn mark(&self, good: bool) -> String {
@@ -66,7 +66,7 @@ impl Screen {
 
     pub(crate) fn verdict(&self, good: bool, text: &str) {
         let colour = if good { "1;32" } else { "1;31" };
-        self.line(format_args!("\n{}", self.style(colour, text)));
+        line(format_args!("\n{}", self.style(colour, text)));
     }
 
     /// Bars with these names and lengths.

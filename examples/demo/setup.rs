@@ -1,6 +1,8 @@
 //! Everything the demo talks to, brought up as a user would: a vhost and a database of its own, servers in this process,
 //! tenants and accounts through the command line, two workers and a bridge.
 
+mod tenants;
+
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -15,32 +17,13 @@ use postroom_testkit::smtp::{Script, SmtpServer};
 use postroom_testkit::tls::TestCa;
 use postroom_testkit::webhook::WebhookReceiver;
 
-use crate::plan::{
-    Delivered, File, LARGE_FILE_BYTES, NEWS_CONNECTIONS, NEWS_LIMITS, OWN_LOGIN, PLATFORM_FROM, SealingKey,
-    Surroundings,
-};
+use crate::plan::{Delivered, File, LARGE_FILE_BYTES, OWN_LOGIN, SealingKey, Surroundings};
 use crate::process::{Postroom, Process};
 use crate::screen::Screen;
+use tenants::{LOGINS, hook_path};
 
 const BUCKET: &str = "demo";
 const WORKERS: usize = 2;
-
-/// Tenants with an endpoint of their own; `-` is for all others.
-const ENDPOINTS: [&str; 4] = ["acme", "globex", "hooli", "-"];
-
-/// Users of the SMTP server: one per account, so that it knows which one sends.
-const LOGINS: [(&str, &str, &str, &str); 5] = [
-    ("acme", "main", "acme-main", "Acme Shop <shop@acme.example>"),
-    ("acme", "news", "acme-news", "Acme News <news@acme.example>"),
-    ("globex", "main", "globex-main", "orders@globex.example"),
-    (
-        "initech",
-        "main",
-        "initech-main",
-        "Initech <hello@initech.example>",
-    ),
-    ("-", "main", "platform", PLATFORM_FROM),
-];
 
 /// The whole installation. All of it is gone when this is dropped.
 pub(crate) struct World {
@@ -143,9 +126,12 @@ impl World {
 
     /// Runs a command, showing it.
     async fn command(&self, screen: &Screen, arguments: &[&str], input: &str) -> Result<String, String> {
-        let quoted = |argument: &&str| match argument.contains([' ', '<', '\'']) {
-            true => format!("'{argument}'"),
-            false => (*argument).to_owned(),
+        let quoted = |argument: &&str| {
+            if argument.contains([' ', '<', '\'']) {
+                format!("'{argument}'")
+            } else {
+                (*argument).to_owned()
+            }
         };
         let mut shown: Vec<String> = arguments.iter().map(quoted).collect();
         if !input.is_empty() {
@@ -163,50 +149,6 @@ impl World {
             .await?;
         self.postroom.set("POSTROOM_OVERRIDE_KEYS", key.trim());
         key.trim().clone_into(&mut self.override_key);
-        Ok(())
-    }
-
-    async fn tenants(&self, screen: &Screen) -> Result<(), String> {
-        let large = LARGE_FILE_BYTES.to_string();
-        let rewrite = [
-            "--large-file-bytes",
-            large.as_str(),
-            "--large-file-action",
-            "rewrite",
-        ];
-        for (tenant, flags) in [
-            ("acme", [&["--name", "Acme Ltd"], &rewrite[..]].concat()),
-            ("globex", rewrite.to_vec()),
-            ("initech", Vec::new()),
-            ("hooli", vec!["--name", "Hooli", "--fallback", "platform"]),
-            ("umbrella", Vec::new()),
-        ] {
-            self.command(screen, &[&["tenant", "set", tenant], &flags[..]].concat(), "")
-                .await?;
-        }
-        let port = self.smtp.port().to_string();
-        let limits = NEWS_LIMITS.map(|(count, seconds)| format!("{count}/{seconds}s"));
-        let connections = NEWS_CONNECTIONS.to_string();
-        for (tenant, account, login, from) in LOGINS {
-            let mut arguments = vec!["account", "set", tenant, account];
-            if login == "acme-news" {
-                arguments.extend(["--limit", &limits[0], "--limit", &limits[1]]);
-                arguments.extend(["--max-connections", &connections]);
-            }
-            arguments.extend(["--host", "127.0.0.1", "--port", &port, "--tls", "starttls"]);
-            arguments.extend(["--from", from, "--username", login, "--password-stdin"]);
-            self.command(screen, &arguments, &self.passwords[login]).await?;
-        }
-        Ok(())
-    }
-
-    async fn endpoints(&mut self, screen: &Screen) -> Result<(), String> {
-        for tenant in ENDPOINTS {
-            let url = self.hooks.url(&hook_path(tenant));
-            let arguments = ["endpoint", "set", tenant, "--url", &url, "--generate-secret"];
-            let secret = self.command(screen, &arguments, "").await?;
-            self.secrets.insert(tenant, secret.trim().to_owned());
-        }
         Ok(())
     }
 
@@ -253,8 +195,8 @@ impl World {
                 put("/guide-1.pdf", small(1), 0),
                 put("/guide-2.pdf", small(2), 0),
                 put("/guide-3.pdf", small(3), 0),
-                put("/moody.pdf", small(4), 1),
             ],
+            fetched_late: put("/moody.pdf", small(4), 1),
             fetched_large: put("/film.mp4", film, 0),
         })
     }
@@ -282,13 +224,6 @@ fn moods() -> Script {
                 .is_ok_and(|mut deferred| deferred.insert(address.to_owned()));
         first.then(|| "451 4.7.1 Greylisted, please try again".to_owned())
     })
-}
-
-fn hook_path(tenant: &str) -> String {
-    match tenant {
-        "-" => "/hooks/everybody-else".to_owned(),
-        tenant => format!("/hooks/{tenant}"),
-    }
 }
 
 fn password() -> String {

@@ -1,15 +1,13 @@
 //! The table at the end, and where to look when everything is kept.
 
-use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::{CellAlignment, ContentLineStyle, LineStyle, Table, TableStyle};
 
 use crate::account::Audit;
 use crate::plan::{Outcome, TOTAL};
-use crate::screen::Screen;
+use crate::screen::{Screen, line};
 use crate::setup::World;
 
 /// Differences printed; the rest is counted.
@@ -18,14 +16,23 @@ const MOST_PROBLEMS: usize = 40;
 /// Prints table, checks and figures; whether everything adds up.
 pub(crate) fn print(screen: &Screen, audit: &Audit) -> bool {
     screen.heading("Accounted for");
-    let sums = table(screen, audit);
-    let total: usize = sums.values().sum();
+    table(screen, audit);
     let parts: Vec<String> = Outcome::ALL
         .iter()
-        .map(|outcome| format!("{} {}", sums.get(outcome).copied().unwrap_or(0), outcome.name()))
+        .map(|outcome| {
+            let count = audit.outcomes.get(outcome).copied().unwrap_or(0);
+            format!("{count} {}", outcome.name())
+        })
         .collect();
-    screen.line(format_args!("  {total} published = {}", parts.join(" + ")));
-    screen.line("");
+    let total: usize = audit.outcomes.values().sum();
+    let equals = if total == TOTAL { "=" } else { "≠" };
+    line(format_args!(
+        "\n  {TOTAL} published {equals} {}\n  {} mails at the SMTP servers, {} final reports",
+        parts.join(" + "),
+        audit.mails,
+        audit.finals
+    ));
+    line("");
     for (good, text) in &audit.checks {
         screen.check(*good, text);
     }
@@ -37,9 +44,9 @@ pub(crate) fn print(screen: &Screen, audit: &Audit) -> bool {
         .max()
         .unwrap_or(0);
     for (name, value) in &audit.figures {
-        screen.line(format_args!("  {name:width$}  {value}"));
+        line(format_args!("  {name:width$}  {value}"));
     }
-    let good = audit.is_good() && total == TOTAL;
+    let good = audit.problems.is_empty() && total == TOTAL;
     if good {
         screen.verdict(
             true,
@@ -53,51 +60,37 @@ pub(crate) fn print(screen: &Screen, audit: &Audit) -> bool {
     }
     let more = audit.problems.len().saturating_sub(MOST_PROBLEMS);
     if more > 0 {
-        screen.line(format_args!("  … and {more} more"));
+        line(format_args!("  … and {more} more"));
     }
     false
 }
 
-/// A row per kind; the published messages by outcome.
-fn table(screen: &Screen, audit: &Audit) -> BTreeMap<Outcome, usize> {
+/// A row per kind.
+fn table(screen: &Screen, audit: &Audit) {
     let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
-    table.set_header(["", "JOBS", "PUBLISHED", "EXPECTED", "MAILS SENT", "FINAL REPORTS"]);
-    let mut sums = BTreeMap::new();
-    let (mut mails, mut finals) = (0, 0);
+    table.load_style(
+        TableStyle::new()
+            .header_lines(ContentLineStyle::none())
+            .header_separator(LineStyle::none().fill('─'))
+            .content_lines(ContentLineStyle::none()),
+    );
+    table.set_header(["", "WHAT", "JOBS", "OUTCOME", "MAILS", "FINAL REPORTS"]);
     for row in &audit.rows {
-        let mut expected = String::new();
-        for (outcome, count) in &row.outcomes {
-            *sums.entry(*outcome).or_default() += count;
-            let _ = write!(expected, "{}", outcome.name());
-        }
-        mails += row.mails;
-        finals += row.finals;
         table.add_row([
             screen.mark(row.good),
             row.kind.share().label.to_owned(),
             row.published.to_string(),
-            expected,
+            row.outcome.name().to_owned(),
             row.mails.to_string(),
             row.finals.to_string(),
         ]);
     }
-    let published: usize = sums.values().sum();
-    table.add_row([
-        String::new(),
-        "together".to_owned(),
-        published.to_string(),
-        String::new(),
-        mails.to_string(),
-        finals.to_string(),
-    ]);
     for column in [2, 4, 5] {
         if let Some(column) = table.column_mut(column) {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
-    screen.line(table);
-    sums
+    line(table);
 }
 
 /// Where to look, as long as everything runs.
@@ -141,7 +134,7 @@ pub(crate) fn invite(screen: &Screen, world: &World) -> Result<(), String> {
         format!("(. {variables}; {program} send --level high examples/jobs/transactional.json)"),
     ));
     for (name, place) in places {
-        screen.line(format_args!("  {name:<14} {place}"));
+        line(format_args!("  {name:<14} {place}"));
     }
     Ok(())
 }
@@ -160,11 +153,11 @@ fn write_variables(world: &World, path: &std::path::Path) -> std::io::Result<()>
 }
 
 /// Logs stay if something went wrong.
-pub(crate) fn tidy(screen: &Screen, world: &World, good: bool) {
+pub(crate) fn tidy(world: &World, good: bool) {
     if good {
         let _ = std::fs::remove_dir_all(&world.folder);
     } else {
-        screen.line(format_args!(
+        line(format_args!(
             "\nLogs of workers and bridge: {}",
             world.folder.display()
         ));

@@ -107,11 +107,19 @@ async fn login(
     Ok(without(reply, &[&encoded, secret]))
 }
 
-/// Some servers quote the command they do not understand; a reply goes into reports and logs.
+/// Some servers quote the command they do not understand; a reply goes into reports and logs. The text was cut at its
+/// longest, so a long secret may be there in part: from its beginning on nothing is kept.
 fn without(mut reply: Reply, secrets: &[&str]) -> Reply {
+    const BEGINNING: usize = 12;
     for secret in secrets.iter().filter(|secret| !secret.is_empty()) {
         if reply.text.contains(secret) {
             reply.text = reply.text.replace(secret, "***");
+        }
+        if let Some(beginning) = secret.get(..BEGINNING)
+            && let Some(place) = reply.text.find(beginning)
+        {
+            reply.text.truncate(place);
+            reply.text.push_str("***");
         }
     }
     reply
@@ -139,5 +147,12 @@ mod tests {
             without(reply, &["AGEAYg==", ""]).text,
             "unknown command AUTH PLAIN ***"
         );
+    }
+
+    #[test]
+    fn a_quoted_password_cut_at_the_longest_reply_is_struck_out_as_well() {
+        let password = "long-password-".repeat(200);
+        let reply = Reply::new(500, &format!("unknown command {password}"));
+        assert_eq!(without(reply, &[&password]).text, "unknown command ***");
     }
 }

@@ -259,10 +259,8 @@ async fn whatever_is_no_job_is_dead_lettered_with_the_reason_and_the_worker_goes
     // Each was told once, and nobody else's tenant was.
     assert_eq!(all.iter().filter(|r| r.kind() == "mail.rejected").count(), told);
     assert!(all.iter().all(|r| r.tenant() != "other"));
-    assert_eq!(
-        worker.metric(r#"postroom_jobs_total{outcome="rejected"}"#).await,
-        cases.len() as f64
-    );
+    let rejected = worker.metric(r#"postroom_jobs_total{outcome="rejected"}"#).await;
+    assert_eq!(rejected.round() as usize, cases.len());
     assert_eq!(server.received_count(), 1);
     assert_healthy(&worker).await;
 }
@@ -335,7 +333,7 @@ async fn a_job_of_a_newer_contract_is_kept_for_a_newer_worker() {
     world.publish(Level::High, "acme", &good("now", "acme")).await;
     assert_eq!(reports.final_of("now").await.kind(), "mail.sent");
     // It comes around, without being counted as delivered too often.
-    eventually(std::time::Duration::from_secs(60), || async {
+    eventually(std::time::Duration::from_mins(1), || async {
         worker.metric(r#"postroom_jobs_total{outcome="too_new"}"#).await >= 2.0
     })
     .await;

@@ -26,24 +26,8 @@ async fn waits(world: &World, id: &str) {
     .await;
 }
 
-#[tokio::test]
-async fn a_waiting_job_can_be_seen_cancelled_and_released() {
-    let world = World::ready().await;
-    let server = SmtpServer::builder().start().await;
-    account(&world, "acme", &server, &[]).await;
-    let mut reports = world.reports().await;
-    let _worker = world.start_worker().await;
-    let mut first = scheduled("acme", "first");
-    first["metadata"] = json!({"order": 7});
-    first["tags"] = json!(["news"]);
-    first["batch"] = json!("b1");
-    world.publish(Level::Low, "acme", &first).await;
-    world
-        .publish(Level::High, "acme", &scheduled("acme", "second"))
-        .await;
-    waits(&world, "first").await;
-    waits(&world, "second").await;
-
+/// The two waiting jobs in the list, and all that is known of the first.
+async fn shown_as_waiting(world: &World) {
     let listed = world
         .postroom(&["job", "list", "--tenant", "acme", "--state", "waiting", "--json"])
         .await
@@ -69,6 +53,27 @@ async fn a_waiting_job_can_be_seen_cancelled_and_released() {
     ] {
         assert_eq!(shown[name], value, "{name} in {shown}");
     }
+}
+
+#[tokio::test]
+async fn a_waiting_job_can_be_seen_cancelled_and_released() {
+    let world = World::ready().await;
+    let server = SmtpServer::builder().start().await;
+    account(&world, "acme", &server, &[]).await;
+    let mut reports = world.reports().await;
+    let _worker = world.start_worker().await;
+    let mut first = scheduled("acme", "first");
+    first["metadata"] = json!({"order": 7});
+    first["tags"] = json!(["news"]);
+    first["batch"] = json!("b1");
+    world.publish(Level::Low, "acme", &first).await;
+    world
+        .publish(Level::High, "acme", &scheduled("acme", "second"))
+        .await;
+    waits(&world, "first").await;
+    waits(&world, "second").await;
+
+    shown_as_waiting(&world).await;
 
     let said = world
         .postroom(&["job", "cancel", "acme", "first"])

@@ -8,16 +8,18 @@ use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use jiff::{SignedDuration, Timestamp};
 use lapin::BasicProperties;
-use lapin::types::AMQPValue;
+use lapin::types::{AMQPValue, FieldTable};
 use postroom::level::Level;
 use postroom_testkit::smtp::{Action, Phase, RcptRule, Script, SmtpServer};
+use postroom_testkit::webhook::WebhookReceiver;
 use serde_json::{Value, json};
 
+use crate::sends::account_with_password;
 use crate::support::{Received, Reports, World};
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_mins(1);
 
-fn job(id: &str, tenant: &str, smtp_override: Value) -> Value {
+fn job(id: &str, tenant: &str, smtp_override: &Value) -> Value {
     json!({
         "id": id, "tenant": tenant, "from": "shop@example.com", "to": "ann@example.org", "subject": "s",
         "text": "t", "smtp_override": smtp_override,
@@ -80,11 +82,11 @@ async fn an_override_in_clear_or_sealed_sends_one_job_and_its_connection_is_not_
     sent_by_override(
         &world,
         &mut reports,
-        &job("plain", "acme", server_of(&server, "once")),
+        &job("plain", "acme", &server_of(&server, "once")),
     )
     .await;
     let token = sealed(&world, &server, "acme", SignedDuration::from_hours(1));
-    sent_by_override(&world, &mut reports, &job("sealed", "acme", token)).await;
+    sent_by_override(&world, &mut reports, &job("sealed", "acme", &token)).await;
     server.wait_closed(LIMIT).await;
     let counters = server.counters();
     assert_eq!((counters.connections, counters.auth_ok), (2, 2));
@@ -102,7 +104,7 @@ async fn an_override_in_clear_or_sealed_sends_one_job_and_its_connection_is_not_
         ),
         ("broken", json!("eyJh..aaaa.bbbb.cccc"), "override_invalid"),
     ] {
-        world.publish(Level::High, "acme", &job(id, "acme", token)).await;
+        world.publish(Level::High, "acme", &job(id, "acme", &token)).await;
         let report = reports.final_of(id).await;
         assert_eq!((report.kind(), report.reason()), ("mail.failed", reason));
     }
@@ -120,7 +122,7 @@ async fn a_parked_override_is_sealed_in_the_database_and_works_afterwards() {
         .await;
     let mut reports = world.reports().await;
     let mut worker = world.start_worker().await;
-    let mut later = job("later", "acme", server_of(&server, "once-canary"));
+    let mut later = job("later", "acme", &server_of(&server, "once-canary"));
     later["send_at"] = json!((Timestamp::now() + SignedDuration::from_secs(4)).to_string());
     world.publish(Level::High, "acme", &later).await;
     let sql = world.sql().await;
@@ -150,7 +152,9 @@ async fn a_parked_override_is_sealed_in_the_database_and_works_afterwards() {
 fn forms(password: &str) -> Vec<String> {
     let mut forms = vec![password.to_owned(), STANDARD.encode(password)];
     forms.push(STANDARD.encode(format!("\0u\0{password}")));
-    forms.push(password.bytes().map(|byte| format!("{byte:02x}")).collect());
+    // As Postgres and Debug show bytes.
+    forms.push(format!("{:02x?}", password.as_bytes()).replace([',', ' ', '[', ']'], ""));
+    forms.push(format!("{:?}", password.as_bytes()).replace(['[', ']'], ""));
     // Inside a longer text in base64: whatever its offset there, its middle looks like one of these.
     for offset in 0..3 {
         let shifted = STANDARD.encode(format!("{}{password}", "x".repeat(offset)));
@@ -220,7 +224,7 @@ async fn drain(world: &World, hay: &mut Haystack) -> usize {
         "mail.unroutable",
     ] {
         while let Some(message) = world.amqp().await.get(queue).await {
-            for (name, value) in message.properties.headers().iter().flat_map(|h| h.inner()) {
+            for (name, value) in message.properties.headers().iter().flat_map(FieldTable::inner) {
                 let bytes = match value {
                     AMQPValue::LongString(text) => text.as_bytes().to_vec(),
                     other => format!("{other:?}").into_bytes(),
@@ -234,150 +238,167 @@ async fn drain(world: &World, hay: &mut Haystack) -> usize {
     found
 }
 
-#[tokio::test]
-async fn no_password_is_in_logs_database_queues_reports_or_metrics() {
-    const ACCOUNT: &str = "account-Kanarienvogel-1";
-    const OVERRIDE: &str = "override-Kanarienvogel-2";
-    const WRONG: &str = "wrong-Kanarienvogel-3";
-    let mut world = tenant_world().await;
-    world.set(
-        "POSTROOM_LOG",
-        "trace,lapin=trace,tokio_postgres=trace,rustls=trace,lettre=trace,postroom=trace",
-    );
-    let echo = "500 5.5.1 Unknown command AUTH PLAIN ";
+const ACCOUNT: &str = "account-Kanarienvogel-1";
+const OVERRIDE: &str = "override-Kanarienvogel-2";
+const WRONG: &str = "wrong-Kanarienvogel-3";
+const BEARER: &str = "bearer-Kanarienvogel-4";
+
+/// Takes [`ACCOUNT`] and [`OVERRIDE`].
+async fn open_server() -> SmtpServer {
     let script = Script::new()
         .recipient("deferred", RcptRule::defer_first(1, "451 4.7.1 Greylisted"))
         .recipient("refused", RcptRule::refuse("550 5.1.1 No such user"));
-    let server = SmtpServer::builder()
-        .auth("u", ACCOUNT)
-        .auth("u", OVERRIDE)
-        .script(script)
-        .start()
-        .await;
-    // It quotes what it was sent, as some servers do.
-    let quoted = format!("{echo}{}", STANDARD.encode(format!("\0u\0{WRONG}")));
-    let closed = SmtpServer::builder()
-        .auth("u", "p")
-        .script(Script::new().on(Phase::Auth, Action::Reply(quoted)))
-        .start()
-        .await;
-    for (name, server, password) in [("main", &server, ACCOUNT), ("closed", &closed, WRONG)] {
-        let port = server.port().to_string();
-        let arguments = [
-            "account",
-            "set",
-            "acme",
-            name,
-            "--host",
-            "127.0.0.1",
-            "--port",
-            &port,
-            "--tls",
-            "none",
-            "--username",
-            "u",
-            "--password-stdin",
-            "--allow-plaintext-auth",
-            "--max-attempts",
-            "2",
-        ];
-        world
-            .postroom_stdin(&arguments, password.as_bytes())
-            .await
-            .success();
-    }
-    let mut reports = world.reports().await;
-    let mut worker = world.start_worker().await;
+    let server = SmtpServer::builder().auth("u", ACCOUNT).auth("u", OVERRIDE);
+    server.script(script).start().await
+}
 
-    let plain = |id: &str| {
-        let mut job = job(id, "acme", Value::Null);
-        job["account"] = json!("main");
-        job
-    };
-    let with = |id: &str, field: &str, value: Value| {
-        let mut job = if id.starts_with("override") {
-            job(id, "acme", server_of(&server, OVERRIDE))
-        } else {
-            plain(id)
-        };
-        job[field] = value;
-        job
-    };
+/// Refuses [`WRONG`] and quotes what it was sent, as some servers do.
+async fn closed_server() -> SmtpServer {
+    let sent = STANDARD.encode(format!("\0u\0{WRONG}"));
+    let quoted = format!("500 5.5.1 Unknown command AUTH PLAIN {sent}");
+    let script = Script::new().on(Phase::Auth, Action::Reply(quoted));
+    SmtpServer::builder().auth("u", "p").script(script).start().await
+}
+
+fn plain(id: &str, field: &str, value: Value) -> Value {
+    let mut job = job(id, "acme", &Value::Null);
+    job["account"] = json!("main");
+    job[field] = value;
+    job
+}
+
+fn overridden(id: &str, server: &SmtpServer, field: &str, value: Value) -> Value {
+    let mut job = job(id, "acme", &server_of(server, OVERRIDE));
+    job[field] = value;
+    job
+}
+
+/// Jobs that are sent, deferred, refused, parked, and refused at the login.
+fn jobs(server: &SmtpServer, closed: &SmtpServer) -> [Value; 8] {
     let soon = json!((Timestamp::now() + SignedDuration::from_secs(2)).to_string());
-    let jobs = [
-        plain("sent"),
-        with("deferred", "to", json!("deferred@example.org")),
-        with("refused", "to", json!("refused@example.org")),
-        with("closed", "account", json!("closed")),
-        with("override-sent", "subject", json!("s")),
-        with("override-later", "send_at", soon),
-        with("override-refused", "to", json!("refused@example.org")),
-        job("override-closed", "acme", server_of(&closed, WRONG)),
-    ];
-    for job in &jobs {
-        world.publish(Level::High, "acme", job).await;
-    }
-    // Into the dead letters: invalid, not JSON, unreadable, in a wrong place, compressed.
-    let invalid = with("override-invalid", "subjekt", json!("s")).to_string();
-    let stranger = job("stranger", "nobody", server_of(&server, OVERRIDE)).to_string();
+    [
+        plain("sent", "subject", json!("s")),
+        plain("deferred", "to", json!("deferred@example.org")),
+        plain("refused", "to", json!("refused@example.org")),
+        plain("closed", "account", json!("closed")),
+        overridden("override-sent", server, "subject", json!("s")),
+        overridden("override-later", server, "send_at", soon),
+        overridden("override-refused", server, "to", json!("refused@example.org")),
+        job("override-closed", "acme", &server_of(closed, WRONG)),
+    ]
+}
+
+/// Publishes what ends in the dead letters: invalid, of a stranger, misspelt, cut off, said to be compressed, of another
+/// type. Returns how many.
+async fn publish_bad(world: &World, server: &SmtpServer) -> u32 {
+    let invalid = overridden("override-invalid", server, "subjekt", json!("s")).to_string();
+    let stranger = job("stranger", "nobody", &server_of(server, OVERRIDE)).to_string();
     let misspelt = invalid.replace("smtp_override", "smtp_overide");
     let cut = &invalid[..invalid.len() - 3];
-    let encoded = BasicProperties::default().with_content_encoding("br".into());
+    let none = BasicProperties::default;
+    let bad = [
+        ("high.acme", none(), invalid.as_str()),
+        ("high.nobody", none(), &stranger),
+        ("high.acme", none(), &misspelt),
+        ("high.acme", none(), cut),
+        ("high.acme", none().with_content_encoding("br".into()), &invalid),
+        ("high.acme", none().with_type("x".into()), &invalid),
+    ];
+    let count = bad.len() as u32;
     let amqp = world.amqp().await;
-    for (key, properties, body) in [
-        ("high.acme", BasicProperties::default(), invalid.as_str()),
-        ("high.nobody", BasicProperties::default(), &stranger),
-        ("high.acme", BasicProperties::default(), &misspelt),
-        ("high.acme", BasicProperties::default(), cut),
-        ("high.acme", encoded, &invalid),
-        (
-            "high.acme",
-            BasicProperties::default().with_type("x".into()),
-            &invalid,
-        ),
-    ] {
+    for (key, properties, body) in bad {
         amqp.publish("mail.jobs", key, properties, body.as_bytes()).await;
     }
-    world.wait_depth("mail.jobs.dead", 6).await;
-    // While `override-closed` waits for its next try, everything is where it may be found.
-    reports
-        .until(|all| all.iter().any(|r| r.job() == "override-closed"))
-        .await;
-    let mut hay = Haystack(Vec::new());
-    dump(&world, &mut hay).await;
-    for job in &jobs[..7] {
-        let id = job["id"].as_str().unwrap();
-        reports.final_of(id).await;
-    }
-    dump(&world, &mut hay).await;
-    let listed = world.postroom(&["dead", "show", "--all"]).await.success();
-    hay.add("dead show", listed);
-    for arguments in [
-        &["account", "show", "acme", "main", "--json"][..],
-        &["job", "list", "--json"],
+    world.wait_depth("mail.jobs.dead", count).await;
+    count
+}
+
+/// What commands print.
+async fn ask(world: &World, hay: &mut Haystack) {
+    for line in [
+        "dead show --all",
+        "account show acme main --json",
+        "account list acme",
+        "endpoint show acme --json",
+        "job list --json",
+        "job show acme sent --json",
     ] {
-        hay.add(arguments[0], world.postroom(arguments).await.success());
+        let arguments: Vec<_> = line.split_whitespace().collect();
+        hay.add(line, world.postroom(&arguments).await.success());
     }
-    assert_eq!(drain(&world, &mut hay).await, 6);
-    for report in reports.all() {
-        hay.add("report", report.json.to_string());
-    }
-    hay.add("metrics", worker.get("/metrics").await.unwrap().1);
-    worker.term().await;
-    let logs = worker.logs();
-    hay.add("log", logs);
-    assert_eq!(server.counters().auth_failed, 0);
+}
+
+/// So that a search that finds nothing is known to have looked.
+fn assert_complete(hay: &Haystack) {
     for (name, text) in [
-        ("log", "AUTH PLAIN ***"),
+        ("log of the worker", "AUTH PLAIN ***"),
+        ("log of the bridge", "ready"),
         ("report", "greylisted"),
+        ("webhook", "mail.sent"),
         (".job", "smtp_override"),
         (".account", "v1:test:"),
         ("mail.jobs.dead", "v1:test:"),
         ("header x-dead-detail in mail.jobs.dead", "subjekt"),
+        ("dead show", "x-dead-sealed"),
         ("metrics", "postroom_jobs_total"),
     ] {
         hay.assert_holds(name, text);
     }
-    hay.assert_without(&[ACCOUNT, OVERRIDE, WRONG]);
-    assert!(server.counters().auth_ok >= 2);
+}
+
+#[tokio::test]
+async fn no_password_is_in_logs_database_queues_reports_or_metrics() {
+    let mut world = tenant_world().await;
+    let everything =
+        "trace,lapin=trace,tokio_postgres=trace,rustls=trace,lettre=trace,reqwest=trace,hyper=trace";
+    world.set("POSTROOM_LOG", everything);
+    let (server, closed) = (open_server().await, closed_server().await);
+    account_with_password(&world, "main", &server, ACCOUNT, "").await;
+    account_with_password(&world, "closed", &closed, WRONG, "--max-attempts 2").await;
+    let receiver = WebhookReceiver::start().await.unwrap();
+    let url = receiver.url("/hook");
+    let endpoint = [
+        "endpoint",
+        "set",
+        "acme",
+        "--url",
+        &url,
+        "--bearer-stdin",
+        "--generate-secret",
+    ];
+    world.postroom_stdin(&endpoint, BEARER.as_bytes()).await.success();
+    let mut reports = world.reports().await;
+    let (mut worker, mut bridge) = (world.start_worker().await, world.start_bridge().await);
+
+    let jobs = jobs(&server, &closed);
+    for job in &jobs {
+        world.publish(Level::High, "acme", job).await;
+    }
+    let bad = publish_bad(&world, &server).await;
+    // While `override-closed` waits for its next try, everything is where it may be found.
+    let closed_told = reports.until(|all| all.iter().any(|r| r.job() == "override-closed"));
+    closed_told.await;
+    let mut hay = Haystack(Vec::new());
+    dump(&world, &mut hay).await;
+    for job in &jobs[..7] {
+        reports.final_of(job["id"].as_str().unwrap()).await;
+    }
+    for request in receiver.wait_for(7, LIMIT).await.unwrap() {
+        assert_eq!(request.header("authorization"), format!("Bearer {BEARER}"));
+        hay.add("webhook", request.body.to_vec());
+    }
+    dump(&world, &mut hay).await;
+    ask(&world, &mut hay).await;
+    assert_eq!(drain(&world, &mut hay).await, bad as usize);
+    for report in reports.all() {
+        hay.add("report", report.json.to_string());
+    }
+    for (name, process) in [("worker", &mut worker), ("bridge", &mut bridge)] {
+        hay.add("metrics", process.get("/metrics").await.unwrap().1);
+        process.term().await;
+        hay.add(format!("log of the {name}"), process.logs());
+    }
+    assert!(server.counters().auth_ok >= 2, "the passwords were used");
+    assert_complete(&hay);
+    hay.assert_without(&[ACCOUNT, OVERRIDE, WRONG, BEARER]);
 }

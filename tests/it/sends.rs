@@ -29,6 +29,24 @@ pub(crate) async fn account(world: &World, tenant: &str, server: &SmtpServer, mo
     world.postroom(&arguments).await.success();
 }
 
+/// An account with user `u` and this password at a server without TLS; `more` is further arguments in one line.
+pub(crate) async fn account_with_password(
+    world: &World,
+    name: &str,
+    server: &SmtpServer,
+    password: &str,
+    more: &str,
+) {
+    let port = server.port();
+    let line = format!(
+        "account set acme {name} --host 127.0.0.1 --port {port} --tls none --username u --password-stdin \
+         --allow-plaintext-auth {more}"
+    );
+    let arguments: Vec<_> = line.split_whitespace().collect();
+    let set = world.postroom_stdin(&arguments, password.as_bytes()).await;
+    set.success();
+}
+
 #[tokio::test]
 async fn a_published_job_is_sent_and_reported() {
     let world = World::ready().await;

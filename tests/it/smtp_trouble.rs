@@ -9,7 +9,7 @@ use serde_json::json;
 
 use crate::support::{Received, Reports, World, eventually};
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_mins(1);
 
 async fn publish(world: &World, id: &str, account: &str) {
     let job = json!({

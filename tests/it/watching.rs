@@ -114,6 +114,7 @@ async fn metrics_count_what_happened_and_each_attempt_is_one_line_without_addres
     for line in logs.lines() {
         assert!(serde_json::from_str::<Value>(line).is_ok(), "not JSON: {line}");
     }
+    assert!(!logs.contains(r#""level":"ERROR""#), "nothing went wrong: {logs}");
     let mut attempts: Vec<(String, u64, String)> = logs
         .lines()
         .map(|line| serde_json::from_str::<Value>(line).unwrap())

@@ -5,7 +5,7 @@ use postroom::level::Level;
 use postroom_testkit::smtp::{Action, Phase, RcptRule, Received as Mail, Script, SmtpServer};
 use serde_json::{Value, json};
 
-use crate::sends::account;
+use crate::sends::{account, account_with_password};
 use crate::support::{Received, Reports, World};
 
 fn job(id: &str, tenant: &str, more: &Value) -> Value {
@@ -190,112 +190,75 @@ async fn the_platform_sends_for_a_tenant_without_account_where_the_policy_says_s
     assert_eq!(author(&platform.received()[1]).0, "Shop <post@platform.example>");
 }
 
-#[tokio::test]
-async fn the_platform_sends_after_a_failure_of_the_account_but_never_after_one_of_the_recipient() {
+/// The platform, and tenant `acme` (named Acme) that may fall back to it, with `own` as its default account.
+async fn world_with_fallback(platform: &SmtpServer, own: &SmtpServer) -> World {
     let world = World::ready().await;
-    let platform = SmtpServer::builder().start().await;
-    add_account(
-        &world,
-        "-",
-        "relay",
-        &platform,
-        &["--from", "post@platform.example"],
-    )
-    .await;
-    let script = Script::new()
-        .recipient(
-            "gone",
-            RcptRule::refuse("550 5.1.1 No such user <gone@example.org>"),
-        )
-        .recipient("later", RcptRule::refuse("451 4.2.2 Mailbox full"));
-    let own = SmtpServer::builder().script(script).start().await;
-    account(&world, "acme", &own, &[]).await;
-    set(
-        &world,
-        &[
-            "tenant",
-            "set",
-            "acme",
-            "--name",
-            "Acme",
-            "--fallback",
-            "platform",
-        ],
-    )
-    .await;
-    let closed = SmtpServer::builder()
-        .script(Script::new().on(
-            Phase::Auth,
-            Action::reply("535 5.7.8 Authentication credentials invalid"),
-        ))
-        .auth("u", "p")
-        .start()
-        .await;
-    let port = closed.port().to_string();
-    let locked_out = [
-        "account",
+    let from = ["--from", "post@platform.example"];
+    add_account(&world, "-", "relay", platform, &from).await;
+    account(&world, "acme", own, &[]).await;
+    let fallback = [
+        "tenant",
         "set",
         "acme",
-        "locked",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        &port,
-        "--tls",
-        "none",
-        "--username",
-        "u",
-        "--password-stdin",
-        "--allow-plaintext-auth",
-        "--from",
-        "acme@example.com",
+        "--name",
+        "Acme",
+        "--fallback",
+        "platform",
     ];
-    world.postroom_stdin(&locked_out, b"wrong").await.success();
-    let mut reports = world.reports().await;
-    let worker = world.start_worker().await;
+    set(&world, &fallback).await;
+    world
+}
 
-    let after_535 = job("auth", "acme", &json!({"account": "locked"}));
-    let after_535 = outcome(&world, &mut reports, &after_535).await;
-    assert_eq!(after_535.kind(), "mail.sent", "{}", after_535.json);
+#[tokio::test]
+async fn the_platform_sends_when_the_login_of_the_account_is_refused() {
+    let platform = SmtpServer::builder().start().await;
+    let script = Script::new().on(Phase::Auth, Action::reply("535 5.7.8 Credentials invalid"));
+    let closed = SmtpServer::builder().script(script).auth("u", "p").start().await;
+    let world = world_with_fallback(&platform, &closed).await;
+    account_with_password(&world, "main", &closed, "wrong", "--from acme@example.com").await;
+    let mut reports = world.reports().await;
+    let _worker = world.start_worker().await;
+
+    let sent = outcome(&world, &mut reports, &job("1", "acme", &json!({}))).await;
+    assert_eq!(sent.kind(), "mail.sent", "{}", sent.json);
     let expected = json!({"via": "platform", "account": "-/relay", "reason": "send_error"});
-    assert_eq!(sender(&after_535), &expected);
+    assert_eq!(sender(&sent), &expected);
     let reply_to = Some(" <acme@example.com>".to_owned());
+    let mail = platform.received().remove(0);
     assert_eq!(
-        author(&platform.received()[0]),
+        author(&mail),
         ("Acme <post@platform.example>".to_owned(), reply_to)
     );
+    assert_eq!(closed.received_count(), 0);
 
-    let refused = outcome(
-        &world,
-        &mut reports,
-        &job("gone", "acme", &json!({"to": "gone@example.org"})),
-    )
-    .await;
-    assert_eq!(refused.kind(), "mail.failed");
-    assert_eq!(refused.json["data"]["class"], "recipient");
-    assert_eq!(sender(&refused)["via"], "account");
-    world
-        .publish(
-            Level::High,
-            "acme",
-            &job("later", "acme", &json!({"to": "later@example.org"})),
-        )
-        .await;
-    reports
-        .until(|all| {
-            all.iter()
-                .any(|r| r.job() == "later" && r.kind() == "mail.deferred")
-        })
-        .await;
-    assert_eq!(
-        platform.received_count(),
-        1,
-        "only the refused login went to the platform"
-    );
-    // What the server quotes is masked as well.
-    let logs = worker.logs();
-    assert!(
-        logs.contains("***@example.org") && !logs.contains("gone@"),
-        "{logs}"
-    );
+    // Without that policy the mail waits for the right password.
+    let never = job("2", "acme", &json!({"fallback": "never"}));
+    world.publish(Level::High, "acme", &never).await;
+    let all = reports.until(|all| all.iter().any(|r| r.job() == "2")).await;
+    let waiting = all.iter().find(|r| r.job() == "2").unwrap();
+    assert_eq!(waiting.kind(), "mail.deferred");
+    assert_eq!(waiting.json["data"]["class"], "auth");
+}
+
+#[tokio::test]
+async fn the_platform_never_sends_after_a_fault_of_the_recipient() {
+    let script = Script::new()
+        .recipient("gone", RcptRule::refuse("550 5.1.1 No such user"))
+        .recipient("later", RcptRule::refuse("451 4.2.2 Mailbox full"));
+    let platform = SmtpServer::builder().start().await;
+    let own = SmtpServer::builder().script(script).start().await;
+    let world = world_with_fallback(&platform, &own).await;
+    let mut reports = world.reports().await;
+    let _worker = world.start_worker().await;
+
+    let gone = job("gone", "acme", &json!({"to": "gone@example.org"}));
+    let gone = outcome(&world, &mut reports, &gone).await;
+    assert_eq!(gone.kind(), "mail.failed");
+    assert_eq!(gone.json["data"]["class"], "recipient");
+    assert_eq!(sender(&gone)["via"], "account");
+    let later = job("later", "acme", &json!({"to": "later@example.org"}));
+    world.publish(Level::High, "acme", &later).await;
+    let is_deferred = |r: &Received| r.job() == "later" && r.kind() == "mail.deferred";
+    reports.until(|all| all.iter().any(is_deferred)).await;
+    assert_eq!(platform.counters().connections, 0);
 }

@@ -5,8 +5,8 @@ use serde_json::Value;
 use super::links::Link;
 use super::mail;
 use super::seen::{Seen, SeenMail};
+use crate::hook::Hook;
 use crate::plan::{Expect, Mail, Message};
-use crate::run::Hook;
 
 /// Mails of the message's job.
 pub(super) fn mails<'a>(message: &Message, seen: &'a Seen) -> &'a [SeenMail] {

@@ -1,13 +1,13 @@
 //! Everything that can be seen from outside, gathered once.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::time::Instant;
 
 use mail_parser::MessageParser;
 use postroom_testkit::smtp::Received;
 use serde_json::Value;
 
-use crate::run::{Hook, hooks, metrics};
+use crate::hook::{Hook, hooks};
+use crate::process::{Process, metrics};
 use crate::setup::World;
 
 /// A mail at one of the SMTP servers.
@@ -23,8 +23,8 @@ pub(super) struct Seen {
     pub(super) mails: HashMap<String, Vec<SeenMail>>,
     /// Webhooks as they came, repeats among them.
     pub(super) hooks: Vec<Hook>,
-    /// Different events among them.
-    pub(super) events: usize,
+    /// The first webhook of every event, as positions in `hooks`.
+    pub(super) events: Vec<usize>,
     /// Final events by tenant and job, as positions in `hooks`; `None` for those that name no job.
     pub(super) finals: HashMap<Option<(String, String)>, Vec<usize>>,
     /// What `postroom job list` says, by tenant and job.
@@ -32,7 +32,7 @@ pub(super) struct Seen {
     /// Dead letters by reason.
     pub(super) dead: BTreeMap<String, usize>,
     /// Repeats recognised, by the workers' own count.
-    pub(super) duplicates: u64,
+    pub(super) repeats: u64,
     /// CPU seconds and resident bytes of the workers together.
     pub(super) cpu: f64,
     pub(super) memory: f64,
@@ -42,16 +42,19 @@ impl Seen {
     pub(super) async fn gather(world: &World) -> Result<Self, String> {
         let hooks = hooks(world);
         let mut finals: HashMap<_, Vec<usize>> = HashMap::new();
-        let mut events = HashSet::new();
+        let (mut ids, mut events) = (HashSet::new(), Vec::new());
         for (index, hook) in hooks.iter().enumerate() {
-            if !events.insert(hook.request.event_id().to_owned()) || !hook.is_final() {
+            if !ids.insert(hook.request.event_id().to_owned()) {
+                continue;
+            }
+            events.push(index);
+            if !hook.is_final() {
                 continue;
             }
             let (tenant, job) = (hook.text("tenant").to_owned(), hook.text("job").to_owned());
             let key = (!job.is_empty()).then_some((tenant, job));
             finals.entry(key).or_default().push(index);
         }
-        let events = events.len();
         let listed = world
             .postroom
             .run(&["job", "list", "--limit", "5000", "--json"], "")
@@ -65,7 +68,7 @@ impl Seen {
             let reason = letter["reason"].as_str().unwrap_or_default().to_owned();
             *dead.entry(reason).or_default() += 1;
         }
-        let pages = metrics(world).await;
+        let pages = metrics(&world.workers, &world.http).await;
         let sum = |series: &str| pages.iter().map(|page| page.sum(series)).sum::<f64>();
         let mut seen = Self {
             mails: HashMap::new(),
@@ -73,8 +76,8 @@ impl Seen {
             finals,
             ledger: ledger.collect(),
             dead,
-            duplicates: sum("postroom_jobs_total{outcome=\"duplicate\"}") as u64,
-            cpu: sum("process_cpu_seconds_total"),
+            repeats: sum("postroom_jobs_total{outcome=\"duplicate\"}") as u64,
+            cpu: world.workers.iter().filter_map(Process::cpu).sum(),
             memory: sum("process_resident_memory_bytes"),
             hooks,
         };
@@ -106,14 +109,6 @@ impl Seen {
             .collect();
         mails.sort_by_key(|mail| mail.received.at);
         mails
-    }
-
-    /// When they were taken.
-    pub(super) fn times_of(&self, login: &str) -> Vec<Instant> {
-        self.mails_of_login(login)
-            .iter()
-            .map(|mail| mail.received.at)
-            .collect()
     }
 }
 
