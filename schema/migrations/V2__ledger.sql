@@ -86,6 +86,9 @@ CREATE TABLE lane (
     fifo    bigint NOT NULL DEFAULT 0,
     -- When its last turn was: of those that wait for the same limit, who has waited longest comes first.
     served_at timestamptz NOT NULL DEFAULT '-infinity',
+    -- No job of the lane is due before: the search begins here, and not among the index entries of those long gone,
+    -- which stay as long as any transaction is open anywhere (a backup).
+    oldest_at timestamptz NOT NULL DEFAULT '-infinity',
     PRIMARY KEY (account, level, tenant)
 ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
 CREATE INDEX lane_next ON lane (level, next_at);
@@ -771,20 +774,21 @@ SET enable_bitmapscan = off SET jit = off AS $$
         SELECT x.account, x.level, x.tenant, x.state, x.due_at, x.reason
         FROM unnest(p_tenants, p_ids) u(t, id) JOIN job x ON x.tenant = u.t AND x.id = u.id
     )
-    INSERT INTO lane AS l (account, level, tenant, next_at, fifo)
+    INSERT INTO lane AS l (account, level, tenant, next_at, fifo, oldest_at)
     SELECT g.account, g.level, g.tenant,
            least(g.soonest, CASE WHEN g.limited THEN greatest(blocked_until(
                (SELECT max(r.next_at) FROM rate r WHERE r.key = ANY (charged_keys(g.tenant, g.account)))),
                clock_timestamp()) END),
-           g.fifo
-    FROM (SELECT x.account, x.level, x.tenant, min(x.due_at) FILTER (WHERE x.reason <> 1) AS soonest,
+           g.fifo, g.oldest
+    FROM (SELECT x.account, x.level, x.tenant, min(x.due_at) AS oldest, min(x.due_at) FILTER (WHERE x.reason <> 1) AS soonest,
                  bool_or(x.reason = 1) AS limited, count(*) FILTER (WHERE x.reason IN (1, 4)) AS fifo
           FROM j x WHERE x.state = 2
           GROUP BY x.account, x.level, x.tenant) g
     ORDER BY g.account, g.level, g.tenant
     ON CONFLICT (account, level, tenant) DO UPDATE
-        SET next_at = least(l.next_at, excluded.next_at), fifo = l.fifo + excluded.fifo
-        WHERE l.next_at > excluded.next_at OR excluded.fifo > 0
+        SET next_at = least(l.next_at, excluded.next_at), fifo = l.fifo + excluded.fifo,
+            oldest_at = least(l.oldest_at, excluded.oldest_at)
+        WHERE l.next_at > excluded.next_at OR excluded.fifo > 0 OR l.oldest_at > excluded.oldest_at
 $$;
 
 -- ── Release ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -802,7 +806,7 @@ SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off
 DECLARE
     v_now timestamptz := clock_timestamp(); v_us bigint; v_held text[]; v_quantum integer; v_limited boolean;
     -- lanes in the order of their turn; what: 0 shut, 1 passed over, 2 behind a more urgent one, 3 ready, 4 ready and unlimited
-    l_a text[]; l_l smallint[]; l_t text[]; l_what integer[]; l_shut bigint[]; l_ready integer;
+    l_a text[]; l_l smallint[]; l_t text[]; l_from timestamptz[]; l_what integer[]; l_shut bigint[]; l_ready integer;
     -- chosen jobs
     j_o integer[]; j_t text[]; j_a text[]; j_id text[]; j_cost integer[]; j_reason smallint[];
     j_granted integer[]; j_valid bigint[]; j_next bigint[]; v_slot bigint; s record;
@@ -810,17 +814,17 @@ BEGIN
     FOR round IN 1 .. 16 LOOP
         -- The lanes whose turn it is.
         IF p_account IS NULL THEN
-            SELECT array_agg(y.account ORDER BY y.n), array_agg(y.level ORDER BY y.n), array_agg(y.tenant ORDER BY y.n)
-                INTO l_a, l_l, l_t
+            SELECT array_agg(y.account ORDER BY y.n), array_agg(y.level ORDER BY y.n), array_agg(y.tenant ORDER BY y.n),
+                   array_agg(y.oldest_at ORDER BY y.n) INTO l_a, l_l, l_t, l_from
             FROM (SELECT d.*, row_number() OVER (ORDER BY d.served_at, d.next_at) AS n FROM (
-                  SELECT z.account, z.level, z.tenant, z.served_at, z.next_at FROM lane z
+                  SELECT z.account, z.level, z.tenant, z.served_at, z.next_at, z.oldest_at FROM lane z
                   WHERE z.level = p_level AND z.next_at <= v_now AND z.account <> ALL (p_exclude)
                   ORDER BY z.next_at LIMIT 64 FOR UPDATE SKIP LOCKED) d) y;
         ELSE
-            SELECT array_agg(y.account ORDER BY y.n), array_agg(y.level ORDER BY y.n), array_agg(y.tenant ORDER BY y.n)
-                INTO l_a, l_l, l_t
+            SELECT array_agg(y.account ORDER BY y.n), array_agg(y.level ORDER BY y.n), array_agg(y.tenant ORDER BY y.n),
+                   array_agg(y.oldest_at ORDER BY y.n) INTO l_a, l_l, l_t, l_from
             FROM (SELECT d.*, row_number() OVER (ORDER BY d.level, d.served_at, d.next_at) AS n FROM (
-                  SELECT z.account, z.level, z.tenant, z.served_at, z.next_at FROM lane z
+                  SELECT z.account, z.level, z.tenant, z.served_at, z.next_at, z.oldest_at FROM lane z
                   WHERE z.account = p_account AND z.level <= p_level AND z.next_at <= v_now
                     AND z.account <> ALL (p_exclude)
                   ORDER BY z.level, z.next_at LIMIT 64 FOR UPDATE SKIP LOCKED) d) y;
@@ -854,7 +858,7 @@ BEGIN
         FROM (SELECT w.*, row_number() OVER turns AS n, sum(w.size) OVER turns - w.size AS before
               FROM (SELECT u.o, u.l, x.tenant, x.account, x.id, x.reason, x.cost, x.size,
                            row_number() OVER (PARTITION BY u.o ORDER BY x.due_at) AS place
-                    FROM unnest(l_t, l_a, l_l, l_what) WITH ORDINALITY u(t, a, l, what, o)
+                    FROM unnest(l_t, l_a, l_l, l_from, l_what) WITH ORDINALITY u(t, a, l, since, what, o)
                     CROSS JOIN LATERAL (
                         SELECT y.tenant, y.account, y.id, y.reason, y.due_at, coalesce(y.body_size, 0) AS size,
                                greatest(coalesce(jsonb_array_length(jsonb_path_query_array(y.recipients,
@@ -862,7 +866,7 @@ BEGIN
                                    (y.properties ->> 'recipients')::integer, 1), 1) AS cost
                         FROM job y
                         WHERE y.account = u.a AND y.level = u.l AND y.tenant = u.t AND y.state = 2
-                          AND y.due_at <= v_now AND NOT y.cancel
+                          AND y.due_at BETWEEN u.since AND v_now AND NOT y.cancel
                         ORDER BY y.due_at LIMIT v_quantum FOR UPDATE SKIP LOCKED) x
                     WHERE u.what >= 3) w
               WINDOW turns AS (ORDER BY CASE WHEN p_account IS NULL THEN 0 ELSE w.l END, w.place, w.o)) q
@@ -883,8 +887,8 @@ BEGIN
             SELECT u.a, u.l, u.t, u.o, u.what, u.shut, coalesce(g.fifo, 0) AS fifo, g.stopped, g.got,
                    CASE WHEN u.what >= 3 THEN
                        (SELECT min(x.due_at) FROM job x WHERE x.account = u.a AND x.level = u.l AND x.tenant = u.t
-                                                         AND x.state = 2 AND NOT x.cancel) END AS more
-            FROM unnest(l_a, l_l, l_t, l_what, l_shut) WITH ORDINALITY u(a, l, t, what, shut, o)
+                                         AND x.due_at >= u.since AND x.state = 2 AND NOT x.cancel) END AS more
+            FROM unnest(l_a, l_l, l_t, l_from, l_what, l_shut) WITH ORDINALITY u(a, l, t, since, what, shut, o)
             LEFT JOIN (SELECT q.o, count(*) FILTER (WHERE q.g > 0 AND q.r IN (1, 4)) AS fifo,
                               max(coalesce(q.x, v_us)) FILTER (WHERE q.g = 0) AS stopped, bool_or(q.g > 0) AS got
                        FROM unnest(j_o, j_granted, j_reason, j_next) q(o, g, r, x) GROUP BY q.o) g ON g.o = u.o
@@ -894,6 +898,7 @@ BEGIN
         )
         UPDATE lane z SET fifo = greatest(z.fifo - u.fifo, 0),
             served_at = CASE WHEN u.got THEN clock_timestamp() ELSE z.served_at END,
+            oldest_at = coalesce(u.more, z.oldest_at),
             next_at = CASE WHEN u.what = 0 THEN blocked_until(u.shut) + u.o * interval '1 microsecond'
                            WHEN u.what = 2 THEN clock_timestamp() + interval '50 milliseconds'
                            WHEN u.stopped IS NOT NULL
