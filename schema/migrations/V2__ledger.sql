@@ -1,6 +1,7 @@
 -- The ledger: one row per job, the waiting room, the rolling limits, the workers and their leases.
 -- Life of a job and the reasons behind each rule: docs/guarantees.md.
--- Lock order everywhere: rate rows, connection caps, jobs, lanes; each by key. A release takes lanes first, but waits
+-- Lock order everywhere: rate rows, connection caps, jobs, lanes; each by key, bytewise (COLLATE "C": arguments have the
+-- database's collation). A release takes lanes first, but waits
 -- for no lock at all. What is left (a limit created in that very moment) ends as 40P01, which callers repeat.
 -- The functions of the hot path fix their plans: with the statistics of an empty table, or of one that has just grown,
 -- the planner would walk all leased or all waiting jobs for every batch. IS NOT DISTINCT FROM keeps it off the partial
@@ -83,12 +84,17 @@ CREATE TABLE lane (
     next_at timestamptz NOT NULL,
     -- Waiting jobs that keep their order (over a limit, or no connection free); later ones queue behind them.
     fifo    bigint NOT NULL DEFAULT 0,
+    -- When its last turn was: of those that wait for the same limit, who has waited longest comes first.
+    served_at timestamptz NOT NULL DEFAULT '-infinity',
+    -- No job of the lane is due before: the search begins here, and not among the index entries of those long gone,
+    -- which stay as long as any transaction is open anywhere (a backup).
+    oldest_at timestamptz NOT NULL DEFAULT '-infinity',
     PRIMARY KEY (account, level, tenant)
 ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
 CREATE INDEX lane_next ON lane (level, next_at);
 
 -- Rolling limits: per key one ring of counters for each limit. A ring covers the window and the time a slot may be
--- used after it was granted, in buckets of 1/120 window; the sum over the whole ring never exceeds the limit.
+-- used after it was granted, in buckets of 1/120 window (no finer than 4 ms); the sum over the whole ring never exceeds the limit.
 CREATE TABLE rate (
     key     text COLLATE "C" PRIMARY KEY,   -- 'acme/' the tenant, 'acme/main' an account
     per     bigint[] NOT NULL,              -- window, µs
@@ -188,7 +194,7 @@ BEGIN
         a_unit[l] := CASE WHEN e ->> 'unit' = 'recipients' THEN 1 ELSE 0 END;
         a_since[l] := v_now + 1;
         a_lim[l] := (e ->> 'limit')::integer;
-        a_width[l] := greatest(w / 120, 1);
+        a_width[l] := greatest(w / 120, d / 60);    -- a row must fit its page, however short the window
         -- as many whole buckets as window and validity can touch
         n := ((w + d + a_width[l] - 1) / a_width[l])::integer + 1;
         a_size[l] := n;
@@ -397,7 +403,7 @@ DECLARE
 BEGIN
     FOR g IN SELECT u.k AS key, array_agg(x.c) AS costs, array_agg(x.s) AS slots
              FROM unnest(p_tenants, p_accounts, p_costs, p_slots) x(t, a, c, s), unnest(charged_keys(x.t, x.a)) u(k)
-             WHERE x.s IS NOT NULL GROUP BY u.k ORDER BY u.k LOOP
+             WHERE x.s IS NOT NULL GROUP BY u.k ORDER BY u.k COLLATE "C" LOOP
         SELECT * INTO r FROM rate WHERE key = g.key FOR UPDATE;
         CONTINUE WHEN NOT FOUND;
         FOR l IN 1 .. array_length(r.lim, 1) LOOP
@@ -496,7 +502,7 @@ BEGIN
         FROM unnest(p_tenants, p_ids, p_levels, p_accounts, p_digests, p_claims, v_slot, v_granted, v_known, p_batches)
              u(t, id, l, a, d, c, s, g, k, b)
         WHERE NOT u.k
-        ORDER BY u.t, u.id
+        ORDER BY u.t COLLATE "C", u.id COLLATE "C"
         ON CONFLICT ON CONSTRAINT job_pkey DO NOTHING
         RETURNING x.claim
     LOOP
@@ -623,7 +629,8 @@ RETURNS TABLE (idx integer)
 LANGUAGE sql SET search_path FROM CURRENT SET enable_seqscan = off SET enable_hashjoin = off
 SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
     UPDATE job x SET phase = 1, leased_at = clock_timestamp()
-    FROM (SELECT * FROM unnest(p_tenants, p_ids, p_claims) WITH ORDINALITY q(t, id, c, o) ORDER BY q.t, q.id) u
+    FROM (SELECT * FROM unnest(p_tenants, p_ids, p_claims) WITH ORDINALITY q(t, id, c, o)
+          ORDER BY q.t COLLATE "C", q.id COLLATE "C") u
     WHERE x.tenant = u.t AND x.id = u.id AND x.state IS NOT DISTINCT FROM 1
       AND x.epoch IS NOT DISTINCT FROM p_epoch AND x.claim = u.c
     RETURNING (u.o - 1)::integer
@@ -680,14 +687,14 @@ BEGIN
                 WHERE u.r AND x.slot_at IS NOT NULL)
             ORDER BY key FOR UPDATE;
         -- The slots are read behind the locks: another copy of this very statement may have given them back.
-        SELECT array_agg(q.tenant) AS t, array_agg(q.account) AS a, array_agg(q.slot_cost) AS c,
-               array_agg(q.slot_at) AS s INTO o
+        -- All rows are locked here, in order: a WHERE outside would move in and lock some of them first.
+        SELECT array_agg(q.tenant) FILTER (WHERE q.back) AS t, array_agg(q.account) FILTER (WHERE q.back) AS a,
+               array_agg(q.slot_cost) FILTER (WHERE q.back) AS c, array_agg(q.slot_at) FILTER (WHERE q.back) AS s INTO o
             FROM (SELECT x.tenant, x.account, x.slot_cost, x.slot_at,
-                         u.r AND x.state = 1 AND x.epoch = p_epoch AND x.claim = u.c AS ours
+                         u.r AND x.state = 1 AND x.epoch = p_epoch AND x.claim = u.c AND x.slot_at IS NOT NULL AS back
                   FROM job x JOIN unnest(p_tenants, p_ids, p_claims, p_refund) u(t, id, c, r)
                        ON x.tenant = u.t AND x.id = u.id
-                  ORDER BY x.tenant, x.id FOR UPDATE OF x) q
-            WHERE q.ours AND q.slot_at IS NOT NULL;
+                  ORDER BY x.tenant, x.id FOR UPDATE OF x) q;
         IF o.t IS NOT NULL THEN
             v_open := refund_slots(o.t, o.a, o.c, o.s);
         END IF;
@@ -719,7 +726,7 @@ BEGIN
         FROM (SELECT * FROM unnest(p_tenants, p_ids, p_claims, p_kinds, p_outcomes, p_attempts, p_recipients,
                     p_message_ids, p_reports, p_seqs, p_delay_us, p_reasons, p_bodies, p_properties, p_errors)
                   WITH ORDINALITY q(t, id, c, k, oc, at, rc, mid, rp, sq, dl, rs, body, pr, er, o)
-              ORDER BY q.t, q.id) u
+              ORDER BY q.t COLLATE "C", q.id COLLATE "C") u
         WHERE x.tenant = u.t AND x.id = u.id AND x.state IS NOT DISTINCT FROM 1
           AND x.epoch IS NOT DISTINCT FROM p_epoch AND x.claim = u.c AND NOT x.merged AND NOT (x.cancel AND u.k IN (2, 3))
         RETURNING u.o::integer AS o, x.tenant, x.id, x.state
@@ -767,20 +774,21 @@ SET enable_bitmapscan = off SET jit = off AS $$
         SELECT x.account, x.level, x.tenant, x.state, x.due_at, x.reason
         FROM unnest(p_tenants, p_ids) u(t, id) JOIN job x ON x.tenant = u.t AND x.id = u.id
     )
-    INSERT INTO lane AS l (account, level, tenant, next_at, fifo)
+    INSERT INTO lane AS l (account, level, tenant, next_at, fifo, oldest_at)
     SELECT g.account, g.level, g.tenant,
            least(g.soonest, CASE WHEN g.limited THEN greatest(blocked_until(
                (SELECT max(r.next_at) FROM rate r WHERE r.key = ANY (charged_keys(g.tenant, g.account)))),
                clock_timestamp()) END),
-           g.fifo
-    FROM (SELECT x.account, x.level, x.tenant, min(x.due_at) FILTER (WHERE x.reason <> 1) AS soonest,
+           g.fifo, g.oldest
+    FROM (SELECT x.account, x.level, x.tenant, min(x.due_at) AS oldest, min(x.due_at) FILTER (WHERE x.reason <> 1) AS soonest,
                  bool_or(x.reason = 1) AS limited, count(*) FILTER (WHERE x.reason IN (1, 4)) AS fifo
           FROM j x WHERE x.state = 2
           GROUP BY x.account, x.level, x.tenant) g
     ORDER BY g.account, g.level, g.tenant
     ON CONFLICT (account, level, tenant) DO UPDATE
-        SET next_at = least(l.next_at, excluded.next_at), fifo = l.fifo + excluded.fifo
-        WHERE l.next_at > excluded.next_at OR excluded.fifo > 0
+        SET next_at = least(l.next_at, excluded.next_at), fifo = l.fifo + excluded.fifo,
+            oldest_at = least(l.oldest_at, excluded.oldest_at)
+        WHERE l.next_at > excluded.next_at OR excluded.fifo > 0 OR l.oldest_at > excluded.oldest_at
 $$;
 
 -- ── Release ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -798,7 +806,7 @@ SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off
 DECLARE
     v_now timestamptz := clock_timestamp(); v_us bigint; v_held text[]; v_quantum integer; v_limited boolean;
     -- lanes in the order of their turn; what: 0 shut, 1 passed over, 2 behind a more urgent one, 3 ready, 4 ready and unlimited
-    l_a text[]; l_l smallint[]; l_t text[]; l_what integer[]; l_shut bigint[]; l_ready integer;
+    l_a text[]; l_l smallint[]; l_t text[]; l_from timestamptz[]; l_what integer[]; l_shut bigint[]; l_ready integer;
     -- chosen jobs
     j_o integer[]; j_t text[]; j_a text[]; j_id text[]; j_cost integer[]; j_reason smallint[];
     j_granted integer[]; j_valid bigint[]; j_next bigint[]; v_slot bigint; s record;
@@ -806,16 +814,20 @@ BEGIN
     FOR round IN 1 .. 16 LOOP
         -- The lanes whose turn it is.
         IF p_account IS NULL THEN
-            SELECT array_agg(y.account), array_agg(y.level), array_agg(y.tenant) INTO l_a, l_l, l_t
-            FROM (SELECT z.account, z.level, z.tenant FROM lane z
+            SELECT array_agg(y.account ORDER BY y.n), array_agg(y.level ORDER BY y.n), array_agg(y.tenant ORDER BY y.n),
+                   array_agg(y.oldest_at ORDER BY y.n) INTO l_a, l_l, l_t, l_from
+            FROM (SELECT d.*, row_number() OVER (ORDER BY d.served_at, d.next_at) AS n FROM (
+                  SELECT z.account, z.level, z.tenant, z.served_at, z.next_at, z.oldest_at FROM lane z
                   WHERE z.level = p_level AND z.next_at <= v_now AND z.account <> ALL (p_exclude)
-                  ORDER BY z.next_at LIMIT 64 FOR UPDATE SKIP LOCKED) y;
+                  ORDER BY z.next_at LIMIT 64 FOR UPDATE SKIP LOCKED) d) y;
         ELSE
-            SELECT array_agg(y.account), array_agg(y.level), array_agg(y.tenant) INTO l_a, l_l, l_t
-            FROM (SELECT z.account, z.level, z.tenant FROM lane z
+            SELECT array_agg(y.account ORDER BY y.n), array_agg(y.level ORDER BY y.n), array_agg(y.tenant ORDER BY y.n),
+                   array_agg(y.oldest_at ORDER BY y.n) INTO l_a, l_l, l_t, l_from
+            FROM (SELECT d.*, row_number() OVER (ORDER BY d.level, d.served_at, d.next_at) AS n FROM (
+                  SELECT z.account, z.level, z.tenant, z.served_at, z.next_at, z.oldest_at FROM lane z
                   WHERE z.account = p_account AND z.level <= p_level AND z.next_at <= v_now
                     AND z.account <> ALL (p_exclude)
-                  ORDER BY z.level, z.next_at LIMIT 64 FOR UPDATE SKIP LOCKED) y;
+                  ORDER BY z.level, z.next_at LIMIT 64 FOR UPDATE SKIP LOCKED) d) y;
         END IF;
         IF l_a IS NULL THEN
             RETURN;
@@ -846,7 +858,7 @@ BEGIN
         FROM (SELECT w.*, row_number() OVER turns AS n, sum(w.size) OVER turns - w.size AS before
               FROM (SELECT u.o, u.l, x.tenant, x.account, x.id, x.reason, x.cost, x.size,
                            row_number() OVER (PARTITION BY u.o ORDER BY x.due_at) AS place
-                    FROM unnest(l_t, l_a, l_l, l_what) WITH ORDINALITY u(t, a, l, what, o)
+                    FROM unnest(l_t, l_a, l_l, l_from, l_what) WITH ORDINALITY u(t, a, l, since, what, o)
                     CROSS JOIN LATERAL (
                         SELECT y.tenant, y.account, y.id, y.reason, y.due_at, coalesce(y.body_size, 0) AS size,
                                greatest(coalesce(jsonb_array_length(jsonb_path_query_array(y.recipients,
@@ -854,7 +866,7 @@ BEGIN
                                    (y.properties ->> 'recipients')::integer, 1), 1) AS cost
                         FROM job y
                         WHERE y.account = u.a AND y.level = u.l AND y.tenant = u.t AND y.state = 2
-                          AND y.due_at <= v_now AND NOT y.cancel
+                          AND y.due_at BETWEEN u.since AND v_now AND NOT y.cancel
                         ORDER BY y.due_at LIMIT v_quantum FOR UPDATE SKIP LOCKED) x
                     WHERE u.what >= 3) w
               WINDOW turns AS (ORDER BY CASE WHEN p_account IS NULL THEN 0 ELSE w.l END, w.place, w.o)) q
@@ -869,13 +881,14 @@ BEGIN
             slot_at = CASE WHEN u.v IS NOT NULL THEN v_slot END, slot_cost = CASE WHEN u.v IS NOT NULL THEN u.g END
             FROM unnest(j_t, j_id, j_granted, j_valid) WITH ORDINALITY u(t, id, g, v, o)
             WHERE x.tenant = u.t AND x.id = u.id AND u.g > 0;
-        -- Turns are over: behind all that are due. Of those that a limit stopped, the ones that got nothing come first.
+        -- Turns are over. Who got something goes behind all that are due; who did not come to its turn keeps its place;
+        -- those stopped by a limit come back in the order of their turns.
         WITH turn AS (
-            SELECT u.a, u.l, u.t, u.o, u.what, u.shut, coalesce(g.fifo, 0) AS fifo, g.stopped, coalesce(g.got, false) AS got,
+            SELECT u.a, u.l, u.t, u.o, u.what, u.shut, coalesce(g.fifo, 0) AS fifo, g.stopped, g.got,
                    CASE WHEN u.what >= 3 THEN
                        (SELECT min(x.due_at) FROM job x WHERE x.account = u.a AND x.level = u.l AND x.tenant = u.t
-                                                         AND x.state = 2 AND NOT x.cancel) END AS more
-            FROM unnest(l_a, l_l, l_t, l_what, l_shut) WITH ORDINALITY u(a, l, t, what, shut, o)
+                                         AND x.due_at >= u.since AND x.state = 2 AND NOT x.cancel) END AS more
+            FROM unnest(l_a, l_l, l_t, l_from, l_what, l_shut) WITH ORDINALITY u(a, l, t, since, what, shut, o)
             LEFT JOIN (SELECT q.o, count(*) FILTER (WHERE q.g > 0 AND q.r IN (1, 4)) AS fifo,
                               max(coalesce(q.x, v_us)) FILTER (WHERE q.g = 0) AS stopped, bool_or(q.g > 0) AS got
                        FROM unnest(j_o, j_granted, j_reason, j_next) q(o, g, r, x) GROUP BY q.o) g ON g.o = u.o
@@ -884,12 +897,14 @@ BEGIN
             WHERE z.account = u.a AND z.level = u.l AND z.tenant = u.t AND u.what >= 3 AND u.more IS NULL
         )
         UPDATE lane z SET fifo = greatest(z.fifo - u.fifo, 0),
-            next_at = CASE u.what
-                WHEN 0 THEN blocked_until(u.shut) + u.o * interval '1 microsecond'
-                WHEN 2 THEN clock_timestamp() + interval '50 milliseconds'
-                ELSE CASE WHEN u.stopped IS NULL THEN greatest(u.more, clock_timestamp())
-                          ELSE greatest(blocked_until(u.stopped), clock_timestamp()) + u.o * interval '1 microsecond'
-                               + CASE WHEN u.got THEN interval '1 millisecond' ELSE interval '0' END END END
+            served_at = CASE WHEN u.got THEN clock_timestamp() ELSE z.served_at END,
+            oldest_at = coalesce(u.more, z.oldest_at),
+            next_at = CASE WHEN u.what = 0 THEN blocked_until(u.shut) + u.o * interval '1 microsecond'
+                           WHEN u.what = 2 THEN clock_timestamp() + interval '50 milliseconds'
+                           WHEN u.stopped IS NOT NULL
+                               THEN greatest(blocked_until(u.stopped), v_now) + u.o * interval '1 microsecond'
+                           WHEN u.got OR u.more > v_now THEN greatest(u.more, clock_timestamp())
+                           ELSE z.next_at END
             FROM turn u
             WHERE z.account = u.a AND z.level = u.l AND z.tenant = u.t AND u.what <> 1
               AND (u.what < 3 OR u.more IS NOT NULL);
@@ -915,7 +930,7 @@ SET enable_bitmapscan = off SET jit = off AS $$
             (SELECT array_agg(e.s ORDER BY e.o) FROM unnest(x.outbox_seq) WITH ORDINALITY e(s, o) WHERE e.s <> ALL (u.s)) END,
         outbox_at = CASE WHEN x.outbox_seq <@ u.s THEN NULL ELSE x.outbox_at END
     FROM (SELECT q.t, q.id, array_agg(q.s) AS s FROM unnest(p_tenants, p_ids, p_seqs) q(t, id, s)
-          GROUP BY q.t, q.id ORDER BY q.t, q.id) u
+          GROUP BY q.t, q.id ORDER BY q.t COLLATE "C", q.id COLLATE "C") u
     WHERE x.tenant = u.t AND x.id = u.id AND x.outbox_seq && u.s
 $$;
 

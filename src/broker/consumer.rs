@@ -97,6 +97,13 @@ impl Delivery {
         header_text(self.properties.headers().as_ref()?, name)
     }
 
+    /// Whether it has this header, whatever it holds.
+    #[must_use]
+    pub fn has_header(&self, name: &str) -> bool {
+        let headers = self.properties.headers().as_ref();
+        headers.is_some_and(|headers| headers.inner().contains_key(name))
+    }
+
     /// Whether the producer named the queue itself instead of an exchange and key.
     #[must_use]
     pub fn came_through_default_exchange(&self) -> bool {

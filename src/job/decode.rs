@@ -108,6 +108,8 @@ reasons! {
     UnknownTenant => "unknown_tenant",
     /// The tenant has no such account.
     UnknownAccount => "unknown_account",
+    /// It was published so long ago that the ledger may have forgotten whether it was sent: a human decides.
+    OlderThanLedger => "older_than_ledger",
     /// The producer uses a newer contract than this build knows: another worker may understand it.
     ContractTooNew => "contract_too_new",
 }

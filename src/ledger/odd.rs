@@ -109,7 +109,7 @@ impl Ledger {
         // A held job enters its lane anew; a waiting one keeps its place in it, and how it is counted there. An earlier
         // cancel is overruled.
         let sql = self.db.sql(
-            "UPDATE {s}.job SET state = CASE WHEN body IS NULL THEN 0 ELSE 2 END, cancel = false, due_at = clock_timestamp(),
+            "UPDATE {s}.job SET state = CASE WHEN body IS NULL THEN 0 ELSE 2 END, cancel = false, due_at = now(),
                  reason = CASE WHEN state = 2 THEN reason ELSE 2 END, updated_at = clock_timestamp()
              WHERE tenant = $1 AND id = $2",
         );
@@ -117,7 +117,8 @@ impl Ledger {
             .execute(&sql, &[&tenant.as_str(), &id.as_str()])
             .await?;
         let wake = self.db.sql(
-            "UPDATE {s}.lane SET next_at = clock_timestamp() WHERE account = $1 AND level = $2 AND tenant = $3",
+            "UPDATE {s}.lane SET next_at = clock_timestamp(), oldest_at = least(oldest_at, now())
+             WHERE account = $1 AND level = $2 AND tenant = $3",
         );
         let woken = transaction
             .execute(&wake, &[&row.account, &row.level, &tenant.as_str()])

@@ -3,7 +3,10 @@
 mod admission;
 mod leases;
 mod limits;
+mod model;
 mod odd;
 mod releasing;
+mod room;
 mod settling;
+mod stress;
 mod world;

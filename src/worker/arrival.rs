@@ -10,6 +10,7 @@ use super::Worker;
 use super::delivery::Properties;
 use crate::address::masked_in;
 use crate::broker::Delivery;
+use crate::broker::dead_letter::REPLAY;
 use crate::directory::Via;
 use crate::failure::Failure;
 use crate::id::{AccountKey, TenantId};
@@ -82,6 +83,10 @@ impl Worker {
                 return None;
             }
         };
+        if self.is_older_than_ledger(&delivery) {
+            self.reject(delivery, too_old(&job), ended);
+            return None;
+        }
         let properties = properties(&delivery, &job);
         self.observe_age(&delivery, level);
         let (account, connections) = match self.expected_account(&job).await {
@@ -136,6 +141,18 @@ impl Worker {
                 Err(_) => tokio::time::sleep(waits.next().unwrap_or(Duration::from_secs(5))).await,
             }
         }
+    }
+
+    /// Whether a job was published so long ago that it may have been sent and forgotten: an old backlog, a broker
+    /// restored from a backup. One without a timestamp counts as new, and one replayed by hand has been decided about.
+    fn is_older_than_ledger(&self, delivery: &Delivery) -> bool {
+        let Some(sent) = delivery.timestamp().and_then(|sent| i64::try_from(sent).ok()) else {
+            return false;
+        };
+        // The last thirtieth is the margin for clocks.
+        let memory = self.retention.as_secs() / 30 * 29;
+        let age = self.clock.now().as_second().saturating_sub(sent);
+        u64::try_from(age).is_ok_and(|age| age > memory) && !delivery.has_header(REPLAY)
     }
 
     fn observe_age(&self, delivery: &Delivery, level: Level) {
@@ -233,6 +250,21 @@ fn properties(delivery: &Delivery, job: &MailJob) -> Properties {
         recipients: job.recipients().count(),
         tags: job.tags.clone(),
         metadata: job.metadata.clone(),
+    }
+}
+
+/// A decoded job of which nobody knows whether it was sent already.
+fn too_old(job: &MailJob) -> Rejection {
+    let message = "it was published longer ago than outcomes are remembered (POSTROOM_RETENTION), so it may have been \
+                   sent already; `postroom dead replay` sends it all the same";
+    Rejection {
+        reason: RejectReason::OlderThanLedger,
+        errors: vec![crate::report::FieldError {
+            pointer: String::new(),
+            message: message.to_owned(),
+        }],
+        tenant: Some(job.tenant.clone()),
+        id: Some(job.id.clone()),
     }
 }
 

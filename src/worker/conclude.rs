@@ -22,7 +22,7 @@ use crate::ledger::{Row, WaitReason};
 use crate::pipeline::attempt::panicked;
 use crate::pipeline::task::Task;
 use crate::pipeline::{Attempt, Verdict};
-use crate::report::RecipientStatus;
+use crate::report::{RecipientResult, RecipientStatus};
 use crate::settlement::{Circumstances, all_pending, plan};
 
 type Right = Option<(Permit, InHand)>;
@@ -174,12 +174,13 @@ impl Worker {
 
     /// plan → settle → acknowledge → report.
     async fn conclude(self: &Arc<Self>, task: Task, delivery: Option<Delivery>, attempt: Attempt) {
-        let accepted: Vec<_> = attempt
-            .recipients
-            .iter()
-            .filter(|r| r.status == RecipientStatus::Accepted)
-            .cloned()
-            .collect();
+        let accepted = |r: &RecipientResult| r.status == RecipientStatus::Accepted;
+        // True even if the lease is lost. All of them: those that were not accepted are still to be tried.
+        let results = if attempt.recipients.iter().any(accepted) {
+            attempt.recipients.clone()
+        } else {
+            Vec::new()
+        };
         let message_id = attempt.message_id.clone().unwrap_or_default();
         let at = Circumstances {
             job: &task.job,
@@ -211,7 +212,7 @@ impl Worker {
                     self.reporter.publish(self, report);
                 }
             }
-            Settled::LeaseLost => self.lost(&task, delivery, &accepted, &message_id).await,
+            Settled::LeaseLost => self.lost(&task, delivery, &results, &message_id).await,
         }
         if matches!(
             settlement.next,
@@ -247,17 +248,17 @@ impl Worker {
         &self,
         task: &Task,
         delivery: Option<Delivery>,
-        accepted: &[crate::report::RecipientResult],
+        results: &[RecipientResult],
         message_id: &str,
     ) {
         self.metrics.leases_lost.inc();
         tracing::warn!("the lease was lost before the outcome was written");
-        if !accepted.is_empty() {
+        if !results.is_empty() {
             let mut waits = crate::ledger::batches::pauses();
             let merged = loop {
                 match self
                     .ledger
-                    .merge_acceptance(&task.row.tenant, &task.row.id, accepted, message_id)
+                    .merge_acceptance(&task.row.tenant, &task.row.id, results, message_id)
                     .await
                 {
                     Ok(was_final) => break was_final,

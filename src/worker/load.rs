@@ -14,7 +14,7 @@ const ADMISSION: Duration = Duration::from_millis(50);
 const PER_CONNECTION: usize = 4;
 /// Time of a send until one has been seen.
 const UNKNOWN: Duration = Duration::from_millis(100);
-/// How long an account counts as full after a job found no connection.
+/// How long an account gets no more than it had in hand when a job found no connection.
 const BUSY_FOR: Duration = Duration::from_millis(500);
 
 /// Jobs in hand per account.
@@ -30,6 +30,8 @@ struct Account {
     in_hand: usize,
     connections: usize,
     busy_until: Option<Instant>,
+    /// What was in hand when a job last found no connection: so many have one.
+    held: usize,
     /// Moving average of the time of a send.
     send: Duration,
 }
@@ -40,6 +42,7 @@ impl Default for Account {
             in_hand: 0,
             connections: 0,
             busy_until: None,
+            held: 0,
             send: UNKNOWN,
         }
     }
@@ -98,20 +101,23 @@ impl Load {
         full.map(|(account, _)| account.clone()).collect()
     }
 
-    /// A job of this account found no connection: it is full for a moment, whatever else is known.
+    /// A job of this account, no longer in hand, found no connection: for a moment those in hand are as many as there
+    /// can be.
     pub fn note_busy(&self, account: &AccountKey) {
         let now = Instant::now();
         let mut accounts = self.lock();
         accounts.retain(|_, entry| entry.in_hand > 0 || entry.busy_until.is_some_and(|until| until > now));
-        accounts.entry(account.clone()).or_default().busy_until = Some(now + BUSY_FOR);
+        let entry = accounts.entry(account.clone()).or_default();
+        entry.busy_until = Some(now + BUSY_FOR);
+        entry.held = entry.in_hand;
     }
 
     fn full(&self, entry: &Account, connections: usize, shared: bool) -> bool {
         let ahead = ADMISSION.as_micros() as usize * connections / (entry.send.as_micros() as usize).max(1);
         let room = connections.saturating_add(ahead.min(connections * (PER_CONNECTION - 1)));
         let room = if shared { room.min(self.fair) } else { room };
-        entry.busy_until.is_some_and(|until| until > Instant::now())
-            || (entry.in_hand > 0 && entry.in_hand >= room)
+        let busy = entry.busy_until.is_some_and(|until| until > Instant::now());
+        (busy && entry.in_hand >= entry.held) || (entry.in_hand > 0 && entry.in_hand >= room)
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<AccountKey, Account>> {
@@ -188,6 +194,16 @@ mod tests {
         let other = load.enter(&key("t/b"), 16);
         assert!(load.is_full(&key("t/a"), 16));
         drop((held, other));
+    }
+
+    #[test]
+    fn an_account_that_has_all_the_connections_it_can_get_keeps_them_busy() {
+        let load = Load::new(64);
+        let mut held: Vec<_> = (0..3).map(|_| load.enter(&key("t/a"), 16)).collect();
+        load.note_busy(&key("t/a"));
+        assert!(load.is_full(&key("t/a"), 16));
+        held.pop();
+        assert!(!load.is_full(&key("t/a"), 16));
     }
 
     #[test]

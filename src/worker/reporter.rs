@@ -17,6 +17,9 @@ use crate::report::{Report, event_id, routing_key};
 const MESSAGE_TYPE: &str = "mail.report.v1";
 /// Reports on their way at once. With a broker that confirms nothing, the rest stays in the outbox.
 const ON_THEIR_WAY: usize = 2048;
+/// How long a report waits for a session with the broker, at the start or in between; then it is the sweeper's. Less
+/// than the time after which the sweeper comes for it.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// How often the outbox is swept.
 const SWEEP: Duration = Duration::from_secs(5);
 /// How long a swept report is nobody else's.
@@ -45,12 +48,17 @@ impl Reporter {
         let worker = Arc::clone(worker);
         Arc::clone(&worker).tasks.spawn(async move {
             let Some(id) = report.data.job.clone() else { return };
-            match worker.publish_report(&report).await {
-                Ok(()) => {
-                    let (tenant, sequence) = (report.data.tenant, report.data.sequence);
-                    worker.batches.clear(ReportKey { tenant, id, sequence }).await;
+            // Once more if the session ends under it; the id makes a repeat recognisable.
+            for _ in 0..2 {
+                worker.wait_connected().await;
+                match worker.publish_report(&report).await {
+                    Ok(()) => {
+                        let (tenant, sequence) = (report.data.tenant, report.data.sequence);
+                        worker.batches.clear(ReportKey { tenant, id, sequence }).await;
+                        break;
+                    }
+                    Err(error) => tracing::debug!(%error, "a report stays in the outbox"),
                 }
-                Err(error) => tracing::debug!(%error, "a report stays in the outbox"),
             }
             drop(room);
         });
@@ -159,6 +167,14 @@ impl Worker {
         self.publisher
             .publish(&self.topology.reports_exchange(), &key, properties, json)
             .await
+    }
+
+    /// Waits for a session with the broker, for a while; not at all when the worker ends.
+    async fn wait_connected(&self) {
+        if !self.is_connected() && !self.tasks.is_closed() {
+            let mut connected = self.connected.clone();
+            let _ = tokio::time::timeout(PATIENCE, connected.wait_for(|now| *now)).await;
+        }
     }
 
     /// Whether there is a session with the broker.

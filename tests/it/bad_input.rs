@@ -353,3 +353,33 @@ async fn a_job_of_a_newer_contract_is_kept_for_a_newer_worker() {
     assert_eq!(reports.all().len(), 1);
     assert_eq!(server.received_count(), 1);
 }
+
+#[tokio::test]
+async fn a_job_older_than_the_ledgers_memory_waits_for_a_human() {
+    let world = World::ready().await;
+    let server = SmtpServer::builder().start().await;
+    account(&world, "acme", &server, &[]).await;
+    let mut reports = world.reports().await;
+    let _worker = world.start_worker().await;
+    let day = 24 * 60 * 60;
+    let now = u64::try_from(jiff::Timestamp::now().as_second()).unwrap();
+    for (id, age) in [("young", 20 * day), ("old", 40 * day)] {
+        let properties = BasicProperties::default().with_timestamp(now - age);
+        let body = good(id, "acme").to_string();
+        let amqp = world.amqp().await;
+        amqp.publish("mail.jobs", "high.acme", properties, body.as_bytes())
+            .await;
+    }
+    assert_eq!(reports.final_of("young").await.kind(), "mail.sent");
+    let told = reports.final_of("old").await;
+    assert_eq!(
+        (told.kind(), told.reason()),
+        ("mail.rejected", "older_than_ledger")
+    );
+    world.wait_depth(DEAD, 1).await;
+    world.postroom(&["dead", "replay", "--id", "old"]).await.success();
+    reports
+        .until(|all| all.iter().any(|r| r.job() == "old" && r.kind() == "mail.sent"))
+        .await;
+    assert_eq!(server.received_count(), 2);
+}

@@ -26,6 +26,39 @@ async fn waits(world: &World, id: &str) {
     .await;
 }
 
+/// The two waiting jobs in the list, and all that is known of the first.
+async fn shown_as_waiting(world: &World) {
+    let listed = world
+        .postroom(&["job", "list", "--tenant", "acme", "--state", "waiting", "--json"])
+        .await
+        .success();
+    let jobs: Vec<Value> = listed
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(jobs.len(), 2, "{listed}");
+    let shown = world.job("acme", "first").await;
+    assert!(jobs.contains(&shown));
+    is_shown_in_full(&shown);
+}
+
+fn is_shown_in_full(shown: &Value) {
+    for (name, value) in [
+        ("tenant", json!("acme")),
+        ("job", json!("first")),
+        ("level", json!("low")),
+        ("state", json!("waiting")),
+        ("reason", json!("schedule")),
+        ("account", json!("acme/main")),
+        ("attempts", json!(0)),
+        ("batch", json!("b1")),
+        ("outcome", Value::Null),
+        ("cancel_requested", json!(false)),
+    ] {
+        assert_eq!(shown[name], value, "{name} in {shown}");
+    }
+}
+
 #[tokio::test]
 async fn a_waiting_job_can_be_seen_cancelled_and_released() {
     let world = World::ready().await;
@@ -44,31 +77,7 @@ async fn a_waiting_job_can_be_seen_cancelled_and_released() {
     waits(&world, "first").await;
     waits(&world, "second").await;
 
-    let listed = world
-        .postroom(&["job", "list", "--tenant", "acme", "--state", "waiting", "--json"])
-        .await
-        .success();
-    let jobs: Vec<Value> = listed
-        .lines()
-        .map(|line| serde_json::from_str(line).unwrap())
-        .collect();
-    assert_eq!(jobs.len(), 2, "{listed}");
-    let shown = world.job("acme", "first").await;
-    assert!(jobs.contains(&shown));
-    for (name, value) in [
-        ("tenant", json!("acme")),
-        ("job", json!("first")),
-        ("level", json!("low")),
-        ("state", json!("waiting")),
-        ("reason", json!("schedule")),
-        ("account", json!("acme/main")),
-        ("attempts", json!(0)),
-        ("batch", json!("b1")),
-        ("outcome", Value::Null),
-        ("cancel_requested", json!(false)),
-    ] {
-        assert_eq!(shown[name], value, "{name} in {shown}");
-    }
+    shown_as_waiting(&world).await;
 
     let said = world
         .postroom(&["job", "cancel", "acme", "first"])

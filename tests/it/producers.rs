@@ -95,6 +95,9 @@ async fn produce(world: &World, python: &Path, script: &str, variables: &[(&str,
 
 const DECLARES: (&str, &str) = ("DECLARES", "yes");
 
+/// A script, its variables, and what its jobs are called.
+type Run = (&'static str, Vec<(&'static str, &'static str)>, &'static str);
+
 #[tokio::test]
 async fn mail_of_pika_aio_pika_and_kombu_is_sent() {
     let python = python().await;
@@ -110,7 +113,7 @@ async fn mail_of_pika_aio_pika_and_kombu_is_sent() {
     let worker = world.start_worker().await;
     let mut reports = world.reports().await;
     let compressed = |name| ("COMPRESSION", name);
-    let runs: [(&str, Vec<(&str, &str)>, &str); 10] = [
+    let runs: [Run; 10] = [
         ("with_pika.py", vec![], "pika"),
         ("with_pika.py", vec![DECLARES], "pika-declares"),
         ("with_aio_pika.py", vec![], "aio-pika"),

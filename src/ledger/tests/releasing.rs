@@ -217,7 +217,7 @@ async fn an_immediate_job_goes_before_twenty_thousand_low_ones_of_its_limited_ac
 async fn tenants_take_turns_at_a_limited_shared_account() {
     in_world(|world| async move {
         let epoch = world.epoch().await;
-        world.limit("-/shared", &[(1, 1000, "messages")]).await;
+        world.limit("-/shared", &[(1, 100_000, "messages")]).await;
         let names: Vec<String> = (0..6).map(|n| format!("t{n}")).collect();
         for name in &names {
             fill(&world, name, "-/shared", Level::Low, 100, 1).await;

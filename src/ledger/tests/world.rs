@@ -190,6 +190,13 @@ impl World {
 
     /// `fifo` is the number of waiting jobs that keep their order, in every lane.
     pub(super) async fn assert_lanes_count_right(&self) {
+        let hidden: i64 = self
+            .one(
+                "SELECT count(*) FROM {s}.job x JOIN {s}.lane l USING (account, level, tenant)
+                 WHERE x.state = 2 AND NOT x.cancel AND x.due_at < l.oldest_at",
+            )
+            .await;
+        assert_eq!(hidden, 0, "waiting jobs older than their lane looks for");
         let wrong: Option<String> = self
             .one(
                 "SELECT string_agg(format('%s %s: %s for %s', l.account, l.level, l.fifo, c.n), ', ')
