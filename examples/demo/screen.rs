@@ -38,6 +38,11 @@ impl Screen {
         }
     }
 
+    /// Whether colours are welcome.
+    pub(crate) fn colour(&self) -> bool {
+        self.colour
+    }
+
     pub(crate) fn heading(&self, text: &str) {
         line(format_args!("\n{}", self.style("1", text)));
     }
@@ -56,7 +61,7 @@ impl Screen {
         line(format_args!("  {} {text}", self.mark(good)));
     }
 
-    pub(crate) fn mark(&self, good: bool) -> String {
+    fn mark(&self, good: bool) -> String {
         if good {
             self.style("32", "✓")
         } else {

@@ -3,7 +3,7 @@
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 
-use comfy_table::{CellAlignment, ContentLineStyle, LineStyle, Table, TableStyle};
+use comfy_table::{Cell, CellAlignment, Color, ContentLineStyle, LineStyle, Table, TableStyle};
 
 use crate::account::Audit;
 use crate::plan::{Outcome, TOTAL};
@@ -68,6 +68,9 @@ pub(crate) fn print(screen: &Screen, audit: &Audit) -> bool {
 /// A row per kind.
 fn table(screen: &Screen, audit: &Audit) {
     let mut table = Table::new();
+    if !screen.colour() {
+        table.force_no_tty();
+    }
     table.load_style(
         TableStyle::new()
             .header_lines(ContentLineStyle::none())
@@ -77,12 +80,16 @@ fn table(screen: &Screen, audit: &Audit) {
     table.set_header(["", "WHAT", "JOBS", "OUTCOME", "MAILS", "FINAL REPORTS"]);
     for row in &audit.rows {
         table.add_row([
-            screen.mark(row.good),
-            row.kind.share().label.to_owned(),
-            row.published.to_string(),
-            row.outcome.name().to_owned(),
-            row.mails.to_string(),
-            row.finals.to_string(),
+            if row.good {
+                Cell::new("✓").fg(Color::Green)
+            } else {
+                Cell::new("✗").fg(Color::Red)
+            },
+            Cell::new(row.kind.share().label),
+            Cell::new(row.published),
+            Cell::new(row.outcome.name()),
+            Cell::new(row.mails),
+            Cell::new(row.finals),
         ]);
     }
     for column in [2, 4, 5] {
