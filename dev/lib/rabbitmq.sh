@@ -43,8 +43,11 @@ CONF
 
 start_epmd() {
     [ -z "$(epmd_pid)" ] || return 0
+    # A process group of its own: Ctrl-C is for whoever uses the servers. (Postgres sees to that itself.)
+    set -m
     nohup "$EPMD" -address 127.0.0.1 -port "$EPMD_PORT" > "$DIR/rabbitmq/epmd.log" 2>&1 < /dev/null &
     echo $! > "$DIR/rabbitmq/epmd.pid"
+    set +m
     within 5 port_answers "$EPMD_PORT"
 }
 
@@ -56,6 +59,7 @@ start_rabbitmq() {
     configure_rabbitmq
     start_epmd || return 1
     rm -f "$dir/pid"
+    set -m
     (
         # Settings of a system-wide RabbitMQ must not leak in.
         for name in $(env | sed -n 's/^\(RABBITMQ_[A-Z0-9_]*\)=.*/\1/p'); do unset "$name"; done
@@ -73,6 +77,7 @@ start_rabbitmq() {
         exec nohup "$RABBITMQ_SERVER" > "$DIR/rabbitmq.log" 2>&1 < /dev/null
     ) &
     job=$!
+    set +m
     within 90 rabbitmq_is_up_or_dead "$job" && rabbitmq_is_up
 }
 

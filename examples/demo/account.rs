@@ -40,8 +40,10 @@ pub(crate) struct Audit {
     /// Final reports.
     pub(crate) finals: usize,
     pub(crate) checks: Vec<(bool, String)>,
-    /// Differences, each with the job it concerns.
+    /// What is wrong with all together.
     pub(crate) problems: Vec<String>,
+    /// What is wrong with single jobs, each beginning with its name.
+    pub(crate) differences: Vec<String>,
     pub(crate) figures: Vec<(&'static str, String)>,
 }
 
@@ -54,9 +56,11 @@ impl Audit {
             finals: seen.finals.values().map(Vec::len).sum(),
             ..Self::default()
         };
-        let differences = audit.rows(plan, &seen);
-        audit.check(checks::all_agree(plan, &seen, differences));
+        audit.rows(plan, &seen);
         audit.sum(plan, &seen);
+        let (text, strays) = checks::all_agree(plan, &seen);
+        audit.differences.extend(strays);
+        audit.checks.push((audit.differences.is_empty(), text));
         audit.check(checks::one_final_report_each(plan, &seen));
         audit.check(checks::signatures(world, &seen));
         audit.check(checks::dead_letters(plan, &seen));
@@ -73,6 +77,11 @@ impl Audit {
     pub(crate) fn check(&mut self, (text, problems): (String, Vec<String>)) {
         self.checks.push((problems.is_empty(), text));
         self.problems.extend(problems);
+    }
+
+    /// Whether everything adds up.
+    pub(crate) fn is_good(&self) -> bool {
+        self.problems.is_empty() && self.differences.is_empty()
     }
 
     /// The sum over all messages, as their receivers see it.
@@ -95,12 +104,11 @@ impl Audit {
         }
     }
 
-    /// Every message by itself, added up by kind; what is not as it must be.
-    fn rows(&mut self, plan: &Plan, seen: &Seen) -> Vec<String> {
-        let mut differences = Vec::new();
+    /// Every message by itself, added up by kind.
+    fn rows(&mut self, plan: &Plan, seen: &Seen) {
         for share in SHARES {
             let (mut row, found) = row(share, plan, seen);
-            differences.extend(found);
+            self.differences.extend(found);
             if share.kind == Kind::Malformed {
                 // Some have no id: their reports are counted together.
                 let nameless = plan.count(|message| message.id.is_none());
@@ -109,12 +117,11 @@ impl Audit {
                 row.good &= told == nameless;
                 if told != nameless {
                     let text = format!("{told} final reports for bodies without an id, expected {nameless}");
-                    differences.push(text);
+                    self.differences.push(text);
                 }
             }
             self.rows.push(row);
         }
-        differences
     }
 }
 

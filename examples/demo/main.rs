@@ -20,6 +20,7 @@ use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
 
+use End::{Failed, Interrupted};
 use account::Audit;
 use plan::{Plan, TOTAL};
 use screen::{Screen, line};
@@ -31,33 +32,47 @@ const LIMIT: Duration = Duration::from_secs(90);
 #[tokio::main]
 async fn main() -> ExitCode {
     let screen = Screen::new();
-    tokio::select! {
-        ended = Box::pin(demo(&screen)) => match ended {
-            Ok(true) => ExitCode::SUCCESS,
-            Ok(false) => ExitCode::FAILURE,
-            Err(error) => {
-                screen.verdict(false, &format!("The demo could not be completed: {error}"));
-                ExitCode::FAILURE
-            }
-        },
-        // Dropping the demo stops its processes and drops its vhost and its database.
-        name = told_to_end() => {
-            line(format_args!("\n{name}: stopped, and everything that was set up is removed"));
+    match Box::pin(demo(&screen)).await {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(Failed(error)) => {
+            screen.verdict(false, &format!("The demo could not be completed: {error}"));
+            ExitCode::FAILURE
+        }
+        Err(Interrupted(name)) => {
+            line(format_args!(
+                "\n{name}: stopped, and everything that was set up is removed"
+            ));
             ExitCode::from(130)
         }
     }
 }
 
+/// Why there is no result.
+enum End {
+    Failed(String),
+    Interrupted(&'static str),
+}
+
+impl From<String> for End {
+    fn from(error: String) -> Self {
+        Failed(error)
+    }
+}
+
 /// Whether everything added up.
-async fn demo(screen: &Screen) -> Result<bool, String> {
+async fn demo(screen: &Screen) -> Result<bool, End> {
     let keep = std::env::var_os("KEEP").is_some_and(|value| !value.is_empty());
     line(format_args!(
         "{TOTAL} mail jobs through RabbitMQ, two postroom workers and a bridge"
     ));
+    let rehearsed = tokio::select! {
+        rehearsed = timeout(LIMIT, Box::pin(rehearse(screen, keep))) => rehearsed,
+        // What is dropped here kills its processes and drops its vhost and its database.
+        name = told_to_end() => return Err(Interrupted(name)),
+    };
     let exceeded = |_| format!("it took longer than {} s", LIMIT.as_secs());
-    let (mut world, audit) = timeout(LIMIT, Box::pin(rehearse(screen, keep)))
-        .await
-        .map_err(exceeded)??;
+    let (mut world, audit) = rehearsed.map_err(exceeded)??;
     let good = summary::print(screen, &audit);
     if keep {
         summary::invite(screen, &world)?;

@@ -46,7 +46,7 @@ pub(crate) fn print(screen: &Screen, audit: &Audit) -> bool {
     for (name, value) in &audit.figures {
         line(format_args!("  {name:width$}  {value}"));
     }
-    let good = audit.problems.is_empty() && total == TOTAL;
+    let good = audit.is_good() && total == TOTAL;
     if good {
         screen.verdict(
             true,
@@ -55,10 +55,11 @@ pub(crate) fn print(screen: &Screen, audit: &Audit) -> bool {
         return true;
     }
     screen.verdict(false, "It does not add up:");
-    for problem in audit.problems.iter().take(MOST_PROBLEMS) {
+    let all = || audit.problems.iter().chain(&audit.differences);
+    for problem in all().take(MOST_PROBLEMS) {
         screen.check(false, problem);
     }
-    let more = audit.problems.len().saturating_sub(MOST_PROBLEMS);
+    let more = all().count().saturating_sub(MOST_PROBLEMS);
     if more > 0 {
         line(format_args!("  … and {more} more"));
     }
@@ -108,11 +109,16 @@ pub(crate) fn invite(screen: &Screen, world: &World) -> Result<(), String> {
     let variables = variables.display();
     let database = world.scratch.database_url();
     let management = world.scratch.servers().management_url();
+    let login = if world.scratch.amqp_url().contains("//guest:guest@") {
+        "; user guest, password guest"
+    } else {
+        ""
+    };
     screen.heading("Left running until Ctrl-C");
     let mut places = vec![
         (
             "RabbitMQ",
-            format!("{management}#/queues (vhost {})", world.scratch.name()),
+            format!("{management}#/queues  (vhost {}{login})", world.scratch.name()),
         ),
         (
             "Postgres",

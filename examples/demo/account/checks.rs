@@ -12,8 +12,9 @@ use crate::setup::World;
 
 type Check = (String, Vec<String>);
 
-/// The three sides tell the same of every job, and of no other.
-pub(super) fn all_agree(plan: &Plan, seen: &Seen, mut problems: Vec<String>) -> Check {
+/// The sides tell of no other jobs than those published; what they tell of those is compared by
+/// [`message::differences`].
+pub(super) fn all_agree(plan: &Plan, seen: &Seen) -> Check {
     let ids = plan.messages.iter().filter_map(|message| message.id.as_deref());
     let known: HashSet<&str> = ids.collect();
     let unknown =
@@ -23,13 +24,13 @@ pub(super) fn all_agree(plan: &Plan, seen: &Seen, mut problems: Vec<String>) -> 
     let reports = reported
         .filter(|id| !id.is_empty())
         .filter_map(|id| unknown("a report", id));
-    problems.extend(mails.chain(reports));
+    let problems = mails.chain(reports).collect();
     let text = "what was published, what the SMTP servers took, what was reported and what the ledger says agree, \
                 job by job";
     (text.to_owned(), problems)
 }
 
-/// What is wrong with single jobs is named by [`message::differences`].
+/// Which jobs these are is told by [`message::differences`].
 pub(super) fn one_final_report_each(plan: &Plan, seen: &Seen) -> Check {
     let jobs = plan.jobs_with_final();
     let good = jobs
