@@ -66,7 +66,7 @@ impl Audit {
         audit.check(checks::dead_letters(plan, &seen));
         audit.check(checks::rate_limits(&seen));
         audit.check(checks::connections(world));
-        audit.check(checks::urgent_mail(&seen));
+        audit.check(checks::urgent_mail(plan, &seen, times));
         audit.check(checks::repeats(plan, &seen));
         audit.check(checks::links(world, plan, &seen).await);
         audit.figures = figures::figures(world, plan, &seen, times);
