@@ -13,7 +13,8 @@ use tokio_util::sync::CancellationToken;
 use super::Worker;
 use super::arrival::{Arrival, incoming, told};
 use crate::broker::{DeadLetter, Delivery, PublishError};
-use crate::id::TenantId;
+use crate::directory::overrides;
+use crate::id::{JobId, TenantId};
 use crate::job::decode::{self, Rejection};
 use crate::ledger::batches::pauses;
 use crate::report::{FieldError, Report, ReportData, ReportType, event_id};
@@ -36,7 +37,8 @@ impl Worker {
             let death = Death {
                 reason,
                 detail: &detail,
-                tenant: Some(tenant.as_str()),
+                tenant: Some(&tenant),
+                id: Some(&id),
                 report: Some(report),
             };
             worker.bury_with(arrival.delivery, death, &arrival.ended).await;
@@ -59,7 +61,8 @@ impl Worker {
         let death = Death {
             reason,
             detail: &detail,
-            tenant: tenant.map(TenantId::as_str),
+            tenant,
+            id: rejection.id.as_ref(),
             report,
         };
         self.bury_with(delivery, death, ended).await;
@@ -67,11 +70,11 @@ impl Worker {
 
     /// Dead letter, report, acknowledgement; each only when the one before is confirmed.
     async fn bury_with(&self, delivery: Delivery, death: Death<'_>, ended: &CancellationToken) {
-        let (body, sealed) = self.harmless_body(&delivery);
+        let (body, sealed) = self.harmless_body(&delivery, death.tenant.zip(death.id));
         let letter = DeadLetter {
             reason: death.reason,
             detail: death.detail,
-            tenant: death.tenant,
+            tenant: death.tenant.map(TenantId::as_str),
             body: body.as_deref(),
             sealed,
         };
@@ -95,19 +98,18 @@ impl Worker {
         delivery.receipt.ack();
     }
 
-    /// What of the body may lie in a queue: a plain override sealed; the whole sealed if it cannot be read, or changed
-    /// without unpacking it, and may hold a secret. `None`: as it came.
-    fn harmless_body(&self, delivery: &Delivery) -> (Option<Vec<u8>>, bool) {
+    /// What of the body may lie in a queue: a plain override sealed, under the job's name so that it opens when the job
+    /// is replayed; the whole sealed if the job has no readable name, or it cannot be read or changed in place, and may
+    /// hold a secret. `None`: as it came.
+    fn harmless_body(
+        &self,
+        delivery: &Delivery,
+        job: Option<(&TenantId, &JobId)>,
+    ) -> (Option<Vec<u8>>, bool) {
+        let keys = self.pipeline.keys.encryption.current();
         let whole = || {
             (
-                Some(
-                    self.pipeline
-                        .keys
-                        .encryption
-                        .current()
-                        .seal(&delivery.body, super::DEAD_BODY)
-                        .into_bytes(),
-                ),
+                Some(keys.seal(&delivery.body, super::DEAD_BODY).into_bytes()),
                 true,
             )
         };
@@ -117,13 +119,11 @@ impl Worker {
         if !decode::may_hold_secret(&plain) {
             return (None, false);
         }
-        match decode::seal_override(&plain, |secret| {
-            self.pipeline
-                .keys
-                .encryption
-                .current()
-                .seal(secret, DEAD_OVERRIDE)
-        }) {
+        let Some((tenant, id)) = job else {
+            return whole();
+        };
+        let aad = overrides::aad(tenant, id);
+        match decode::seal_override(&plain, |secret| keys.seal(secret, &aad)) {
             Ok(Cow::Owned(changed)) if matches!(plain, Cow::Borrowed(_)) && !has_password(&changed) => {
                 (Some(changed), false)
             }
@@ -136,7 +136,8 @@ impl Worker {
 struct Death<'a> {
     reason: &'static str,
     detail: &'a str,
-    tenant: Option<&'a str>,
+    tenant: Option<&'a TenantId>,
+    id: Option<&'a JobId>,
     report: Option<Report>,
 }
 
@@ -160,9 +161,6 @@ fn has_password(body: &[u8]) -> bool {
         .iter()
         .any(|word| text.contains(word))
 }
-
-/// Additional data of overrides sealed in dead letters whose job could not be read.
-const DEAD_OVERRIDE: &str = "override:dead";
 
 fn rejection_report(
     tenant: &crate::id::TenantId,
