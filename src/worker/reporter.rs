@@ -107,7 +107,13 @@ async fn sweep_once(worker: &Arc<Worker>) -> bool {
                 kind: &kind,
                 correlation: correlation.as_deref(),
             };
-            if let Err(error) = worker.publish_json(&head, json.as_bytes()).await {
+            let mut published = worker.publish_json(&head, json.as_bytes()).await;
+            if published.is_err() {
+                // Nobody else may publish it for a while now: once more if the session has ended under it.
+                worker.wait_connected().await;
+                published = worker.publish_json(&head, json.as_bytes()).await;
+            }
+            if let Err(error) = published {
                 tracing::warn!(%error, "reports stay in the outbox");
                 return false;
             }
