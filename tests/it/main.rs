@@ -18,6 +18,8 @@ mod duplicates;
 mod fairness;
 mod frame;
 mod job_commands;
+#[cfg(feature = "fail-points")]
+mod kill_points;
 mod levels;
 mod limits;
 mod lost_connections;
