@@ -72,3 +72,18 @@ async fn a_worker_killed_between_the_final_dot_and_the_reply_leads_to_the_same_m
         );
     }
 }
+
+#[tokio::test]
+async fn a_job_at_which_a_worker_panics_is_tried_again_and_the_worker_goes_on() {
+    let mut scene = Scene::new(Script::new()).await;
+    let worker = scene.worker("leased=panic@1@job=poison").await;
+    scene.publish(&job("poison")).await;
+    scene.publish(&job("other")).await;
+    scene.reports.finals(2, Duration::from_secs(30)).await;
+    scene.over().await;
+    assert!(worker.logs().contains("fail point leased"));
+    for id in ["poison", "other"] {
+        assert_eq!((scene.mails(id), scene.the_final(id).kind()), (1, "mail.sent"));
+    }
+    assert!(worker.ready().await);
+}

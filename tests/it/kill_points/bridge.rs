@@ -35,8 +35,9 @@ async fn a_bridge_killed_at_any_boundary_loses_no_report_and_repeats_only_under_
         scene.publish(&job(point)).await;
         was_killed(&mut doomed).await;
         // What it leaves behind is done before the next one dies.
-        let leases = "UPDATE webhook_delivery SET next_at = clock_timestamp() WHERE lease IS NOT NULL";
-        scene.world.sql().await.execute(leases, &[]).await.unwrap();
+        let leases = "UPDATE webhook_delivery SET next_at = clock_timestamp() WHERE lease IS NOT NULL;
+                      UPDATE endpoint_lane SET due_at = clock_timestamp()";
+        scene.world.sql().await.batch_execute(leases).await.unwrap();
         let mut next = scene.bridge("reports_recorded=error@1").await;
         let recorded = "SELECT count(*) FROM webhook_delivery WHERE state = 'pending'";
         let id = scene.reports.final_of(point).await.id;
