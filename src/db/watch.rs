@@ -51,6 +51,21 @@ impl Database {
 
     /// Keeps the handle true until the token is cancelled. Never gives up: whatever is wrong may be put right.
     pub async fn watch(self, handle: Handle, soft: CancellationToken) {
+        tokio::select! {
+            () = self.follow(handle, soft) => {}
+            () = self.sever_stuck() => {}
+        }
+    }
+
+    /// Looks for connections that are waited for in vain, for ever.
+    async fn sever_stuck(&self) {
+        loop {
+            tokio::time::sleep(FIRST_PAUSE).await;
+            self.checkouts.sever_stuck();
+        }
+    }
+
+    async fn follow(&self, handle: Handle, soft: CancellationToken) {
         let mut pause = INTERVAL;
         while soft
             .run_until_cancelled(tokio::time::sleep(pause))
