@@ -141,8 +141,16 @@ pub struct Fetch {
     pub timeout: Duration,
     /// Fetches at once in this process (`POSTROOM_ATTACHMENT_CONCURRENCY`, default 8).
     pub concurrency: usize,
-    /// Attachment bytes in memory at once in this process (`POSTROOM_ATTACHMENT_MEMORY`, default 256 MiB).
+    /// Attachment bytes in memory at once in this process (`POSTROOM_ATTACHMENT_MEMORY`, default 128 MiB).
     pub memory: u64,
+}
+
+impl Fetch {
+    /// Bytes that the cache of attachments may use, besides `memory`.
+    #[must_use]
+    pub fn cache(&self) -> u64 {
+        self.memory / 4
+    }
 }
 
 impl Default for Fetch {
@@ -151,7 +159,7 @@ impl Default for Fetch {
             max_bytes: 50 << 20,
             timeout: Duration::from_mins(1),
             concurrency: 8,
-            memory: 256 << 20,
+            memory: 128 << 20,
         }
     }
 }
@@ -186,6 +194,10 @@ impl Default for JobLimits {
 /// The worker's own bounds.
 #[derive(Debug, Clone)]
 pub struct Worker {
+    /// Bytes of jobs in hand: what `POSTROOM_MEMORY_BUDGET` (default 384 MiB) leaves beside attachments and their cache.
+    pub job_memory: u64,
+    /// Reports not yet published above which nothing new is begun (`POSTROOM_OUTBOX_LIMIT`, default 50000).
+    pub outbox_limit: usize,
     /// Sends in flight (`POSTROOM_CONCURRENCY`, default 64).
     pub concurrency: usize,
     /// Time without a heartbeat after which another worker may take over (`POSTROOM_LEASE`, default 45 s).

@@ -231,6 +231,20 @@ pub const SETTINGS: &[Setting] = &[
         "Sends in flight per worker.",
     ),
     plain(
+        "POSTROOM_MEMORY_BUDGET",
+        "SIZE",
+        Some("384MiB"),
+        &[Worker],
+        "Bytes of jobs and attachments in hand per worker, in every form they take.",
+    ),
+    plain(
+        "POSTROOM_OUTBOX_LIMIT",
+        "NUMBER",
+        Some("50000"),
+        &[Worker],
+        "Reports of the installation not yet published above which nothing new is sent.",
+    ),
+    plain(
         "POSTROOM_LEASE",
         "DURATION",
         Some("45s"),
@@ -408,7 +422,7 @@ pub const SETTINGS: &[Setting] = &[
     plain(
         "POSTROOM_ATTACHMENT_MEMORY",
         "SIZE",
-        Some("256MiB"),
+        Some("128MiB"),
         &[Fetch],
         "Attachment bytes in memory at once per worker.",
     ),

@@ -84,6 +84,10 @@ metrics! {
     permits_used: IntGaugeVec "postroom_permits_in_use" ["level"];
     /// Jobs between delivery and settlement.
     in_flight: IntGauge "postroom_in_flight_jobs";
+    /// Bytes of jobs in hand, counted against `POSTROOM_MEMORY_BUDGET`.
+    job_bytes: IntGauge "postroom_job_bytes";
+    /// Deliveries given back to their queue because memory was full.
+    beyond_budget: IntCounter "postroom_deliveries_beyond_budget_total";
     /// Waiting jobs of the whole installation by reason: rate, retry, schedule, busy, contract, key; every worker shows it.
     waiting: IntGaugeVec "postroom_waiting_jobs" ["reason"];
     /// Rate slots asked for, by answer: granted, denied, lost (with the lease).

@@ -233,7 +233,7 @@ async fn release_first(
     let request = ReleaseRequest {
         level,
         most: jobs.len(),
-        most_bytes: super::dispatcher::RELEASE_BYTES,
+        most_bytes: worker.releasable_bytes(),
         exclude: Vec::new(),
         only: Some(account),
     };
