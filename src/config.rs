@@ -105,6 +105,9 @@ pub struct SmtpTimeouts {
     pub command: Duration,
     /// Writing the mail, per 64 KiB block (`POSTROOM_SMTP_WRITE_TIMEOUT`, default 3 minutes).
     pub write: Duration,
+    /// Everything of a transaction up to the last byte of the mail, together, from the wait for a connection on
+    /// (`POSTROOM_SMTP_ATTEMPT_TIMEOUT`, default 5 minutes).
+    pub attempt: Duration,
     /// The reply after the final dot (`POSTROOM_SMTP_FINAL_TIMEOUT`, default 10 minutes).
     pub final_reply: Duration,
 }
@@ -116,6 +119,7 @@ impl Default for SmtpTimeouts {
             greeting: Duration::from_mins(1),
             command: Duration::from_mins(2),
             write: Duration::from_mins(3),
+            attempt: Duration::from_mins(5),
             final_reply: Duration::from_mins(10),
         }
     }

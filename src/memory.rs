@@ -35,7 +35,7 @@ pub struct Memory {
     room: Arc<Semaphore>,
     waiting: AtomicUsize,
     total: u64,
-    held: IntGauge,
+    in_use: IntGauge,
 }
 
 /// Bytes held, free again when this is dropped.
@@ -43,7 +43,7 @@ pub struct Memory {
 pub struct Held {
     _parts: [Option<OwnedSemaphorePermit>; 2],
     bytes: u64,
-    held: IntGauge,
+    in_use: IntGauge,
 }
 
 /// What a job weighs whose plain JSON has so many bytes.
@@ -63,9 +63,9 @@ pub fn least_budget(plain: u64) -> u64 {
 }
 
 impl Memory {
-    /// A budget of so many bytes; `held` shows what is in use.
+    /// A budget of so many bytes; `in_use` shows what is held.
     #[must_use]
-    pub fn new(total: u64, held: IntGauge) -> Arc<Self> {
+    pub fn new(total: u64, in_use: IntGauge) -> Arc<Self> {
         let semaphore = |bytes: u64| {
             let units = usize::try_from(bytes / UNIT).unwrap_or(usize::MAX);
             Arc::new(Semaphore::new(units.min(u32::MAX as usize)))
@@ -76,7 +76,7 @@ impl Memory {
             room: semaphore(part(total)),
             waiting: AtomicUsize::new(0),
             total,
-            held,
+            in_use,
         })
     }
 
@@ -146,18 +146,18 @@ impl Memory {
         units: u32,
     ) -> Held {
         let bytes = u64::from(units) * UNIT;
-        self.held.add(bytes as i64);
+        self.in_use.add(bytes as i64);
         Held {
             _parts: [part, all],
             bytes,
-            held: self.held.clone(),
+            in_use: self.in_use.clone(),
         }
     }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.held.sub(self.bytes as i64);
+        self.in_use.sub(self.bytes as i64);
     }
 }
 
@@ -197,10 +197,10 @@ mod tests {
         assert_eq!(memory.free(Share::Room), 300 * UNIT);
         let urgent = memory.try_hold(Share::Urgent, 300 * UNIT).unwrap();
         assert!(memory.try_hold(Share::Room, UNIT).is_none());
-        assert_eq!(memory.held.get(), 800 * UNIT as i64);
+        assert_eq!(memory.in_use.get(), 800 * UNIT as i64);
         drop((bulk, urgent));
         assert_eq!(memory.free(Share::Urgent), 800 * UNIT);
-        assert_eq!(memory.held.get(), 0);
+        assert_eq!(memory.in_use.get(), 0);
     }
 
     #[test]

@@ -177,7 +177,7 @@ impl Worker {
 
     /// Asks the database for the time.
     async fn correct_clock(&self) -> Result<(), DbError> {
-        let client = self.ledger.database().client().await?;
+        let client = self.ledger.vital().client().await?;
         let sent = (Instant::now(), Timestamp::now());
         let theirs: Timestamp = client
             .query_one("SELECT clock_timestamp()", &[])

@@ -127,6 +127,7 @@ impl FromSettings for SmtpTimeouts {
         let greeting = r.duration("POSTROOM_SMTP_GREETING_TIMEOUT", shortest, 5 * MINUTE);
         let command = r.duration("POSTROOM_SMTP_COMMAND_TIMEOUT", shortest, 5 * MINUTE);
         let write = r.duration("POSTROOM_SMTP_WRITE_TIMEOUT", shortest, 5 * MINUTE);
+        let attempt = r.duration("POSTROOM_SMTP_ATTEMPT_TIMEOUT", shortest, 5 * MINUTE);
         // Together with what comes before it must stay below the broker's 30 minutes for an unacknowledged job.
         let final_reply = r.duration("POSTROOM_SMTP_FINAL_TIMEOUT", shortest, 10 * MINUTE);
         Some(Self {
@@ -134,6 +135,7 @@ impl FromSettings for SmtpTimeouts {
             greeting: greeting?,
             command: command?,
             write: write?,
+            attempt: attempt?,
             final_reply: final_reply?,
         })
     }

@@ -357,6 +357,13 @@ pub const SETTINGS: &[Setting] = &[
         "Time limit of writing the mail, per block of 64 KiB.",
     ),
     plain(
+        "POSTROOM_SMTP_ATTEMPT_TIMEOUT",
+        "DURATION",
+        Some("5m"),
+        &[Smtp],
+        "Time limit for all of a transaction up to the last byte of the mail, at most 5m.",
+    ),
+    plain(
         "POSTROOM_SMTP_FINAL_TIMEOUT",
         "DURATION",
         Some("10m"),

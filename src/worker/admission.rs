@@ -96,7 +96,7 @@ impl Admission {
     }
 
     async fn admit_what_can_run(&mut self) {
-        loop {
+        while !self.worker.reporter.is_full() {
             // The batch is picked when it can be sent, so that it is as full as the load makes it.
             let Ok(statement) = Arc::clone(&self.statements).acquire_owned().await else {
                 return;

@@ -36,6 +36,9 @@ pub async fn run(worker: Arc<Worker>, stop: CancellationToken) {
             if stop.is_cancelled() {
                 return;
             }
+            if worker.reporter.is_full() {
+                break;
+            }
             match turn(&worker).await {
                 Ok(0) => break,
                 Ok(_) => {}

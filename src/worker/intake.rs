@@ -314,6 +314,7 @@ mod tests {
     #[test]
     fn a_job_larger_than_everything_still_has_a_window() {
         let mut window = Window::new(32, MIB);
+        window.set(32);
         window.note(50 * MIB);
         assert_eq!(window.change(Instant::now()), Some(NARROWEST));
     }

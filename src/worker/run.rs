@@ -138,7 +138,7 @@ async fn build(
     supervisor: &Supervisor,
 ) -> Result<(Arc<Worker>, mpsc::Receiver<Arrival>), WorkerError> {
     let metrics = Arc::clone(&service.metrics);
-    let ledger = Ledger::new(database.clone(), Arc::clone(&metrics));
+    let ledger = Ledger::new(database.clone(), Arc::clone(&metrics)).with_vital(database.reserved()?);
     let name = host_name();
     let epoch = ledger.register(&name, settings.worker.lease).await?;
     let guard = Arc::new(EgressGuard::new(settings.egress));
@@ -189,7 +189,7 @@ async fn build(
         publisher: supervisor.publisher(),
         topology: supervisor.topology().clone(),
         connected: supervisor.connected(),
-        reporter: Reporter::default(),
+        reporter: Reporter::new(settings.worker.outbox_limit),
         tasks: TaskTracker::new(),
         nudge: Notify::new(),
         database: ready,
@@ -368,6 +368,15 @@ impl ConnectionCaps for Caps {
         Box::pin(async move {
             self.ledger
                 .acquire_connection(&self.epoch(), key)
+                .await
+                .map_err(|error| CapsError(error.to_string()))
+        })
+    }
+
+    fn wanted(&self) -> BoxFuture<'_, Result<Vec<AccountKey>, CapsError>> {
+        Box::pin(async move {
+            self.ledger
+                .wanted_connections(&self.epoch())
                 .await
                 .map_err(|error| CapsError(error.to_string()))
         })
