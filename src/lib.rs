@@ -20,6 +20,7 @@
 //! | frame of a process | [`secret`], [`db`], [`health`], [`shutdown`], [`telemetry`] |
 //! | settings and contract | [`config`], [`job`] |
 //! | vocabulary | [`report`], [`fail_point`], [`failure`], [`retry`], [`id`], [`level`], [`address`] |
+//! | vocabulary | [`report`], [`failure`], [`retry`], [`id`], [`level`], [`address`], [`memory`] |
 //!
 //! A module uses its own layer and those below. `docs/architecture.md` follows a job through them.
 
@@ -42,6 +43,7 @@ pub mod id;
 pub mod job;
 pub mod ledger;
 pub mod level;
+pub mod memory;
 pub mod pipeline;
 pub mod report;
 pub mod retry;

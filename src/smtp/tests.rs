@@ -2,6 +2,7 @@
 
 mod cancel;
 mod data;
+mod deadline;
 mod envelope;
 mod login;
 mod pooling;
@@ -86,6 +87,7 @@ impl Default for Setup {
                     greeting: limit,
                     command: limit,
                     write: limit,
+                    attempt: 60 * SECOND,
                     final_reply: limit,
                 },
             },
@@ -107,6 +109,7 @@ impl Setup {
             greeting: limit,
             command: limit,
             write: limit,
+            attempt: 60 * SECOND,
             final_reply: limit,
         };
         self
