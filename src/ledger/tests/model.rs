@@ -128,6 +128,8 @@ struct Worker {
     tasks: Vec<Task>,
     /// Admissions whose answer got lost.
     asked: Vec<(Key, AdmitRequest)>,
+    /// Deliveries of jobs that were in other hands.
+    to_absorb: Vec<Key>,
     /// Reports it is about to publish.
     unpublished: Vec<Unpublished>,
 }
@@ -139,6 +141,7 @@ impl Worker {
             stalled: false,
             tasks: Vec::new(),
             asked: Vec::new(),
+            to_absorb: Vec::new(),
             unpublished: Vec::new(),
         }
     }
@@ -195,13 +198,15 @@ impl Model {
     async fn step(&mut self) -> Step {
         let w = self.pick(self.workers.len());
         match self.pick(64) {
-            0..14 => self.deliver(w).await,
-            14..18 => self.ask_again(w).await,
+            0..13 => self.deliver(w).await,
+            13..16 => self.ask_again(w).await,
+            16..18 => self.absorb(w).await,
             18..24 => self.release(w).await,
             24..44 => self.work(w).await,
             44 => self.crash(w).await,
             45 => self.lose_a_task(w).await,
-            46..48 => self.stall(w).await,
+            46 => self.stall(w).await,
+            47 | 63 => self.rob(w).await,
             48 => self.drain(w).await,
             49..51 => self.beat(w).await,
             51..54 => self.take_over(w).await,

@@ -47,6 +47,9 @@ impl Model {
             while !self.workers[w].asked.is_empty() {
                 self.ask_again(w).await?;
             }
+            while !self.workers[w].to_absorb.is_empty() {
+                self.absorb(w).await?;
+            }
             for _ in 0..self.workers[w].tasks.len() * 4 {
                 self.work(w).await?;
             }
@@ -70,6 +73,14 @@ impl Model {
     /// One final report, published, that tells of everybody who is known to have got it.
     fn judge(&self, key: &Key) -> Step {
         let job = &self.jobs[key];
+        let unpaid: Vec<_> = job
+            .owed
+            .iter()
+            .filter(|n| !job.published.contains_key(n))
+            .collect();
+        holds(unpaid.is_empty(), Rule::ReportsOwed, || {
+            format!("{key}: {unpaid:?} were never published")
+        })?;
         let told: Vec<_> = job
             .published
             .values()

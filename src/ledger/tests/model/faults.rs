@@ -32,7 +32,7 @@ impl Model {
         for task in &old.tasks {
             self.drop_task(task);
         }
-        for (key, _) in &old.asked {
+        for key in old.asked.iter().map(|(key, _)| key).chain(&old.to_absorb) {
             self.job(key).ready += 1;
         }
         drop(old);
@@ -66,11 +66,39 @@ impl Model {
         self.look().await
     }
 
+    /// A stall that is long enough for others to take over what it holds, and to begin.
+    pub(super) async fn rob(&mut self, w: usize) -> Step {
+        self.stall(w).await?;
+        let other = (w + 1) % self.workers.len();
+        let keys: Vec<_> = self.workers[w]
+            .tasks
+            .iter()
+            .map(|task| (task.key.clone(), task.delivery))
+            .collect();
+        self.take_over(other).await?;
+        for (key, delivery) in keys {
+            // RabbitMQ has lost the connection, too.
+            if delivery && self.chance(2) {
+                self.job(&key).ready += 1;
+                self.deliver_job(other, key).await?;
+            }
+        }
+        self.release(other).await?;
+        // It wakes, and goes on where it was.
+        for _ in 0..self.pick(3) {
+            self.work(w).await?;
+        }
+        Ok(())
+    }
+
     /// SIGTERM: everything is settled or given back, then the epoch ends.
     pub(super) async fn drain(&mut self, w: usize) -> Step {
         self.note(|| format!("worker {w} drains"));
         while !self.workers[w].asked.is_empty() {
             self.ask_again(w).await?;
+        }
+        while !self.workers[w].to_absorb.is_empty() {
+            self.absorb(w).await?;
         }
         while let Some(task) = self.workers[w].tasks.pop() {
             self.wind_up(w, task).await?;
@@ -167,6 +195,6 @@ impl Model {
     pub(super) fn nobody_holds(&self) -> bool {
         self.workers
             .iter()
-            .all(|worker| worker.tasks.is_empty() && worker.asked.is_empty())
+            .all(|worker| worker.tasks.is_empty() && worker.asked.is_empty() && worker.to_absorb.is_empty())
     }
 }

@@ -58,6 +58,10 @@ impl Model {
             return Ok(());
         }
         let key = ready[self.pick(ready.len())].clone();
+        self.deliver_job(w, key).await
+    }
+
+    pub(super) async fn deliver_job(&mut self, w: usize, key: Key) -> Step {
         self.job(&key).ready -= 1;
         let want = [Want::Slot, Want::Slot, Want::Claim, Want::Park][self.pick(4)];
         let request = self.request(w, &key, want);
@@ -118,19 +122,21 @@ impl Model {
                 let task = self.workers[w].tasks.pop().expect("it was just put there");
                 return self.finish(w, task, ReportType::Cancelled).await;
             }
-            Admitted::InFlight | Admitted::Held => return self.absorb(w, &key).await,
+            Admitted::InFlight | Admitted::Held => self.workers[w].to_absorb.push(key),
             Admitted::Waiting | Admitted::Done { .. } => {}
             other => panic!("{other:?}"),
         }
         self.look().await
     }
 
-    /// The job is in other hands: its body is stored, and the broker may forget it.
-    async fn absorb(&mut self, w: usize, key: &Key) -> Step {
-        // Until the answer is there, the delivery is in hand.
-        self.job(key).ready += 1;
-        self.look().await?;
-        let body = self.jobs[key].body();
+    /// A job is in other hands, or was a moment ago: its body is stored, and the broker may forget it.
+    pub(super) async fn absorb(&mut self, w: usize) -> Step {
+        if self.workers[w].to_absorb.is_empty() {
+            return Ok(());
+        }
+        let n = self.pick(self.workers[w].to_absorb.len());
+        let key = self.workers[w].to_absorb.swap_remove(n);
+        let body = self.jobs[&key].body();
         let absorb = Absorb {
             tenant: key.tenant.clone(),
             id: key.id.clone(),
@@ -142,8 +148,8 @@ impl Model {
             safe = self.world.ledger.absorb(&[absorb]).await.unwrap()[0];
         }
         self.note(|| format!("worker {w} absorbs {key}: {safe}"));
-        if safe {
-            self.job(key).ready -= 1;
+        if !safe || self.chance(6) {
+            self.job(&key).ready += 1;
         }
         self.look().await
     }

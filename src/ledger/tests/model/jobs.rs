@@ -46,6 +46,8 @@ pub(super) struct Knowledge {
     pub(super) acceptances: Vec<Acceptance>,
     /// How often an operator released it.
     pub(super) let_go: u32,
+    /// Numbers of the reports that were ever in its outbox.
+    pub(super) owed: BTreeSet<i64>,
     /// Numbers of its final reports, in the outbox or published.
     pub(super) finals: BTreeSet<i64>,
     /// Its published reports by number.
@@ -79,10 +81,11 @@ pub(super) fn all() -> BTreeMap<Key, Knowledge> {
             account: account(&format!("{sender}/main")),
             level: [Level::Medium, Level::Low][n / 2 % 2],
             recipients: 1 + (n / 4 % 3) as u32,
-            hold: n % 4 == 1,
+            hold: n % 5 < 2,
             ready: 1,
             acceptances: Vec::new(),
             let_go: 0,
+            owed: BTreeSet::new(),
             finals: BTreeSet::new(),
             published: BTreeMap::new(),
         };

@@ -74,7 +74,7 @@ macro_rules! mutants {
 mutants! {
     takeover_keeps_the_claim:
         "takeover_v1" ["claim = NULL, " => ""]
-        breaks LeaseGuards | AcceptedStays;
+        breaks LeaseGuards | AcceptedStays | NothingLost;
     takeover_takes_from_the_living:
         "takeover_v1" ["w.heartbeat_at < v_now - p_lease" => "true", "z.heartbeat_at < v_now - p_lease" => "true"]
         breaks DeadStayDead;
@@ -101,7 +101,7 @@ mutants! {
         breaks AcceptedStays;
     settling_over_a_cancel:
         "settle_v1" [" AND NOT (x.cancel AND u.k IN (2, 3))" => ""]
-        breaks CancelStands;
+        breaks CancelStands | SlotsCounted;
     settling_keeps_the_slot:
         "settle_v1" ["phase = 0, slot_at = NULL, slot_cost = NULL,\n            attempt" => "phase = 0,\n            attempt"]
         breaks SlotsCounted;

@@ -33,37 +33,55 @@ pub(super) struct Snapshot {
     pub(super) dead: BTreeMap<i64, bool>,
     /// By key: what counts, the limit, and whether it counts recipients.
     used: BTreeMap<String, (i32, i32, bool)>,
+    /// What is wrong with the lanes.
+    lanes: Option<String>,
 }
 
 const JOBS: &str = "SELECT tenant, id, state, coalesce(epoch, 0), coalesce(claim, 0), seq, body IS NOT NULL,
     coalesce(recipients, '[]'), cancel, phase = 1, merged, outcome, coalesce(outbox, '{}'), coalesce(outbox_seq, '{}'),
     slot_at, slot_cost, account FROM {s}.job";
+const WORKERS: &str = "SELECT epoch, dead FROM {s}.worker";
+const RATES: &str = "SELECT key, used[1], lim[1], unit[1] = 1 FROM {s}.rate";
+const LANES: &str = "WITH waiting AS (SELECT * FROM {s}.job WHERE state = 2)
+    SELECT string_agg(w, '; ') FROM (
+        SELECT format('%s/%s, due at %s, has no lane that will look at it in time, but %s; limits %s; now %s', x.tenant,
+            x.id, x.due_at, (SELECT json_agg(l) FROM {s}.lane l WHERE l.account = x.account AND l.tenant = x.tenant),
+            (SELECT json_agg(json_build_array(r.key, {s}.instant(r.next_at))) FROM {s}.rate r), clock_timestamp()) AS w
+        FROM waiting x
+        WHERE NOT x.cancel AND NOT EXISTS (SELECT FROM {s}.lane l WHERE l.account = x.account
+            AND l.level = x.level AND l.tenant = x.tenant AND l.oldest_at <= x.due_at
+            AND l.next_at <= greatest(x.due_at, clock_timestamp(), (SELECT {s}.instant(max(r.next_at))
+                FROM {s}.rate r WHERE r.key = ANY ({s}.charged_keys(x.tenant, x.account)))) + interval '100 ms')
+        UNION ALL
+        SELECT format('lane %s %s %s counts %s for %s', l.account, l.level, l.tenant, l.fifo, c.n)
+        FROM {s}.lane l CROSS JOIN LATERAL (SELECT count(*) AS n FROM waiting x
+            WHERE x.account = l.account AND x.level = l.level AND x.tenant = l.tenant AND x.reason IN (1, 4)) c
+        WHERE l.fifo <> c.n) y";
 
 impl Model {
+    /// All at once: nobody writes meanwhile.
     async fn read(&self) -> Snapshot {
         let client = self.world.db.client().await.unwrap();
-        let mut snapshot = Snapshot::default();
-        for row in client.query(&self.world.db.sql(JOBS), &[]).await.unwrap() {
-            let key = Key {
-                tenant: row.get::<_, &str>(0).parse().unwrap(),
-                id: row.get::<_, &str>(1).parse().unwrap(),
-            };
-            snapshot.jobs.insert(key, job(&row));
+        let texts = [JOBS, WORKERS, RATES, LANES].map(|text| self.world.db.sql(text));
+        let mut statements = Vec::new();
+        for text in &texts {
+            statements.push(client.prepare_cached(text).await.unwrap());
         }
-        let workers = self.world.db.sql("SELECT epoch, dead FROM {s}.worker");
-        for row in client.query(&workers, &[]).await.unwrap() {
-            snapshot.dead.insert(row.get(0), row.get(1));
+        let ask = statements.iter().map(|statement| client.query(statement, &[]));
+        let answers = futures_util::future::try_join_all(ask).await.unwrap();
+        let key = |row: &tokio_postgres::Row| Key {
+            tenant: row.get::<_, &str>(0).parse().unwrap(),
+            id: row.get::<_, &str>(1).parse().unwrap(),
+        };
+        Snapshot {
+            jobs: answers[0].iter().map(|row| (key(row), job(row))).collect(),
+            dead: answers[1].iter().map(|row| (row.get(0), row.get(1))).collect(),
+            used: answers[2]
+                .iter()
+                .map(|row| (row.get(0), (row.get(1), row.get(2), row.get(3))))
+                .collect(),
+            lanes: answers[3][0].get(0),
         }
-        let rates = self
-            .world
-            .db
-            .sql("SELECT key, used[1], lim[1], unit[1] = 1 FROM {s}.rate");
-        for row in client.query(&rates, &[]).await.unwrap() {
-            snapshot
-                .used
-                .insert(row.get(0), (row.get(1), row.get(2), row.get(3)));
-        }
-        snapshot
     }
 
     /// Looks at the tables after a statement.
@@ -76,7 +94,9 @@ impl Model {
             if let Some(before) = then.jobs.get(key) {
                 compare(key, before, row, &cleared)?;
             }
-            let finals = &mut self.job(key).finals;
+            let job = self.job(key);
+            job.owed.extend(&row.owed);
+            let finals = &mut job.finals;
             finals.extend(&row.final_owed);
             let ids = finals.len();
             holds(ids < 2, Rule::OneFinal, || {
@@ -97,7 +117,10 @@ impl Model {
         }
         self.slots(&then, &refunded)?;
         self.owners()?;
-        self.lanes().await
+        let lanes = &self.tables.lanes;
+        holds(lanes.is_none(), Rule::LanesRight, || {
+            lanes.clone().unwrap_or_default()
+        })
     }
 
     pub(super) fn nothing_is_owed(&self) -> bool {
@@ -110,6 +133,7 @@ impl Model {
             || self.workers.iter().any(|worker| {
                 worker.tasks.iter().any(|task| task.delivery && task.key == *key)
                     || worker.asked.iter().any(|(asked, _)| asked == key)
+                    || worker.to_absorb.contains(key)
             });
         let here = self
             .tables
@@ -186,29 +210,6 @@ impl Model {
             }
         }
         Ok(())
-    }
-
-    async fn lanes(&self) -> Step {
-        let wrong: Option<String> = self
-            .world
-            .one(
-                "WITH waiting AS (SELECT * FROM {s}.job WHERE state = 2)
-                 SELECT string_agg(w, '; ') FROM (
-                     SELECT format('%s/%s has no lane that will look at it in time', x.tenant, x.id) AS w FROM waiting x
-                     WHERE NOT x.cancel AND NOT EXISTS (SELECT FROM {s}.lane l WHERE l.account = x.account
-                         AND l.level = x.level AND l.tenant = x.tenant AND l.oldest_at <= x.due_at
-                         AND l.next_at <= greatest(x.due_at, clock_timestamp(), (SELECT {s}.instant(max(r.next_at))
-                             FROM {s}.rate r WHERE r.key = ANY ({s}.charged_keys(x.tenant, x.account))))
-                             + interval '100 ms')
-                     UNION ALL
-                     SELECT format('lane %s %s %s counts %s for %s', l.account, l.level, l.tenant, l.fifo, c.n)
-                     FROM {s}.lane l CROSS JOIN LATERAL (SELECT count(*) AS n FROM waiting x
-                         WHERE x.account = l.account AND x.level = l.level AND x.tenant = l.tenant
-                           AND x.reason IN (1, 4)) c
-                     WHERE l.fifo <> c.n) y",
-            )
-            .await;
-        holds(wrong.is_none(), Rule::LanesRight, || wrong.unwrap_or_default())
     }
 }
 
