@@ -165,8 +165,10 @@ BEGIN
 END $$;
 
 -- Until when a lane whose limit is shut is left alone: a minute at most, so that a wake-up lost to a race is made good.
+-- Null, there is no limit: not at all.
 CREATE FUNCTION blocked_until(us bigint) RETURNS timestamptz LANGUAGE sql VOLATILE
-    AS $$ SELECT least(timestamptz 'epoch' + us * interval '1 microsecond', clock_timestamp() + interval '1 minute') $$;
+    AS $$ SELECT least(timestamptz 'epoch' + coalesce(us, 0) * interval '1 microsecond',
+                       clock_timestamp() + interval '1 minute') $$;
 
 -- Replaces the limits of a key; a limit of 0 is none. What has been sent under a limit of the same window and unit
 -- still counts; a new window starts empty.

@@ -206,7 +206,7 @@ impl Model {
             44 => self.crash(w).await,
             45 => self.lose_a_task(w).await,
             46 => self.stall(w).await,
-            47 | 63 => self.rob(w).await,
+            47 | 63 => self.rob().await,
             48 => self.drain(w).await,
             49..51 => self.beat(w).await,
             51..54 => self.take_over(w).await,
@@ -252,6 +252,7 @@ async fn walk(world: World, seed: u64, steps: usize, habits: Habits) -> Result<(
         model.end().await
     }
     .await;
+    std::fs::write(format!("/tmp/trace-{seed}"), model.trace.join("\n")).unwrap();
     outcome.map_err(|broken| (broken, model.trace.join("\n")))
 }
 

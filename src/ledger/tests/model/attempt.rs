@@ -162,8 +162,9 @@ impl Model {
         self.note(|| {
             let told = if task.unknown { "hears nothing" } else { "hears" };
             format!(
-                "worker {w} writes {} (late: {late}) and {told}: {}",
+                "worker {w} writes {} (late: {late}, under {:?}) and {told}: {}",
                 task.key,
+                lease(&task),
                 brief(&results)
             )
         });

@@ -67,7 +67,9 @@ impl Model {
     }
 
     /// A stall that is long enough for others to take over what it holds, and to begin.
-    pub(super) async fn rob(&mut self, w: usize) -> Step {
+    pub(super) async fn rob(&mut self) -> Step {
+        let busiest = (0..self.workers.len()).max_by_key(|w| self.workers[*w].tasks.len());
+        let w = busiest.expect("there are workers");
         self.stall(w).await?;
         let other = (w + 1) % self.workers.len();
         let keys: Vec<_> = self.workers[w]
@@ -84,8 +86,11 @@ impl Model {
             }
         }
         self.release(other).await?;
+        for _ in 0..self.pick(6) {
+            self.work(other).await?;
+        }
         // It wakes, and goes on where it was.
-        for _ in 0..self.pick(3) {
+        for _ in 0..self.pick(6) {
             self.work(w).await?;
         }
         Ok(())
