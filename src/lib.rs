@@ -42,6 +42,9 @@ pub mod job;
 pub mod ledger;
 pub mod level;
 pub mod pipeline;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod properties;
 pub mod report;
 pub mod retry;
 pub mod secret;

@@ -3,6 +3,7 @@
 mod cancel;
 mod data;
 mod envelope;
+mod hostile;
 mod login;
 mod pooling;
 mod secure;
