@@ -548,3 +548,16 @@ fn storage_settings_that_cannot_work_say_what_to_do() {
         assert!(error.to_string().contains(part), "{url}: {error}");
     }
 }
+
+#[tokio::test]
+async fn a_redirect_to_a_name_that_has_turned_inside_is_refused() {
+    use crate::egress::rebinding::{INSIDE, OUTSIDE, Sites, guard};
+    let answer = "HTTP/1.1 302 Found\r\nlocation: /again\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+    let sites = Sites::start(answer).await;
+    let guard = guard(&[&[OUTSIDE], &[OUTSIDE], &[INSIDE]]);
+    let attachments = Attachments::with_store(limits(), None, guard, metrics()).unwrap();
+    let url = format!("http://rebind.example:{}/", sites.port);
+    let failure = failure(&attachments, by_url("a", &url)).await;
+    assert_eq!(failure.reason, "egress_refused", "{failure}");
+    assert_eq!(sites.visits(), (2, 0));
+}
