@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use bytes::Bytes;
+use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 use url::{Host, Url};
 
@@ -93,8 +94,12 @@ pub fn report(data: &[u8]) {
     match IncomingReport::read(Some(&id), &key, &body) {
         Ok(report) => {
             assert!(report.body.len() < 20_000);
-            let value: Value = serde_json::from_slice(&report.body).expect("a webhook gets JSON");
-            assert!(value["data"].is_object() && value["type"].is_string());
+            let text = std::str::from_utf8(&report.body).expect("a webhook gets UTF-8");
+            serde_json::from_str::<IgnoredAny>(text).expect("a webhook gets JSON");
+            // What has the form of JSON may still be no value: nested deeply, or with half a surrogate pair.
+            if let Ok(value) = serde_json::from_str::<Value>(text) {
+                assert!(value["data"].is_object() && value["type"].is_string());
+            }
             assert!(key.starts_with(&format!("report.{}.", report.tenant)));
             assert!(!report.event_id.contains('.') && is_one_line(&report.event_id));
         }
