@@ -17,6 +17,7 @@ mod crash;
 mod duplicates;
 mod fairness;
 mod frame;
+mod isolation;
 mod job_commands;
 mod levels;
 mod limits;
