@@ -18,6 +18,7 @@ mod crash;
 mod duplicates;
 mod fairness;
 mod frame;
+mod isolation;
 mod job_commands;
 #[cfg(feature = "fail-points")]
 mod kill_points;
