@@ -281,3 +281,24 @@ fn every_failure_in_the_guarantees_names_its_test_or_says_why_there_is_none() {
     }
     assert!(rows > 40, "{rows}");
 }
+
+#[test]
+fn every_fail_point_has_a_test_that_acts_there() {
+    let source = read("src/fail_point.rs");
+    let mut tests = String::new();
+    for file in files("tests/it/kill_points", "rs") {
+        tests.push_str(&fs::read_to_string(file).unwrap());
+    }
+    let points: Vec<_> = source
+        .lines()
+        .filter_map(|line| line.trim().split_once(" = \"")?.1.split_once("\", "))
+        .map(|(name, _)| name)
+        .collect();
+    assert!(
+        points.len() > 15,
+        "points are written otherwise than this test reads them: {points:?}"
+    );
+    let acts = |name: &&str| tests.contains(&format!("\"{name}\"")) || tests.contains(&format!("{name}="));
+    let idle: Vec<_> = points.iter().filter(|name| !acts(name)).collect();
+    assert!(idle.is_empty(), "{idle:?}");
+}
