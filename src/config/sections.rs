@@ -34,6 +34,7 @@ impl Reader<'_> {
 
 impl FromSettings for BrokerNames {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
+        let url = r.optional_secret("POSTROOM_AMQP_URL", parse::amqp_url);
         let ca_file = r.file("POSTROOM_AMQP_CA_FILE");
         let prefix = r.get("POSTROOM_PREFIX", parse::prefix);
         let topology = r.get("POSTROOM_TOPOLOGY", |text| {
@@ -46,7 +47,7 @@ impl FromSettings for BrokerNames {
         });
         let extra_queues = r.optional("POSTROOM_QUEUES", parse::queues);
         Some(Self(Broker {
-            url: String::new().into(),
+            url: url.unwrap_or_else(|| String::new().into()),
             ca_file,
             prefix: prefix?,
             topology: topology?,

@@ -4,6 +4,7 @@ mod cancel;
 mod data;
 mod deadline;
 mod envelope;
+mod hostile;
 mod login;
 mod pooling;
 mod secure;

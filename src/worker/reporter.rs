@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Worker;
 use crate::broker::{Properties, PublishError};
+use crate::fail_point::{self, Point};
 use crate::ledger::outbox::ReportKey;
 use crate::report::{Report, event_id, routing_key};
 
@@ -155,7 +156,13 @@ async fn sweep_once(worker: &Arc<Worker>) -> bool {
                 kind: &kind,
                 correlation: correlation.as_deref(),
             };
-            if let Err(error) = worker.publish_json(&head, json.as_bytes()).await {
+            let mut published = worker.publish_json(&head, json.as_bytes()).await;
+            if published.is_err() {
+                // Nobody else may publish it for a while now: once more if the session has ended under it.
+                worker.wait_connected().await;
+                published = worker.publish_json(&head, json.as_bytes()).await;
+            }
+            if let Err(error) = published {
                 tracing::warn!(%error, "reports stay in the outbox");
                 return false;
             }
@@ -215,7 +222,11 @@ impl Worker {
         let key = routing_key(head.tenant, head.kind);
         self.publisher
             .publish(&self.topology.reports_exchange(), &key, properties, json)
-            .await
+            .await?;
+        if fail_point::loses(Point::ReportConfirmed, [head.event]) {
+            return Err(PublishError::Timeout);
+        }
+        Ok(())
     }
 
     /// Waits for a session with the broker, for a while; not at all when the worker ends.

@@ -18,7 +18,10 @@ mod crash;
 mod duplicates;
 mod fairness;
 mod frame;
+mod isolation;
 mod job_commands;
+#[cfg(feature = "fail-points")]
+mod kill_points;
 mod levels;
 mod limits;
 mod lost_connections;
