@@ -259,3 +259,27 @@ fn tests_named_in_the_documentation_exist() {
         .collect();
     assert!(missing.is_empty(), "{missing:#?}");
 }
+
+#[test]
+fn every_failure_in_the_guarantees_names_its_test_or_says_why_there_is_none() {
+    let page = read("docs/guarantees.md");
+    let mut rows = 0;
+    for heading in ["## Failure windows", "## What the leases withstand"] {
+        let (_, table) = page.split_once(heading).unwrap();
+        let table = table
+            .trim_start()
+            .lines()
+            .take_while(|line| line.starts_with('|'));
+        for row in table.skip(2) {
+            let last = row
+                .trim_end_matches([' ', '|'])
+                .rsplit('|')
+                .next()
+                .unwrap()
+                .trim();
+            assert!(last.starts_with('`') || last.starts_with("not tested: "), "{row}");
+            rows += 1;
+        }
+    }
+    assert!(rows > 40, "{rows}");
+}
