@@ -19,8 +19,7 @@
 //! | stages | [`ledger`], [`directory`], [`attachment`], [`compose`], [`smtp`], [`egress`], [`endpoint`], [`broker`] |
 //! | frame of a process | [`secret`], [`db`], [`health`], [`shutdown`], [`telemetry`] |
 //! | settings and contract | [`config`], [`job`] |
-//! | vocabulary | [`report`], [`fail_point`], [`failure`], [`retry`], [`id`], [`level`], [`address`] |
-//! | vocabulary | [`report`], [`failure`], [`retry`], [`id`], [`level`], [`address`], [`memory`] |
+//! | vocabulary | [`report`], [`fail_point`], [`failure`], [`retry`], [`id`], [`level`], [`address`], [`memory`] |
 //!
 //! A module uses its own layer and those below. `docs/architecture.md` follows a job through them.
 
