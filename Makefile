@@ -1,13 +1,14 @@
 # make test        everything, against real servers (see dev/servers)
 # make demo        a thousand mails through release binaries, accounted for; KEEP=1 leaves it running
 # make lint        formatting, clippy, documentation
+# make chart       what is generated for helm/postroom, and its checks
 # make servers     RabbitMQ and Postgres for development; prints their variables. make servers-down stops them
 
 SHELL = /bin/bash
 CARGO ?= cargo
 NEXTEST := $(shell $(CARGO) nextest --version >/dev/null 2>&1 && echo yes)
 
-.PHONY: test demo lint servers servers-down
+.PHONY: test demo lint chart servers servers-down
 
 # The tests kill and stop the binary at named places (src/fail_point.rs), which a release does not have.
 TESTED = --workspace --locked --features fail-points
@@ -34,6 +35,10 @@ lint:
 	$(CARGO) clippy --workspace --all-targets --locked --features fail-points -- -D warnings
 	$(CARGO) clippy --workspace --lib --bins --examples --locked -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --document-private-items --locked
+
+chart:
+	$(CARGO) build --locked --bin postroom
+	tests/helm/run --update
 
 servers:
 	@dev/servers up

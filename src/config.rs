@@ -37,7 +37,7 @@ pub struct Broker {
     pub extra_queues: Vec<(Level, String)>,
 }
 
-/// The broker's section for commands that never connect (`topology print`): the URL is not asked for, and empty.
+/// The broker's section for commands that never connect (`topology print`): the URL is empty unless it is given.
 #[derive(Debug, Clone)]
 pub struct BrokerNames(pub Broker);
 

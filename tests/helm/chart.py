@@ -62,7 +62,7 @@ def notes(values: Object) -> str:
     return render(values)["postroom/templates/NOTES.txt"]
 
 
-class Strict(yaml.SafeLoader):
+class Strict(yaml.CSafeLoader):
     """A key that is there twice is an error: Kubernetes would take the last one silently, or refuse it."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
