@@ -12,8 +12,8 @@ fn check(module: &str) {
     let run = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/helm/run");
     let output = Command::new(run)
         .arg(module)
-        .env("POSTROOM_BINARY", env!("CARGO_BIN_EXE_postroom"))
-        .env("POSTROOM_CHART_CACHE", env!("CARGO_TARGET_TMPDIR"))
+        .env("POSTROOM_TEST_BINARY", env!("CARGO_BIN_EXE_postroom"))
+        .env("POSTROOM_TEST_CHART_CACHE", env!("CARGO_TARGET_TMPDIR"))
         .output()
         .unwrap();
     assert!(

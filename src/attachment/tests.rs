@@ -557,17 +557,14 @@ fn links_signed_with_temporary_credentials_are_known_to_die_early() {
     let token = ("AWS_SESSION_TOKEN", "token");
     let role = ("AWS_ROLE_ARN", "arn:aws:iam::1:role/mail");
     let file = ("AWS_WEB_IDENTITY_TOKEN_FILE", "/var/run/token");
-    let cases: [(&[(&str, &str)], Option<&str>, bool); 6] = [
-        (&[region, key, secret], None, false),
-        (&[region, key, secret, token], None, true),
-        (&[region, role, file], None, true),
-        (&[region], None, true),
-        (
-            &[region, key, secret, token],
-            Some("https://files.example"),
-            false,
-        ),
-        (&[region], Some("https://files.example"), false),
+    let public = Some("https://files.example");
+    let cases = [
+        (vec![region, key, secret], None, false),
+        (vec![region, key, secret, token], None, true),
+        (vec![region, role, file], None, true),
+        (vec![region], None, true),
+        (vec![region, key, secret, token], public, false),
+        (vec![region], public, false),
     ];
     for (variables, public_url, early) in cases {
         let config = config::Storage {

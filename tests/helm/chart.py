@@ -13,7 +13,7 @@ from helm_python import Chart
 TOP = Path(__file__).resolve().parent.parent.parent
 CHART = TOP / "helm/postroom"
 GOLDEN = TOP / "tests/helm/golden"
-TOOLS = Path(os.environ["POSTROOM_CHART_TOOLS"])
+TOOLS = Path(os.environ["POSTROOM_TEST_CHART_TOOLS"])
 
 Object = dict[str, Any]
 

@@ -3,13 +3,16 @@
 import os
 import re
 import subprocess
+import tempfile
 import unittest
 from functools import cache
+from pathlib import Path
 
 import generate
 from chart import CHART, TOP, containers, env, objects, pods, required, value_sets
 
-BINARY = os.environ.get("POSTROOM_BINARY", str(TOP / "target/debug/postroom"))
+AUTHORITY = TOP / "src/directory/ca/authority.pem"
+BINARY = os.environ.get("POSTROOM_TEST_BINARY", str(TOP / "target/debug/postroom"))
 
 
 @cache
@@ -47,6 +50,38 @@ class Binary(unittest.TestCase):
                 for container in containers(pod):
                     unknown = {it for it in env(container) if it.startswith("POSTROOM_")} - set(known)
                     self.assertEqual(unknown, set(), f"{name}: {pod['metadata']['name']}")
+
+    def test_the_binary_accepts_what_the_chart_sets(self):
+        """The binary names all wrong settings at once: beside one made wrong on purpose there is no other."""
+        url = {"rabbitmq": "amqps://user:password@host:5671/vhost", "postgres": "postgres://user:password@host/database"}
+        keys = {name: subprocess.check_output([BINARY, "key", "generate"], text=True) for name in ("encryption", "override")}
+        for name, values in value_sets().items():
+            for kind, wrong in (("worker", "POSTROOM_CONCURRENCY"), ("bridge", "POSTROOM_WEBHOOK_CONCURRENCY")):
+                found = [c for pod in pods(objects(values)) for c in pod["spec"]["containers"] if c["args"] == [kind]]
+                for container in found:
+                    with self.subTest(f"{name}: {kind}"), tempfile.TemporaryDirectory() as folder:
+                        environment = self.environment(container, Path(folder), {**url, **keys})
+                        environment[wrong] = "0"
+                        done = subprocess.run([BINARY, kind], env=environment, capture_output=True, text=True, timeout=60)
+                        self.assertEqual(done.returncode, 2, done.stderr)
+                        named = set(re.findall(r"POSTROOM_\w+", done.stderr))
+                        self.assertEqual(named, {wrong}, done.stderr)
+
+    def environment(self, container, folder, contents):
+        """The variables of a container, with files in this folder in place of mounted ones."""
+        parts = {"RABBITMQ_USERNAME": "user", "RABBITMQ_PASSWORD": "a-b_c", "RABBITMQ_HOST": "rabbitmq.mail.svc", "RABBITMQ_PORT": "5672"}
+        found = {}
+        for name, value in env(container).items():
+            if name in parts:
+                continue
+            value = re.sub(r"\$\((\w+)\)", lambda match: parts[match[1]], value)
+            if name.endswith("_FILE"):
+                path = folder / value.removeprefix("/etc/postroom/")
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(contents.get(path.name) or contents.get(path.parent.name, AUTHORITY.read_text()))
+                value = str(path)
+            found[name] = value
+        return found
 
     def test_places_of_their_own_are_really_used(self):
         """Every variable with a place of its own in values.yaml is set when that place is filled."""
