@@ -4,11 +4,12 @@ import json
 import re
 import unittest
 
+import yaml
 from helm_python import HelmError
 from helm_python import lint
 
 import generate
-from chart import CHART, chart, objects, render, required, value_sets
+from chart import CHART, TOP, chart, objects, pods, render, required, value_sets
 
 
 def without_description(schema, path=""):
@@ -97,6 +98,36 @@ class Schema(unittest.TestCase):
         for newer in ("mustToToml", "toYamlPretty", "fromToml"):
             self.assertNotIn(newer, templates)
         self.assertIn("apiVersion: v2\n", (CHART / "Chart.yaml").read_text())
+
+
+class Documentation(unittest.TestCase):
+    page = (TOP / "docs/kubernetes.md").read_text()
+
+    def test_values_in_the_documentation_render(self):
+        blocks = re.findall(r"^```yaml\n(.*?)^```", self.page, re.M | re.S)
+        blocks += re.findall(r"--values - <<'EOF'\n(.*?)^EOF", self.page, re.M | re.S)
+        self.assertGreater(len(blocks), 2)
+        for block in blocks:
+            with self.subTest(block):
+                objects({**required(), **yaml.safe_load(block)})
+
+    def test_values_named_in_the_documentation_exist(self):
+        values = yaml.safe_load((CHART / "values.yaml").read_text())
+        names = re.findall(r"`((?:\w+\.)+\w+)(?:: [^`]*)?`", self.page)
+        names = [name for name in names if name.split(".")[0] in values]
+        self.assertGreater(len(names), 15)
+        settings = {generate.camel(variable) for variable, *_ in generate.setting_rows()}
+        for name in names:
+            place = values
+            for part in name.split("."):
+                with self.subTest(name):
+                    self.assertIn(part, settings if place == {} else place)
+                place = place.get(part) if place else None
+
+    def test_a_cluster_may_choose_the_user(self):
+        found = objects(required(podSecurityContext={"runAsUser": None, "runAsGroup": None}))
+        for pod in pods(found):
+            self.assertEqual(set(pod["spec"]["securityContext"]), {"runAsNonRoot", "seccompProfile"})
 
 
 class Settings(unittest.TestCase):
