@@ -308,7 +308,9 @@ async fn definitions_are_printed_for_the_virtual_host_of_the_url_or_else_the_def
         assert_eq!(definitions["queues"][0]["vhost"], vhost);
         assert!(!out.contains("password"));
     }
-    let (result, _) = run(&["topology", "print"], &[("POSTROOM_AMQP_URL", "host")]).await;
-    let error = result.unwrap_err().to_string();
-    assert_eq!(error.matches("POSTROOM_AMQP_URL").count(), 1, "{error}");
+    for command in ["print", "check"] {
+        let (result, _) = run(&["topology", command], &[("POSTROOM_AMQP_URL", "host")]).await;
+        let error = result.unwrap_err().to_string();
+        assert_eq!(error.matches("POSTROOM_AMQP_URL").count(), 1, "{error}");
+    }
 }

@@ -41,9 +41,10 @@ pub async fn run(
 ) -> Result<(), TopologyCommandError> {
     let topology = Topology::new(&config.prefix, &config.extra_queues);
     if let TopologyCommand::Print = command {
-        let vhost = match config.url.expose_secret() {
-            "" => "/".to_owned(),
-            _ => broker::vhost(&config.url)?,
+        let vhost = if config.url.expose_secret().is_empty() {
+            "/".to_owned()
+        } else {
+            broker::vhost(&config.url)?
         };
         let definitions = topology.definitions(&vhost);
         return Ok(writeln!(out, "{definitions:#}")?);
