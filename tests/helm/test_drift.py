@@ -121,7 +121,7 @@ class Binary(unittest.TestCase):
         schema = known["POSTROOM_DATABASE_SCHEMA"]
         self.assertIn(f'default "{schema}" $settings.databaseSchema', (CHART / "templates/scaling.yaml").read_text())
         values = (CHART / "values.yaml").read_text()
-        self.assertIn(f"attachmentMemory ({known['POSTROOM_ATTACHMENT_MEMORY']})", values)
+        self.assertIn(f"memoryBudget ({known['POSTROOM_MEMORY_BUDGET']})", values)
 
     def test_the_chart_is_of_the_version_of_the_binary(self):
         version = re.search(r'^version = "(.*?)"', (TOP / "Cargo.toml").read_text(), re.M)[1]
