@@ -1060,7 +1060,41 @@ LANGUAGE sql STABLE SET search_path FROM CURRENT AS $$
     WHERE l.epoch = p_epoch AND c.wanted_at > clock_timestamp() - interval '3 seconds'
 $$;
 
--- Waiting jobs that could run now, for autoscaling and dashboards.
-CREATE VIEW runnable_jobs AS
-    SELECT l.level, count(*) AS lanes, sum(l.fifo) AS fifo FROM lane l
-    WHERE l.next_at <= clock_timestamp() GROUP BY l.level;
+-- Waiting jobs that could run now, for autoscaling and dashboards, one row per level: lanes that are due, and of their due
+-- jobs as many as limits leave room for at this moment, at most 1000 per lane. Levels that share a limit count its room
+-- each: an estimate, as all such numbers are. The view is stable; others may build on it.
+CREATE FUNCTION runnable_jobs_v1() RETURNS TABLE (level text, lanes bigint, jobs bigint)
+LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
+DECLARE
+    v_now timestamptz := clock_timestamp();
+BEGIN
+    RETURN QUERY
+    WITH due AS (
+        SELECT l.account, l.level AS lev, l.tenant,
+               (SELECT count(*) FROM (SELECT FROM job x
+                    WHERE x.account = l.account AND x.level = l.level AND x.tenant = l.tenant AND x.state = 2
+                      AND x.due_at BETWEEN l.oldest_at AND v_now LIMIT 1000) q) AS n
+        FROM lane l WHERE l.next_at <= v_now
+    ), fitting AS (
+        SELECT d.account, d.lev, least(d.n, runnable_room(charged_keys(d.tenant, d.account), v_now)) AS n FROM due d
+    ), per_account AS (
+        SELECT f.lev, count(*) AS lanes,
+               least(sum(f.n)::bigint, runnable_room(ARRAY[split_part(f.account, '/', 1) || '/', f.account], v_now)) AS n
+        FROM fitting f GROUP BY f.account, f.lev
+    )
+    SELECT names.name, coalesce(sum(p.lanes), 0)::bigint, coalesce(sum(p.n), 0)::bigint
+    FROM unnest(ARRAY['immediate', 'high', 'medium', 'low']) WITH ORDINALITY names(name, place)
+    LEFT JOIN per_account p ON p.lev = names.place - 1
+    GROUP BY names.name, names.place ORDER BY names.place;
+END $$;
+
+-- Sends that the tightest of these limits still allows; null without a limit.
+CREATE FUNCTION runnable_room(p_keys text[], p_at timestamptz) RETURNS bigint
+LANGUAGE sql STABLE SET search_path FROM CURRENT AS $$
+    SELECT min(CASE WHEN r.next_at > micros(p_at) THEN 0 ELSE greatest(least(f.messages, f.recipients), 0) END)::bigint
+    FROM rate r CROSS JOIN LATERAL rate_room(r, greatest(micros(p_at), r.last)) f
+    WHERE r.key = ANY (p_keys) AND r.lim <> '{}'
+$$;
+
+CREATE VIEW runnable_jobs AS SELECT level, lanes, jobs FROM runnable_jobs_v1();

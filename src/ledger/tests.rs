@@ -7,6 +7,7 @@ mod model;
 mod odd;
 mod releasing;
 mod room;
+mod runnable;
 mod settling;
 mod stress;
 mod world;

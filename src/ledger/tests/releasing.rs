@@ -11,7 +11,14 @@ use crate::ledger::settle::{Next, Settled};
 use crate::level::Level;
 
 /// Puts jobs into the waiting room straight away: `tenant/main` of each tenant, oldest first.
-async fn fill(world: &World, tenant: &str, account: &str, level: Level, count: usize, size: usize) {
+pub(super) async fn fill(
+    world: &World,
+    tenant: &str,
+    account: &str,
+    level: Level,
+    count: usize,
+    size: usize,
+) {
     world
         .run(&format!(
             "INSERT INTO {{s}}.job (tenant, id, state, level, account, digest, born, seq, created_at, updated_at, due_at,
