@@ -89,10 +89,15 @@ impl Ledger {
             )
             .await?;
         self.observe("release", rows.len(), sent.elapsed());
-        rows.iter()
+        let released: Vec<Released> = rows
+            .iter()
             .map(|row| read(row, epoch, sent))
             .filter_map(Result::transpose)
-            .collect()
+            .collect::<Result<_, _>>()?;
+        for _ in released.iter().filter(|job| job.row.slot.is_some()) {
+            self.count_slot("granted");
+        }
+        Ok(released)
     }
 
     /// Jobs that this epoch has leased under old claims nobody works on: a statement leased them and its answer never
