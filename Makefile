@@ -1,21 +1,25 @@
 # make test        everything, against real servers (see dev/servers)
+# make test-trixie the same against Debian trixie's RabbitMQ 4.0 and Postgres 17; as root (see dev/servers)
 # make demo        a thousand mails through release binaries, accounted for; KEEP=1 leaves it running
 # make lint        formatting, clippy, documentation
 # make servers     RabbitMQ and Postgres for development; prints their variables. make servers-down stops them
 
 SHELL = /bin/bash
 CARGO ?= cargo
+export POSTROOM_DEV_SERVERS
 NEXTEST := $(shell $(CARGO) nextest --version >/dev/null 2>&1 && echo yes)
 
-.PHONY: test demo lint servers servers-down
+.PHONY: test test-trixie demo lint servers servers-down
 
+# The tests kill and stop the binary at named places (src/fail_point.rs), which a release does not have.
+TESTED = --workspace --locked --features fail-points
 # Arguments for the runner: make test ARGS='broker'
 ifeq ($(NEXTEST),yes)
-RUN_TESTS = $(CARGO) nextest run --workspace --locked $(ARGS)
-BUILD_TESTS = $(CARGO) nextest run --workspace --locked --no-run
+RUN_TESTS = $(CARGO) nextest run $(TESTED) $(ARGS)
+BUILD_TESTS = $(CARGO) nextest run $(TESTED) --no-run
 else
-RUN_TESTS = $(CARGO) test --workspace --locked -- $(ARGS)
-BUILD_TESTS = $(CARGO) test --workspace --locked --no-run
+RUN_TESTS = $(CARGO) test $(TESTED) -- $(ARGS)
+BUILD_TESTS = $(CARGO) test $(TESTED) --no-run
 endif
 
 # Built before servers come up: a compile error costs nothing else.
@@ -23,13 +27,17 @@ test:
 	$(BUILD_TESTS)
 	KEEP='$(KEEP)' dev/run-with-servers $(RUN_TESTS)
 
+test-trixie:
+	$(MAKE) test POSTROOM_DEV_SERVERS=trixie
+
 demo:
 	$(CARGO) build --release --locked --bin postroom --example demo
 	KEEP='$(KEEP)' dev/run-with-servers target/release/examples/demo
 
 lint:
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	$(CARGO) clippy --workspace --all-targets --locked --features fail-points -- -D warnings
+	$(CARGO) clippy --workspace --lib --bins --examples --locked -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --document-private-items --locked
 
 servers:

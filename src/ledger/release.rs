@@ -6,6 +6,7 @@ use bytes::Bytes;
 
 use super::{Epoch, Ledger, Row, Slot, WaitReason, recipients, timestamp};
 use crate::db::DbError;
+use crate::fail_point::{self, Point};
 use crate::id::AccountKey;
 use crate::level::Level;
 use std::sync::Arc;
@@ -89,13 +90,14 @@ impl Ledger {
             )
             .await?;
         self.observe("release", rows.len(), sent.elapsed());
-        let released: Vec<Released> = rows
-            .iter()
-            .map(|row| read(row, epoch, sent))
-            .filter_map(Result::transpose)
-            .collect::<Result<_, _>>()?;
+        let released = rows.iter().map(|row| read(row, epoch, sent));
+        let released: Vec<Released> = released.filter_map(Result::transpose).collect::<Result<_, _>>()?;
         for _ in released.iter().filter(|job| job.row.slot.is_some()) {
             self.count_slot("granted");
+        }
+        let ids = released.iter().map(|job| job.row.id.as_str());
+        if !released.is_empty() && fail_point::loses(Point::Released, ids) {
+            return Err(DbError::Timeout);
         }
         Ok(released)
     }
