@@ -51,7 +51,7 @@ fn queries(dashboard: &Value) -> Vec<String> {
                 for (name, value) in fields {
                     match value {
                         Value::String(text) if name == "expr" || name == "definition" => {
-                            found.push(text.clone())
+                            found.push(text.clone());
                         }
                         other => left.push(other),
                     }
