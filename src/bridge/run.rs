@@ -61,7 +61,7 @@ pub enum RunError {
 /// If it cannot start for a reason that waiting does not cure, or a part of it died.
 pub async fn run(settings: Settings, service: Service) -> Result<(), RunError> {
     let database = Database::connect(&settings.database)?;
-    let metrics = Arc::clone(&service.metrics);
+    let (metrics, watched) = (Arc::clone(&service.metrics), Arc::clone(&service.metrics));
     let supervisor = Supervisor::new(settings.broker, Arc::clone(&metrics));
     service.follow_urls(supervisor.url(), database.clone());
     let ready = service.readiness.component("database");
@@ -100,7 +100,7 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), RunError> {
     });
     service
         .shutdown
-        .spawn("database", database.watch(ready, soft.clone()));
+        .spawn("database", database.watch(ready, watched, soft.clone()));
     service.follow_broker(amqp, supervisor.connected());
     let queue = topology.reports_queue();
     let serving = supervisor.run(&soft, |session| {

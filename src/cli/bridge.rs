@@ -18,7 +18,7 @@ type Sections = (
 /// Runs a bridge until it is told to end.
 pub(super) async fn run(sources: &Sources) -> Result<(), CliError> {
     let ((telemetry, process), (broker, database, keys, webhook, egress)): Sections = load(sources)?;
-    let service = Service::start(&telemetry, process, sources).await?;
+    let service = Service::start("bridge", &telemetry, process, sources).await?;
     let settings = bridge::Settings {
         broker,
         database,

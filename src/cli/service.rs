@@ -53,11 +53,13 @@ pub enum ServiceError {
 }
 
 impl Service {
-    /// Listens to signals and opens the port. Nothing is ready until its component says so.
+    /// Listens to signals and opens the port. Nothing is ready until its component says so. The name, such as `worker`,
+    /// tells the metrics of one kind of process from those of another.
     ///
     /// # Errors
     /// If any of it cannot be had.
     pub async fn start(
+        name: &str,
         telemetry: &config::Telemetry,
         process: config::Process,
         sources: &Sources,
@@ -69,8 +71,11 @@ impl Service {
         let (readiness, metrics) = (Readiness::default(), Arc::new(Metrics::new()?));
         metrics
             .build_info
-            .with_label_values(&[env!("CARGO_PKG_VERSION")])
+            .with_label_values(&[env!("CARGO_PKG_VERSION"), name])
             .set(1);
+        for dependency in ["amqp", "database"] {
+            metrics.connected.with_label_values(&[dependency]).set(0);
+        }
         let http = match telemetry.http_addr {
             None => None,
             Some(addr) => {

@@ -270,7 +270,7 @@ async fn a_service_is_not_ready_while_it_ends_and_tells_a_crash() {
         ("POSTROOM_GRACE_PERIOD", "10s"),
     ];
     let (telemetry, process) = config::load(&sources(&env)).unwrap();
-    let service = Service::start(&telemetry, process, &Sources::default())
+    let service = Service::start("worker", &telemetry, process, &Sources::default())
         .await
         .unwrap();
     let (readiness, hard) = (service.readiness.clone(), service.shutdown.hard.clone());

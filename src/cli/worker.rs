@@ -28,7 +28,7 @@ pub(super) async fn run(sources: &Sources) -> Result<(), CliError> {
         (telemetry, process, broker, database, keys),
         (smtp, storage, fetch, limits, worker, egress),
     ): Sections = load(sources)?;
-    let service = Service::start(&telemetry, process, sources).await?;
+    let service = Service::start("worker", &telemetry, process, sources).await?;
     let settings = worker::Settings {
         broker,
         database,

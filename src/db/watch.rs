@@ -1,11 +1,13 @@
 //! The database as a component of readiness: waited for at start, looked at while running.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
 use super::{Database, DbError};
 use crate::health::Handle;
+use crate::telemetry::metrics::Metrics;
 
 /// Between two looks at a database that works.
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -49,10 +51,11 @@ impl Database {
         }
     }
 
-    /// Keeps the handle true until the token is cancelled. Never gives up: whatever is wrong may be put right.
-    pub async fn watch(self, handle: Handle, soft: CancellationToken) {
+    /// Keeps the handle and the metrics of the pool true until the token is cancelled; to be called once the database
+    /// is usable. Never gives up: whatever is wrong may be put right.
+    pub async fn watch(self, handle: Handle, metrics: Arc<Metrics>, soft: CancellationToken) {
         tokio::select! {
-            () = self.follow(handle, soft) => {}
+            () = self.follow(handle, metrics, soft) => {}
             () = self.sever_stuck() => {}
         }
     }
@@ -65,7 +68,9 @@ impl Database {
         }
     }
 
-    async fn follow(&self, handle: Handle, soft: CancellationToken) {
+    async fn follow(&self, handle: Handle, metrics: Arc<Metrics>, soft: CancellationToken) {
+        let connected = metrics.connected.with_label_values(&["database"]);
+        connected.set(1);
         let mut pause = INTERVAL;
         while soft
             .run_until_cancelled(tokio::time::sleep(pause))
@@ -75,18 +80,34 @@ impl Database {
             let Some(checked) = soft.run_until_cancelled(self.check()).await else {
                 return;
             };
+            self.show(&metrics);
             match checked {
                 Ok(()) => {
                     handle.ready();
+                    connected.set(1);
                     pause = INTERVAL;
                 }
                 // All connections at work is load, not failure: whoever waits for one says so if it lasts.
                 Err(DbError::PoolTimeout(_)) if self.status().available == 0 && self.status().size > 0 => {}
                 Err(error) => {
                     handle.not_ready(error.to_string());
+                    connected.set(0);
                     pause = FIRST_PAUSE.max(pause / 2);
                 }
             }
         }
+    }
+
+    /// The pool as it is now; the connection of the last look is back in it.
+    fn show(&self, metrics: &Metrics) {
+        let pool = self.status();
+        let busy = pool.size.saturating_sub(pool.available);
+        for (state, count) in [("idle", pool.available), ("busy", busy)] {
+            metrics
+                .database_connections
+                .with_label_values(&[state])
+                .set(count as i64);
+        }
+        metrics.database_waiting.set(pool.waiting as i64);
     }
 }

@@ -146,6 +146,7 @@ impl Ledger {
                 *place = Some(read(row, request, sent)?);
             }
         }
+        self.count_slots(answers.iter().flatten());
         if fail_point::loses(Point::Admitted, batch.iter().map(|r| r.id.as_str())) {
             return Err(DbError::Timeout);
         }
@@ -235,6 +236,22 @@ impl<'a> Columns<'a> {
             expires_at: batch.iter().map(|r| r.expires_at).collect(),
             wants: batch.iter().map(|r| r.want as i16).collect(),
             batches: batch.iter().map(|r| r.batch.as_deref()).collect(),
+        }
+    }
+}
+
+impl Ledger {
+    /// Counts the slots that were granted, or denied, with the claim.
+    fn count_slots<'a>(&self, answers: impl Iterator<Item = &'a Admitted>) {
+        for answer in answers {
+            match answer {
+                Admitted::Go(row) | Admitted::Behind(row) if row.slot.is_some() => self.count_slot("granted"),
+                Admitted::Wait {
+                    reason: WaitReason::Rate,
+                    ..
+                } => self.count_slot("denied"),
+                _ => {}
+            }
         }
     }
 }

@@ -92,6 +92,9 @@ impl Ledger {
         self.observe("release", rows.len(), sent.elapsed());
         let released = rows.iter().map(|row| read(row, epoch, sent));
         let released: Vec<Released> = released.filter_map(Result::transpose).collect::<Result<_, _>>()?;
+        for _ in released.iter().filter(|job| job.row.slot.is_some()) {
+            self.count_slot("granted");
+        }
         let ids = released.iter().map(|job| job.row.id.as_str());
         if !released.is_empty() && fail_point::loses(Point::Released, ids) {
             return Err(DbError::Timeout);

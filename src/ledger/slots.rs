@@ -116,8 +116,13 @@ impl Ledger {
                 SlotAnswer::Denied(_) => "denied",
                 SlotAnswer::LeaseLost => "lost",
             };
-            self.metrics.slots.with_label_values(&[label]).inc();
+            self.count_slot(label);
         }
+    }
+
+    /// Counts one answer, wherever it was given: to admission, to a release, or to a mail that is ready.
+    pub(super) fn count_slot(&self, answer: &str) {
+        self.metrics.slots.with_label_values(&[answer]).inc();
     }
 }
 

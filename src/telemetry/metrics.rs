@@ -90,12 +90,16 @@ metrics! {
     beyond_budget: IntCounter "postroom_deliveries_beyond_budget_total";
     /// Waiting jobs of the whole installation by reason: rate, retry, schedule, busy, contract, key; every worker shows it.
     waiting: IntGaugeVec "postroom_waiting_jobs" ["reason"];
-    /// Rate slots asked for, by answer: granted, denied, lost (with the lease).
+    /// Rate slots asked for, by answer: granted (also where nothing limits), denied, lost (with the lease).
     slots: IntCounterVec "postroom_rate_slots_total" ["answer"];
     /// Rows per coalesced SQL statement.
     batch_rows: HistogramVec "postroom_sql_batch_rows" ["statement"] in COUNTS;
     /// Duration of one coalesced SQL statement.
     batch_seconds: HistogramVec "postroom_sql_batch_duration_seconds" ["statement"] in FAST;
+    /// Open connections to the database: idle, busy; looked at every 5 s.
+    database_connections: IntGaugeVec "postroom_database_connections" ["state"];
+    /// Statements that wait for a connection to the database; looked at every 5 s.
+    database_waiting: IntGauge "postroom_database_waiting";
     /// SQL statements that failed and were repeated, by SQLSTATE class.
     sql_errors: IntCounterVec "postroom_sql_errors_total" ["class"];
     /// Leases lost to another worker before the outcome was written.
@@ -128,12 +132,12 @@ metrics! {
     webhook_pending: IntGauge "postroom_webhook_pending";
     /// Age of the oldest event waiting for delivery.
     webhook_oldest: IntGauge "postroom_webhook_oldest_pending_seconds";
-    /// Whether a dependency is connected: amqp.
+    /// Whether a dependency is connected: amqp, database.
     connected: IntGaugeVec "postroom_connected" ["dependency"];
     /// Sessions with the broker begun.
     broker_sessions: IntCounter "postroom_broker_sessions_total";
-    /// Version of this process; always 1.
-    build_info: IntGaugeVec "postroom_build_info" ["version"];
+    /// What this process is, worker or bridge, and its version; always 1.
+    build_info: IntGaugeVec "postroom_build_info" ["version", "process"];
 }
 
 const COUNTS: &[f64] = &[1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0];

@@ -233,7 +233,11 @@ impl Parts<'_> {
         let database = self.worker.ledger.database().clone();
         spawn.spawn(
             "database",
-            database.watch(self.worker.database.clone(), soft.clone()),
+            database.watch(
+                self.worker.database.clone(),
+                Arc::clone(&self.worker.metrics),
+                soft.clone(),
+            ),
         );
         self.service
             .follow_broker(self.amqp, self.worker.connected.clone());

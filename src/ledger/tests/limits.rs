@@ -602,3 +602,22 @@ async fn slots_are_only_for_those_who_hold_the_lease() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn slots_are_counted_wherever_they_are_granted_or_denied() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        world.limit("acme/main", &[(2, 3600 * SECOND, "messages")]).await;
+        let count = |answer: &str| world.ledger.metrics.slots.with_label_values(&[answer]).get();
+        world.go(request(&epoch, "acme", "1")).await;
+        let row = world.go(request(&epoch, "acme", "2")).await;
+        assert_eq!((count("granted"), count("denied")), (2, 0));
+        let denied = world.admit_one(request(&epoch, "acme", "3")).await;
+        assert!(matches!(denied, Admitted::Wait { .. }), "{denied:?}");
+        assert_eq!((count("granted"), count("denied")), (2, 1));
+        let again = world.ledger.take_slots(&[slot_request(&row, 1)]).await.unwrap();
+        assert!(matches!(again[0], SlotAnswer::Granted(_)), "{again:?}");
+        assert_eq!((count("granted"), count("denied")), (3, 1));
+    })
+    .await;
+}

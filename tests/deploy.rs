@@ -1,0 +1,374 @@
+//! What deploys Postroom agrees with the code and the documentation: dashboard, alerts, compose file, packages. Reads files,
+//! and runs the linters of `dev/check-deployment`.
+#![expect(clippy::unwrap_used, reason = "a file that cannot be read is a failed test")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::Value;
+
+const ALERTS: &str = "helm/postroom/files/alerts.yaml";
+const RUNBOOKS: &str = "https://github.com/postroom/postroom/blob/main/docs/runbooks.md#";
+
+fn top() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn read(path: &str) -> String {
+    fs::read_to_string(top().join(path)).unwrap()
+}
+
+fn dashboards() -> Vec<(String, Value)> {
+    let folder = top().join("helm/postroom/files/dashboards");
+    let all: Vec<_> = fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .map(|path| {
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            (
+                name,
+                serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap(),
+            )
+        })
+        .collect();
+    assert!(!all.is_empty());
+    all
+}
+
+fn panels(dashboard: &Value) -> &[Value] {
+    dashboard["panels"].as_array().unwrap()
+}
+
+/// Every query of a dashboard: of panels, variables and annotations.
+fn queries(dashboard: &Value) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut left = vec![dashboard];
+    while let Some(value) = left.pop() {
+        match value {
+            Value::Object(fields) => {
+                for (name, value) in fields {
+                    match value {
+                        Value::String(text) if name == "expr" || name == "definition" => {
+                            found.push(text.clone());
+                        }
+                        other => left.push(other),
+                    }
+                }
+            }
+            Value::Array(values) => left.extend(values),
+            _ => {}
+        }
+    }
+    found
+}
+
+/// Metrics of the operations page, with their labels.
+fn documented() -> BTreeMap<String, BTreeSet<String>> {
+    let page = read("docs/operations.md");
+    let quoted =
+        |cell: &str| -> Vec<String> { cell.split('`').skip(1).step_by(2).map(str::to_owned).collect() };
+    let mut all = BTreeMap::new();
+    for row in page.lines().filter(|line| line.starts_with("| `")) {
+        let cells: Vec<_> = row.split('|').collect();
+        if let [_, name, kind, labels, _, _] = cells[..] {
+            let mut labels: BTreeSet<_> = quoted(labels).into_iter().collect();
+            let name = quoted(name).remove(0);
+            if kind.trim() == "histogram" {
+                labels.insert("le".to_owned());
+                for suffix in ["bucket", "sum", "count"] {
+                    all.insert(format!("{name}_{suffix}"), labels.clone());
+                }
+            }
+            all.insert(name, labels);
+        }
+    }
+    assert!(all.contains_key("postroom_jobs_total") && all.contains_key("rabbitmq_detailed_queue_consumers"));
+    all
+}
+
+fn is_name(c: char) -> bool {
+    c.is_ascii_alphanumeric() || c == '_'
+}
+
+/// Metrics of a query, each with the labels of its selector.
+fn selectors(query: &str) -> Vec<(String, Vec<String>)> {
+    let mut found = Vec::new();
+    let mut rest = query;
+    while let Some(at) = ["postroom_", "rabbitmq_", "process_", "kube_"]
+        .iter()
+        .filter_map(|prefix| rest.find(prefix))
+        .min()
+    {
+        let inside_a_word = rest[..at].ends_with(is_name);
+        rest = &rest[at..];
+        let end = rest.find(|c| !is_name(c)).unwrap_or(rest.len());
+        let (name, after) = rest.split_at(end);
+        rest = after;
+        if inside_a_word {
+            continue;
+        }
+        let labels = after
+            .strip_prefix('{')
+            .and_then(|inner| inner.split_once('}'))
+            .map(|(inner, _)| {
+                let outside_of_quotes = inner.split('"').step_by(2).collect::<String>();
+                outside_of_quotes
+                    .split(',')
+                    .map(|part| part.trim().trim_end_matches(['=', '~', '!']).to_owned())
+                    .filter(|label| !label.is_empty())
+                    .collect()
+            });
+        found.push((name.to_owned(), labels.unwrap_or_default()));
+    }
+    found
+}
+
+/// What a query asks for and nobody exports.
+fn undocumented(query: &str, documented: &BTreeMap<String, BTreeSet<String>>) -> Vec<String> {
+    let scraped = ["namespace", "job", "instance", "pod"];
+    let mut wrong = Vec::new();
+    for (name, labels) in selectors(query) {
+        match documented.get(&name) {
+            None => wrong.push(format!("{name} in {query}")),
+            Some(known) => wrong.extend(
+                labels
+                    .iter()
+                    .filter(|label| !known.contains(*label) && !scraped.contains(&label.as_str()))
+                    .map(|label| format!("{name}{{{label}}} in {query}")),
+            ),
+        }
+    }
+    wrong
+}
+
+#[test]
+fn a_selector_is_read_with_its_labels() {
+    assert_eq!(
+        selectors(r#"sum(rate(postroom_a_total{x="1,2", y!~"}"}[5m])) / my_postroom_c"#),
+        [(
+            "postroom_a_total".to_owned(),
+            vec!["x".to_owned(), "y".to_owned()]
+        )]
+    );
+}
+
+#[test]
+fn dashboards_ask_for_nothing_but_documented_metrics() {
+    let documented = documented();
+    for (name, dashboard) in dashboards() {
+        let queries = queries(&dashboard);
+        assert!(queries.len() > 40, "{name}");
+        let wrong: Vec<_> = queries
+            .iter()
+            .flat_map(|query| undocumented(query, &documented))
+            .collect();
+        assert!(wrong.is_empty(), "{name}: {wrong:#?}");
+    }
+}
+
+#[test]
+fn every_panel_has_a_title_a_description_and_a_place() {
+    for (name, dashboard) in dashboards() {
+        let mut seen = BTreeSet::new();
+        let mut taken = BTreeSet::new();
+        for panel in panels(&dashboard) {
+            let title = panel["title"].as_str().unwrap();
+            assert!(seen.insert(panel["id"].as_u64().unwrap()), "{name}: {title}: id");
+            let is_row = panel["type"] == "row";
+            assert!(
+                is_row || panel["description"].as_str().is_some_and(|text| text.len() > 8),
+                "{name}: {title}: description"
+            );
+            let place = |field: &str| panel["gridPos"][field].as_u64().unwrap();
+            assert!(place("x") + place("w") <= 24, "{name}: {title}");
+            for x in place("x")..place("x") + place("w") {
+                for y in place("y")..place("y") + place("h") {
+                    assert!(taken.insert((x, y)), "{name}: {title} lies over another panel");
+                }
+            }
+        }
+    }
+}
+
+/// The sum over workers would count every waiting job once per worker.
+#[test]
+fn what_every_process_shows_for_the_whole_installation_is_never_summed() {
+    let whole = [
+        "postroom_waiting_jobs",
+        "postroom_unhealthy_accounts",
+        "postroom_outbox_oldest_seconds",
+        "postroom_webhook_pending",
+        "postroom_webhook_oldest_pending_seconds",
+    ];
+    let mut all: Vec<_> = dashboards()
+        .iter()
+        .flat_map(|(_, dashboard)| queries(dashboard))
+        .collect();
+    all.extend(rules().into_iter().map(|rule| rule.expr));
+    let mut asked = 0;
+    for query in all {
+        for (name, _) in selectors(&query)
+            .iter()
+            .filter(|(name, _)| whole.contains(&name.as_str()))
+        {
+            asked += 1;
+            let (before, _) = query.split_once(name.as_str()).unwrap();
+            let before = before.trim_end_matches("min_over_time(");
+            let aggregation = before.trim_end_matches('(').trim_end();
+            let aggregation = aggregation
+                .rsplit_once(" by ")
+                .map_or(aggregation, |(outer, _)| outer);
+            assert!(aggregation.ends_with("max"), "{query}");
+        }
+    }
+    assert!(asked > 8, "{asked}");
+}
+
+/// One alert, as far as it is looked at here; `promtool` sees to the rest.
+struct Rule {
+    name: String,
+    expr: String,
+    text: String,
+}
+
+fn rules() -> Vec<Rule> {
+    let file = read(ALERTS);
+    let rules: Vec<_> = file
+        .split("- alert: ")
+        .skip(1)
+        .map(|text| {
+            let (name, rest) = text.split_once('\n').unwrap();
+            let (_, expr) = rest.split_once("expr:").unwrap();
+            let end = ["\n        for:", "\n        labels:"]
+                .iter()
+                .filter_map(|end| expr.find(end))
+                .min()
+                .unwrap();
+            Rule {
+                name: name.trim().to_owned(),
+                expr: expr[..end].trim().to_owned(),
+                text: text.to_owned(),
+            }
+        })
+        .collect();
+    assert!(rules.len() > 20);
+    rules
+}
+
+#[test]
+fn alerts_ask_for_nothing_but_documented_metrics() {
+    let mut documented = documented();
+    documented.insert(
+        "kube_pod_container_resource_limits".to_owned(),
+        BTreeSet::from(["resource".to_owned()]),
+    );
+    let wrong: Vec<_> = rules()
+        .iter()
+        .flat_map(|rule| undocumented(&rule.expr, &documented))
+        .collect();
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn every_alert_has_a_runbook_a_test_and_says_what_is_wrong() {
+    let runbooks = read("docs/runbooks.md");
+    let tests = read("tests/prometheus/alerts_test.yaml");
+    for rule in rules() {
+        let name = &rule.name;
+        for part in ["severity: ", "summary: ", "description: "] {
+            assert!(rule.text.contains(part), "{name} has no {part}");
+        }
+        let link = format!("runbook_url: {RUNBOOKS}{}\n", name.to_lowercase());
+        assert!(rule.text.contains(&link), "{name} should have {link}");
+        let (_, section) = runbooks
+            .split_once(&format!("\n## {name}\n"))
+            .unwrap_or_else(|| panic!("docs/runbooks.md has no section {name}"));
+        let section = section.split("\n## ").next().unwrap();
+        for part in ["**Means:**", "**Look at:**", "**Do:**"] {
+            assert!(section.contains(part), "docs/runbooks.md, {name}: {part}");
+        }
+        let fires = format!("ALERTS{{alertname=\"{name}\", alertstate=\"firing\", ");
+        assert!(tests.contains(&fires), "{name} has no test that it fires");
+    }
+    let names: BTreeSet<_> = rules().into_iter().map(|rule| rule.name).collect();
+    let sections = runbooks
+        .lines()
+        .filter_map(|line| line.strip_prefix("## Postroom"));
+    for section in sections {
+        assert!(
+            names.contains(&format!("Postroom{section}")),
+            "no alert Postroom{section}"
+        );
+    }
+}
+
+/// Variables that a file sets.
+fn variables(text: &str) -> BTreeSet<String> {
+    text.lines()
+        .map(|line| line.trim_start().trim_start_matches('#'))
+        .filter(|line| line.starts_with("POSTROOM_"))
+        .filter_map(|line| line.split([':', '=']).next())
+        .map(str::to_owned)
+        .collect()
+}
+
+#[test]
+fn only_settings_that_exist_are_set() {
+    let page = read("docs/configuration.md");
+    for file in ["docker-compose.yml", "packaging/postroom.env"] {
+        let set = variables(&read(file));
+        assert!(!set.is_empty(), "{file}");
+        for name in set {
+            assert!(page.contains(&format!("`{name}`")), "{file}: {name}");
+        }
+    }
+}
+
+/// Containers and services that are stopped sooner than the grace period lose their leases in the middle of a mail.
+#[test]
+fn whoever_stops_a_worker_waits_longer_than_its_grace_period() {
+    for (file, limit) in [
+        ("docker-compose.yml", "stop_grace_period: 75s"),
+        ("packaging/postroom-worker.service", "TimeoutStopSec=75s"),
+        ("packaging/postroom-bridge.service", "TimeoutStopSec=75s"),
+    ] {
+        assert!(read(file).contains(limit), "{file}");
+    }
+    assert!(
+        read("docs/configuration.md")
+            .contains("| `POSTROOM_GRACE_PERIOD` | `--grace-period` | `DURATION` | `60s` |")
+    );
+}
+
+#[test]
+fn the_image_is_built_from_the_toolchain_and_version_of_the_manifest() {
+    let (docker, manifest) = (read("Dockerfile"), read("Cargo.toml"));
+    let version = |text: &str, key: &str| -> Vec<u32> {
+        let (_, rest) = text.split_once(key).unwrap();
+        let value: String = rest
+            .chars()
+            .take_while(|c| c.is_ascii_digit() || *c == '.')
+            .collect();
+        value.split('.').map(|part| part.parse().unwrap()).collect()
+    };
+    assert_eq!(
+        version(&docker, "ARG VERSION="),
+        version(&manifest, "\nversion = \"")
+    );
+    assert!(version(&docker, "ARG RUST_VERSION=") >= version(&manifest, "rust-version = \""));
+    let last = docker.rsplit("\nFROM ").next().unwrap();
+    assert!(last.contains("\nUSER 65532:65532\n"), "numeric and not root");
+}
+
+#[test]
+fn linters_and_promtool_are_content() {
+    let output = Command::new(top().join("dev/check-deployment")).output().unwrap();
+    assert!(
+        output.status.success(),
+        "dev/check-deployment:\n{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
