@@ -252,7 +252,6 @@ async fn walk(world: World, seed: u64, steps: usize, habits: Habits) -> Result<(
         model.end().await
     }
     .await;
-    std::fs::write(format!("/tmp/trace-{seed}"), model.trace.join("\n")).unwrap();
     outcome.map_err(|broken| (broken, model.trace.join("\n")))
 }
 

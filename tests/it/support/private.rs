@@ -59,6 +59,12 @@ impl Private {
         self.act("start", server).await;
     }
 
+    /// Adds lines to a server's configuration, for its next start. `RabbitMQ` only.
+    pub(crate) fn configure(&self, server: &str, lines: &str) {
+        let file = self.dir.join(server).join("conf.d/test.conf");
+        std::fs::write(file, lines).unwrap();
+    }
+
     async fn act(&self, action: &str, server: &str) {
         dev_servers(&[action, self.dir.to_str().unwrap(), server]).await;
     }

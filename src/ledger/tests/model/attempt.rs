@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::jobs::{Acceptance, charged};
+use super::jobs::{Acceptance, Key, charged};
 use super::reports::Unpublished;
 use super::{Broken, Model, Rule, Stage, Step, Task, holds, is_final};
 use crate::ledger::WaitReason;
@@ -33,6 +33,19 @@ impl Model {
             return Ok(());
         }
         let n = self.pick(self.workers[w].tasks.len());
+        self.work_at(w, n).await
+    }
+
+    /// The same for its task of this job, if it has one.
+    pub(super) async fn work_on(&mut self, w: usize, key: &Key) -> Step {
+        let place = self.workers[w].tasks.iter().position(|task| task.key == *key);
+        match place {
+            Some(n) => self.work_at(w, n).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn work_at(&mut self, w: usize, n: usize) -> Step {
         let task = self.workers[w].tasks.swap_remove(n);
         if task.unanswered.is_some() {
             return self.settle_again(w, task).await;

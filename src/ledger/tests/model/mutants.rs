@@ -49,7 +49,6 @@ async fn found(function: &str, changes: &[(&str, &str)], habits: Habits) -> Opti
                 mutate(&world, function, changes).await;
             }
             if let Err((broken, trace)) = walk(world, 100 + seed, STEPS, habits).await {
-                std::fs::write(format!("/tmp/trace-{seed}"), &trace).unwrap();
                 eprintln!("{trace}\n{broken}");
                 rule = Some(broken.rule);
             }
