@@ -88,11 +88,11 @@ impl Model {
         self.release(other).await?;
         for (key, _) in &keys {
             // It wakes, and goes on where it was; the other one may be through by then.
-            let (first, second) = if self.chance(3) { (w, other) } else { (other, w) };
-            for _ in 0..self.pick(5) {
+            let (first, second) = if self.chance(2) { (w, other) } else { (other, w) };
+            for _ in 0..=self.pick(6) {
                 self.work_on(first, key).await?;
             }
-            for _ in 0..self.pick(4) {
+            for _ in 0..=self.pick(6) {
                 self.work_on(second, key).await?;
             }
         }

@@ -17,7 +17,7 @@ pub(super) struct Habits {
 }
 
 /// Walks tried until one finds the fault.
-const TRIES: u64 = 8;
+const TRIES: u64 = 12;
 const STEPS: usize = 300;
 
 /// Puts `to` in the place of `from` in one of the functions.
@@ -168,7 +168,11 @@ async fn writing_without_asking() {
         never_asks: true,
         ..Habits::default()
     };
-    assert_eq!(found("", &[], habits).await, Some(Rule::SentOnce));
+    let found = found("", &[], habits).await;
+    assert!(
+        matches!(found, Some(Rule::SentOnce | Rule::AcceptedStays)),
+        "{found:?}"
+    );
 }
 
 #[tokio::test]
