@@ -14,10 +14,7 @@ const LIMIT: Duration = Duration::from_mins(1);
 #[tokio::test]
 async fn a_delivery_held_longer_than_the_broker_allows_comes_again() {
     let private = Private::start().await;
-    private.configure(
-        RABBITMQ,
-        "consumer_timeout = 3000\nchannel_tick_interval = 1000\n",
-    );
+    private.configure_rabbitmq("[{rabbit, [{consumer_timeout, 3000}, {channel_tick_interval, 1000}]}].\n");
     private.halt(RABBITMQ).await;
     private.start_again(RABBITMQ).await;
     let world = World::on(private.servers()).await;

@@ -59,10 +59,9 @@ impl Private {
         self.act("start", server).await;
     }
 
-    /// Adds lines to a server's configuration, for its next start. `RabbitMQ` only.
-    pub(crate) fn configure(&self, server: &str, lines: &str) {
-        let file = self.dir.join(server).join("conf.d/test.conf");
-        std::fs::write(file, lines).unwrap();
+    /// Sets what `RabbitMQ` reads at its next start, in the form of `advanced.config`.
+    pub(crate) fn configure_rabbitmq(&self, settings: &str) {
+        std::fs::write(self.dir.join("rabbitmq/advanced.config"), settings).unwrap();
     }
 
     async fn act(&self, action: &str, server: &str) {
