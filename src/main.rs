@@ -1,16 +1,22 @@
-//! The `postroom` binary: cryptography, arguments, logs, then the command.
+//! The `postroom` binary: memory, cryptography, arguments, logs, then the command.
 
 use std::process::ExitCode;
 
 use postroom::cli::Invocation;
 
 fn main() -> ExitCode {
+    postroom::secret::dumps::forbid();
     // One provider for every TLS connection. It fails only if there is one already, and nothing ran before this.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let invocation = match Invocation::parse(std::env::args_os()) {
         Ok(invocation) => invocation,
         Err(exit_code) => return exit_code,
     };
+    #[cfg(feature = "fail-points")]
+    if let Err(error) = postroom::fail_point::arm() {
+        eprintln!("postroom: {error}");
+        return ExitCode::from(2);
+    }
     invocation.start_logging();
     match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime.block_on(invocation.run()),

@@ -81,6 +81,13 @@ start_rabbitmq() {
     within 90 rabbitmq_is_up_or_dead "$job" && rabbitmq_is_up
 }
 
+# The memory alarm, on with a share of memory that is always in use.
+rabbitmq_watermark() {
+    HOME="$DIR/rabbitmq" ERL_EPMD_PORT="$EPMD_PORT" RABBITMQ_NODENAME="$TAG@localhost" \
+        RABBITMQ_CONF_ENV_FILE="$DIR/rabbitmq/rabbitmq-env.conf" \
+        "$(dirname "$RABBITMQ_SERVER")/rabbitmqctl" --quiet set_vm_memory_high_watermark "$1" >&2
+}
+
 stop_rabbitmq() {
     local pid
     pid=$(rabbitmq_pid)

@@ -12,6 +12,7 @@ use crate::attachment::{Attachments, Prepared};
 use crate::compose::{self, Composition, Email};
 use crate::config::UnknownTenant;
 use crate::directory::{Chosen, Directory, TenantEntry, Via, overrides, sender};
+use crate::fail_point::{self, Point};
 use crate::failure::{Class, Failure, Fault, Severity, Stage};
 use crate::id::TenantId;
 use crate::job::{MailJob, OnUncertain};
@@ -80,6 +81,7 @@ impl Pipeline {
 
     /// resolve → fetch → connect → compose → slot → send, down the ladder of senders.
     async fn run(&self, task: &Task, attempt: &mut Attempt) -> Result<Verdict, Verdict> {
+        fail_point::hit(Point::Leased, [task.job.id.as_str()]);
         if task.is_expired(self.clock.now()) {
             return Err(Verdict::Expired);
         }
@@ -108,6 +110,7 @@ impl Pipeline {
             .await
             .map_err(|failure| started(attempt, failure))?;
         self.note_files(task, attempt, &prepared, fetched);
+        let begun = Instant::now();
         loop {
             let verdict = match self.send(task, attempt, &entries, &chosen, &prepared).await {
                 Ok(verdict) | Err(verdict) => verdict,
@@ -117,8 +120,9 @@ impl Pipeline {
             };
             let platform = entries.platform.as_deref();
             match sender::after_failure(&chosen, failure, &task.job, &entries.tenant, platform) {
-                Some(other) => chosen = other,
-                None => return Ok(verdict),
+                // A marked send is taken over 25 minutes after its lease: what comes late is for the next attempt.
+                Some(other) if begun.elapsed() < self.pools.attempt_limit() => chosen = other,
+                _ => return Ok(verdict),
             }
         }
     }
@@ -206,10 +210,17 @@ impl Pipeline {
         let limited = bound || entries.tenant.tenant.limited || chosen.account.limited;
         let mut slot = task.row.slot.filter(|_| chosen.account.key == task.row.account);
         let mut tried = HashSet::new();
+        let since = Instant::now();
         loop {
             let mut open = open_recipients(attempt, &tried);
             if open.is_empty() {
                 return Ok(Verdict::Attempted);
+            }
+            if since.elapsed() >= self.pools.attempt_limit() {
+                return Err(Verdict::Wait {
+                    reason: WaitReason::Busy,
+                    delay: Duration::ZERO,
+                });
             }
             let lease = self.connection(task, attempt, chosen).await?;
             let begun = Instant::now();
@@ -367,10 +378,12 @@ impl Pipeline {
             Err(error) => return Err(Verdict::Failed(error.failure)),
         };
         attempt.reached_mail_from = true;
+        fail_point::hit(Point::EnvelopeAccepted, [task.job.id.as_str()]);
         if !self.may_write(task, attempt.on_uncertain).await {
             transaction.abandon();
             return Err(Verdict::GiveBack);
         }
+        fail_point::hit(Point::BeforeFinalWrite, [task.job.id.as_str()]);
         finish(attempt, transaction, email, part).await
     }
 

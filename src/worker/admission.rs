@@ -14,6 +14,7 @@ use super::Worker;
 use super::arrival::Arrival;
 use super::load::InHand;
 use super::permits::Permit;
+use crate::fail_point::{self, Point};
 use crate::id::AccountKey;
 use crate::ledger::admit::{AdmitRequest, Admitted, Want};
 use crate::ledger::batches::pauses;
@@ -96,7 +97,7 @@ impl Admission {
     }
 
     async fn admit_what_can_run(&mut self) {
-        loop {
+        while !self.worker.reporter.is_full() {
             // The batch is picked when it can be sent, so that it is as full as the load makes it.
             let Ok(statement) = Arc::clone(&self.statements).acquire_owned().await else {
                 return;
@@ -181,6 +182,7 @@ fn pick_one(worker: &Worker, arrival: Arrival, level: Level) -> Result<Picked, A
 async fn admit(worker: &Arc<Worker>, batch: Vec<Picked>) {
     let requests: Vec<AdmitRequest> = batch.iter().map(|picked| picked.request.clone()).collect();
     let mut waits = pauses();
+    fail_point::hit(Point::Delivered, requests.iter().map(|r| r.id.as_str()));
     let answers = loop {
         match worker.ledger.admit(&requests).await {
             Ok(answers) => break answers,
@@ -233,7 +235,7 @@ async fn release_first(
     let request = ReleaseRequest {
         level,
         most: jobs.len(),
-        most_bytes: super::dispatcher::RELEASE_BYTES,
+        most_bytes: worker.releasable_bytes(),
         exclude: Vec::new(),
         only: Some(account),
     };

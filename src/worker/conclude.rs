@@ -13,12 +13,14 @@ use super::delivery::{Properties, stored};
 use super::load::InHand;
 use super::permits::Permit;
 use crate::broker::Delivery;
+use crate::fail_point::{self, Point};
 use crate::failure::Failure;
 use crate::job::decode::{self, Incoming, RejectReason};
 use crate::ledger::admit::{Absorb, Admitted};
 use crate::ledger::release::Released;
 use crate::ledger::settle::{Body, Next, Settled, Settlement};
 use crate::ledger::{Row, WaitReason};
+use crate::memory::{self, Held, Share};
 use crate::pipeline::attempt::panicked;
 use crate::pipeline::task::Task;
 use crate::pipeline::{Attempt, Verdict};
@@ -78,6 +80,18 @@ impl Worker {
 
     /// Runs a job out of the waiting room.
     pub fn run_released(self: &Arc<Self>, released: Released, right: Right) {
+        let weight = memory::weight(released.body.len() as u64);
+        if weight == 0 {
+            return self.begin_released(released, right, None);
+        }
+        let worker = Arc::clone(self);
+        self.tasks.spawn(async move {
+            let held = worker.memory.hold(Share::Room, weight).await;
+            worker.begin_released(released, right, Some(held));
+        });
+    }
+
+    fn begin_released(self: &Arc<Self>, released: Released, right: Right, held: Option<Held>) {
         let properties: Properties = serde_json::from_value(released.properties).unwrap_or_default();
         let incoming = Incoming {
             body: &released.body,
@@ -99,6 +113,7 @@ impl Worker {
             level: released.level,
             body: None,
             new: false,
+            held,
         };
         self.spawn_job(task, None, right);
     }
@@ -125,6 +140,8 @@ impl Worker {
             level: arrival.level,
             body,
             new: true,
+            // The delivery holds it.
+            held: None,
         };
         (task, arrival.delivery)
     }
@@ -199,15 +216,18 @@ impl Worker {
             settlement.next = Next::GiveBack;
         }
         let gives_back = matches!(settlement.next, Next::GiveBack);
+        fail_point::hit(Point::Replied, [task.job.id.as_str()]);
         let (settlement, settled) = self.settle(&at, settlement).await;
         match settled {
             Settled::Written | Settled::Cancelled => {
                 self.count(&settlement);
+                fail_point::hit(Point::BeforeAck, [task.job.id.as_str()]);
                 match delivery {
                     Some(delivery) if gives_back => delivery.receipt.give_back(),
                     Some(delivery) => delivery.receipt.ack(),
                     None => {}
                 }
+                fail_point::hit(Point::Acked, [task.job.id.as_str()]);
                 if let Some(report) = settlement.report {
                     self.reporter.publish(self, report);
                 }

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use super::Worker;
+use super::{Worker, reporter};
+use crate::fail_point::{self, Point};
 use crate::ledger::lease::Beat;
 
 /// A send marked as begun is decided about only when every deadline of its attempt has passed.
@@ -20,6 +21,9 @@ pub async fn run(worker: Arc<Worker>, stop: CancellationToken, end: Cancellation
         every(Duration::from_secs(15), stop.clone(), || count_waiting(&worker)),
         every(worker.lease / 3, stop.clone(), || take_over(&worker)),
         every(Duration::from_mins(5), stop.clone(), || forget(&worker)),
+        every(Duration::from_secs(2), stop.clone(), || reporter::measure(
+            &worker
+        )),
         every(Duration::from_mins(1), stop, || find_forgotten(&worker)),
     );
 }
@@ -48,6 +52,7 @@ async fn beat(worker: Arc<Worker>, end: CancellationToken) {
             () = tokio::time::sleep(period) => {}
         }
         let epoch = worker.epoch();
+        fail_point::hit(Point::BeforeHeartbeat, []);
         match worker.ledger.heartbeat(&epoch).await {
             Ok(Beat::Alive { .. }) => worker.database_works(),
             Ok(Beat::Dead) => {
@@ -75,6 +80,7 @@ async fn take_over(worker: &Arc<Worker>) {
                     "took over the jobs of workers that have gone silent"
                 );
                 worker.nudge.notify_one();
+                fail_point::hit(Point::TakenOver, []);
             }
             for (tenant, id) in takeover.uncertain {
                 if let Err(error) = worker.ledger.hold_uncertain(&tenant, &id).await {
