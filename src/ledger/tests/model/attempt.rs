@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::jobs::{Acceptance, Key, charged};
+use super::mutants::Habit;
 use super::reports::Unpublished;
 use super::{Broken, Model, Rule, Stage, Step, Task, holds, is_final};
 use crate::ledger::WaitReason;
@@ -63,13 +64,13 @@ impl Model {
         if !task.slot.is_some_and(|slot| slot.is_valid()) {
             return self.take_slot(w, task).await;
         }
-        if self.jobs[&task.key].hold && !self.habits.never_marks {
+        if self.jobs[&task.key].hold && self.habit != Habit::NeverMarks {
             let stands = self.mark(w, &task).await?;
             if !stands {
                 return self.put_off(w, task).await;
             }
         }
-        if !self.workers[w].believes() && !self.habits.never_asks {
+        if !self.workers[w].believes() && self.habit != Habit::NeverAsks {
             return self.put_off(w, task).await;
         }
         self.note(|| format!("worker {w} is about to write {}", task.key));
@@ -150,7 +151,7 @@ impl Model {
 
     /// The write, late if the worker has stalled since it asked.
     async fn write(&mut self, w: usize, mut task: Task) -> Step {
-        let late = !self.workers[w].believes() && !self.habits.never_asks;
+        let late = !self.workers[w].believes() && self.habit != Habit::NeverAsks;
         self.charge(&task);
         let job = self.jobs[&task.key].clone();
         task.unknown = self.chance(8);
@@ -235,7 +236,7 @@ impl Model {
     /// Back where it came from, or into the waiting room, without an attempt: its slot goes back.
     async fn put_off(&mut self, w: usize, task: Task) -> Step {
         let next = match task.park {
-            Some(WaitReason::Rate) => self.park(&task, WaitReason::Rate, Duration::from_secs(60)),
+            Some(WaitReason::Rate) => self.park(&task, WaitReason::Rate, Duration::from_mins(1)),
             None if self.chance(2) => Next::GiveBack,
             _ => {
                 let (reason, delay) = self.waits_for();
@@ -256,7 +257,7 @@ impl Model {
     pub(super) async fn conclude(&mut self, w: usize, task: Task) -> Step {
         let results = task.results.clone().unwrap_or_default();
         let open = results.iter().any(RecipientResult::is_open);
-        let hold = self.jobs[&task.key].hold && !self.habits.never_marks;
+        let hold = self.jobs[&task.key].hold && self.habit != Habit::NeverMarks;
         let next = if task.unknown && hold {
             let body = task.delivery.then(|| self.jobs[&task.key].body());
             Next::Hold { body }
@@ -298,7 +299,7 @@ impl Model {
                 .unwrap_or_else(|| task.row.recipients.clone());
             report
         });
-        if self.habits.acks_first && task.delivery {
+        if self.habit == Habit::AcksFirst && task.delivery {
             task.delivery = false;
             self.workers[w].tasks.push(task);
             self.look().await?;
