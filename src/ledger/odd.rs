@@ -180,6 +180,16 @@ impl Ledger {
     /// # Errors
     /// If the database cannot be asked.
     pub async fn hold_uncertain(&self, tenant: &TenantId, id: &JobId) -> Result<(), DbError> {
+        self.hold_marked(tenant, id, None).await
+    }
+
+    /// Holds a job that is marked in its final write, if its epoch is dead or this (epoch, claim) is its lease.
+    pub(super) async fn hold_marked(
+        &self,
+        tenant: &TenantId,
+        id: &JobId,
+        lease: Option<(i64, i64)>,
+    ) -> Result<(), DbError> {
         let mut client = self.db.client().await?;
         let transaction = client.transaction().await?;
         let Some(row) = self.lock(&transaction, tenant, id).await? else {
@@ -201,13 +211,22 @@ impl Ledger {
                  reason = NULL, uncertain = uncertain + 1, seq = $3, updated_at = clock_timestamp(), outbox = coalesce(outbox, '{}') || $4::text,
                  outbox_seq = coalesce(outbox_seq, '{}') || $3::bigint, outbox_at = clock_timestamp()
              WHERE tenant = $1 AND id = $2 AND phase = 1
-                 AND NOT EXISTS (SELECT FROM {s}.worker w WHERE w.epoch = job.epoch AND NOT w.dead)",
+                 AND ((epoch = $5 AND claim = $6)
+                      OR NOT EXISTS (SELECT FROM {s}.worker w WHERE w.epoch = job.epoch AND NOT w.dead))",
         );
+        let (epoch, claim) = lease.unzip();
         let json = serde_json::to_string(&report).unwrap_or_default();
         transaction
             .execute(
                 &sql,
-                &[&tenant.as_str(), &id.as_str(), &report.data.sequence, &json],
+                &[
+                    &tenant.as_str(),
+                    &id.as_str(),
+                    &report.data.sequence,
+                    &json,
+                    &epoch,
+                    &claim,
+                ],
             )
             .await?;
         transaction.commit().await?;

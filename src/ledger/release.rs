@@ -103,7 +103,7 @@ impl Ledger {
     }
 
     /// Jobs that this epoch has leased under old claims nobody works on: a statement leased them and its answer never
-    /// came. They wait again; how many is returned. To be called at intervals longer than any statement may take.
+    /// came. They wait again, or are held if they were marked in their final write; how many is returned. To be called at intervals longer than any statement may take.
     ///
     /// # Errors
     /// If the database cannot be asked.
@@ -113,7 +113,8 @@ impl Ledger {
             "WITH lost AS (
                  UPDATE {s}.job SET state = CASE WHEN body IS NULL THEN 0 ELSE 2 END, claim = NULL, phase = 0,
                      merged = false, due_at = clock_timestamp(), reason = 2, slot_at = NULL, slot_cost = NULL, updated_at = clock_timestamp()
-                 WHERE state = 1 AND epoch = $1 AND claim < $3 AND claim <> ALL ($2) RETURNING tenant, id, state)
+                 WHERE state = 1 AND epoch = $1 AND claim < $3 AND claim <> ALL ($2) AND phase = 0
+                 RETURNING tenant, id, state)
              SELECT {s}.touch_lanes(array_agg(tenant), array_agg(id)), count(*)
              FROM lost HAVING count(*) > 0",
         );
@@ -121,7 +122,21 @@ impl Ledger {
         let row = client
             .query_opt(&sql, &[&epoch.number(), &known, &before])
             .await?;
-        Ok(row.map_or(Ok(0), |row| row.try_get::<_, i64>(1))?.max(0) as u64)
+        let marked = self.db.sql(
+            "SELECT tenant, id, claim FROM {s}.job
+             WHERE state = 1 AND epoch = $1 AND claim < $3 AND claim <> ALL ($2) AND phase = 1",
+        );
+        let marked = client.query(&marked, &[&epoch.number(), &known, &before]).await?;
+        drop(client);
+        for row in &marked {
+            let (tenant, id): (&str, &str) = (row.try_get(0)?, row.try_get(1)?);
+            if let (Ok(tenant), Ok(id)) = (tenant.parse(), id.parse()) {
+                let lease = (epoch.number(), row.try_get(2)?);
+                self.hold_marked(&tenant, &id, Some(lease)).await?;
+            }
+        }
+        let waiting = row.map_or(Ok(0), |row| row.try_get::<_, i64>(1))?.max(0) as u64;
+        Ok(waiting + marked.len() as u64)
     }
 }
 

@@ -13,6 +13,7 @@ mod broker_restart;
 mod broker_session;
 mod broker_tls;
 mod broker_topology;
+mod broker_versions;
 mod connection_caps;
 mod crash;
 mod duplicates;

@@ -370,3 +370,25 @@ async fn a_job_that_somebody_is_working_on_is_passed_over() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn a_forgotten_job_that_was_marked_in_its_final_write_is_held_and_not_released() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        world.parked(&epoch, "acme", "1", WaitReason::Retry).await;
+        let mut released = world.release(&epoch, Level::Medium, 1).await;
+        let row = released.remove(0).row;
+        assert_eq!(
+            world.ledger.mark_data(std::slice::from_ref(&row)).await.unwrap(),
+            [true]
+        );
+        world.ledger.forgotten(&epoch).await.unwrap();
+        world.ledger.forgotten(&epoch).await.unwrap();
+        assert_eq!(world.ledger.forgotten(&epoch).await.unwrap(), 0, "it is in hand");
+        drop(row);
+        assert_eq!(world.ledger.forgotten(&epoch).await.unwrap(), 1);
+        assert_eq!(world.state("acme", "1").await, 4);
+        assert!(world.release(&epoch, Level::Medium, 1).await.is_empty());
+    })
+    .await;
+}

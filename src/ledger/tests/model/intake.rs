@@ -143,7 +143,12 @@ impl Model {
             body: body.bytes,
             properties: body.properties,
         };
-        let mut safe = self.world.ledger.absorb(&[absorb.clone()]).await.unwrap()[0];
+        let mut safe = self
+            .world
+            .ledger
+            .absorb(std::slice::from_ref(&absorb))
+            .await
+            .unwrap()[0];
         if self.chance(4) {
             safe = self.world.ledger.absorb(&[absorb]).await.unwrap()[0];
         }
