@@ -2,6 +2,7 @@
 # make test-trixie the same against Debian trixie's RabbitMQ 4.0 and Postgres 17; as root (see dev/servers)
 # make demo        a thousand mails through release binaries, accounted for; KEEP=1 leaves it running
 # make lint        formatting, clippy, documentation
+# make fuzz        each fuzz target for a while (TARGET, SECONDS); needs nightly and cargo-fuzz
 # make servers     RabbitMQ and Postgres for development; prints their variables. make servers-down stops them
 
 SHELL = /bin/bash
@@ -9,7 +10,7 @@ CARGO ?= cargo
 export POSTROOM_DEV_SERVERS
 NEXTEST := $(shell $(CARGO) nextest --version >/dev/null 2>&1 && echo yes)
 
-.PHONY: test test-trixie demo lint servers servers-down
+.PHONY: test test-trixie demo lint fuzz servers servers-down
 
 # The tests kill and stop the binary at named places (src/fail_point.rs), which a release does not have.
 TESTED = --workspace --locked --features fail-points
@@ -39,6 +40,16 @@ lint:
 	$(CARGO) clippy --workspace --all-targets --locked --features fail-points -- -D warnings
 	$(CARGO) clippy --workspace --lib --bins --examples --locked -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --document-private-items --locked
+
+TARGET ?= $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
+SECONDS ?= 60
+
+fuzz:
+	set -e; for target in $(TARGET); do \
+	  mkdir -p fuzz/target/found/$$target; \
+	  $(CARGO) +nightly fuzz run -s none $$target fuzz/target/found/$$target fuzz/corpus/$$target -- \
+	    -max_total_time=$(SECONDS) -max_len=65536 -timeout=20 -rss_limit_mb=2048; \
+	done
 
 servers:
 	@dev/servers up

@@ -3,6 +3,7 @@
 //! Statements name the schema themselves (`{s}` in their text, see [`Database::sql`]) instead of relying on
 //! `search_path`, so that they mean the same behind a `PgBouncer` in transaction mode.
 
+mod checkout;
 mod connect;
 mod dsn;
 mod error;
@@ -16,10 +17,11 @@ mod tests;
 use std::sync::Arc;
 use std::time::Duration;
 
-use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime, Timeouts};
+use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime, Timeouts};
 
 use crate::config;
 
+pub use checkout::Client;
 pub use error::DbError;
 pub use migrate::{Migrated, grant, migrate, newest_version};
 
@@ -32,12 +34,15 @@ const WAIT: Duration = Duration::from_secs(10);
 const CREATE: Duration = Duration::from_secs(10);
 /// How long handing a used connection out again may take.
 const RECYCLE: Duration = Duration::from_secs(5);
+/// Longer than any statement takes before the server ends it: whoever has a connection for so long waits in vain.
+const STUCK: Duration = Duration::from_secs(45);
 
 /// A handle to the pool; cheap to clone.
 #[derive(Clone)]
 pub struct Database {
     pool: Pool,
     connector: connect::Connector,
+    checkouts: checkout::Checkouts,
     schema: Arc<str>,
     quoted: Arc<str>,
 }
@@ -68,14 +73,16 @@ impl Database {
     /// # Errors
     /// If the URL or a certificate file cannot be used.
     pub fn connect(config: &config::Database) -> Result<Self, DbError> {
-        Self::connect_with(config, WAIT)
+        Self::connect_with(config, WAIT, STUCK)
     }
 
-    fn connect_with(config: &config::Database, wait: Duration) -> Result<Self, DbError> {
-        let connector = connect::Connector::new(config)?;
+    fn connect_with(config: &config::Database, wait: Duration, stuck: Duration) -> Result<Self, DbError> {
+        let checkouts = checkout::Checkouts::new(stuck);
+        let connector = connect::Connector::new(config, checkouts.clone())?;
         Ok(Self {
             pool: pool(&connector, config.pool_size.max(1), wait)?,
             connector,
+            checkouts,
             schema: config.schema.as_str().into(),
             quoted: quote(&config.schema).into(),
         })
@@ -105,8 +112,8 @@ impl Database {
     ///
     /// # Errors
     /// [`DbError::PoolTimeout`] if none became free in time, [`DbError::Connect`] if the server cannot be reached.
-    pub async fn client(&self) -> Result<Object, DbError> {
-        self.pool.get().await.map_err(DbError::from)
+    pub async fn client(&self) -> Result<Client, DbError> {
+        Ok(self.checkouts.begin(self.pool.get().await?))
     }
 
     /// The statement with every `{s}` replaced by the quoted name of the schema.

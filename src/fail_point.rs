@@ -74,8 +74,6 @@ points! {
     Absorbed = "absorbed", true;
     /// The jobs of dead epochs are taken over; those in their final write are not decided about yet.
     TakenOver = "taken_over", false;
-    /// A heartbeat is about to be sent.
-    BeforeHeartbeat = "before_heartbeat", false;
     /// A dead letter is confirmed; its report is not published, its delivery not acknowledged.
     DeadLettered = "dead_lettered", false;
     /// The bridge has reports in hand that are not recorded.

@@ -10,6 +10,9 @@ use crate::id::TenantId;
 
 type Key = (TenantId, [u8; 32]);
 
+/// Bytes of keys and links per entry, about.
+const ENTRY: u64 = 512;
+
 /// Least recently used out first.
 #[derive(Debug)]
 pub(super) struct Cache {
@@ -51,12 +54,20 @@ impl Cache {
         if state.touch(key.clone()).is_some() {
             return;
         }
-        while state.bytes + size > self.limit && state.drop_oldest() {}
+        let is_full = |state: &State| {
+            state.bytes + size > self.limit || state.entries.len() as u64 >= self.most_entries()
+        };
+        while is_full(&state) && state.drop_oldest() {}
         state.clock += 1;
         let now = state.clock;
         state.bytes += size;
         state.by_use.insert(now, key.clone());
         state.entries.insert(key, (now, bytes.clone()));
+    }
+
+    /// What is known of a tiny file weighs more than the file.
+    fn most_entries(&self) -> u64 {
+        (self.limit / ENTRY).max(16)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -100,6 +111,18 @@ mod tests {
         cache.put(&tenant("a"), [1; 32], &Bytes::from_static(b"secret"));
         assert!(cache.get(&tenant("a"), &[1; 32]).is_some());
         assert!(cache.get(&tenant("b"), &[1; 32]).is_none());
+    }
+
+    #[test]
+    fn tiny_files_are_bounded_in_number() {
+        let cache = Cache::new(100 * ENTRY);
+        for n in 0..1000_u16 {
+            let mut digest = [0; 32];
+            digest[..2].copy_from_slice(&n.to_be_bytes());
+            cache.put(&tenant("acme"), digest, &Bytes::new());
+        }
+        assert_eq!(cache.lock().entries.len(), 100);
+        assert_eq!(cache.lock().by_use.len(), 100);
     }
 
     #[test]

@@ -33,6 +33,9 @@ pub enum EndpointCommandError {
     /// A token or password that no header may carry.
     #[error("the {0} may only have printable ASCII characters")]
     Unprintable(&'static str),
+    /// Cut off, it would be stored and never work.
+    #[error("the {0} is too long; at most {MAX_SECRET} bytes")]
+    TooLong(&'static str),
     /// Secrets are stored sealed.
     #[error("POSTROOM_ENCRYPTION_KEYS is not set: secrets of endpoints are stored sealed")]
     NoKeys,
@@ -52,7 +55,9 @@ impl EndpointCommandError {
                     EndpointError::UrlMissing { .. } | EndpointError::NotPlatform
                 )
             }
-            Self::Secret(_) | Self::Missing(_) | Self::Unprintable(_) | Self::NoKeys => true,
+            Self::Secret(_) | Self::Missing(_) | Self::Unprintable(_) | Self::TooLong(_) | Self::NoKeys => {
+                true
+            }
             Self::Io(_) => false,
         }
     }
@@ -231,8 +236,12 @@ async fn replay(args: ReplayArgs, db: &Database, streams: Streams<'_>) -> Result
 /// One line, without its end.
 fn read_secret(input: &mut dyn BufRead, what: &'static str) -> Result<SecretString, EndpointCommandError> {
     let mut line = zeroize::Zeroizing::new(String::new());
-    io::Read::take(input, MAX_SECRET).read_line(&mut line)?;
+    // Room for the end of the line.
+    io::Read::take(input, MAX_SECRET + 2).read_line(&mut line)?;
     let secret = line.trim_end_matches(['\r', '\n']);
+    if secret.len() as u64 > MAX_SECRET {
+        return Err(EndpointCommandError::TooLong(what));
+    }
     if secret.is_empty() {
         return Err(EndpointCommandError::Missing(what));
     }

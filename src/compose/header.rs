@@ -164,8 +164,11 @@ pub(super) fn wire_address(address: &Address) -> Result<Address, Failure> {
     if address.domain().is_ascii() {
         return Ok(address.clone());
     }
-    Address::new(address.user(), ascii_domain(address.domain()))
-        .map_err(|_| super::refused("invalid_address", "the domain of an address has no ASCII form"))
+    let domain = ascii_domain(address.domain());
+    Address::new(address.user(), &*domain)
+        .ok()
+        .filter(|_| domain.is_ascii())
+        .ok_or_else(|| super::refused("invalid_address", "the domain of an address has no ASCII form"))
 }
 
 /// A domain in ASCII form, or unchanged if it has none.

@@ -326,6 +326,14 @@ fn international_domains_are_ascii_and_only_local_parts_need_smtputf8() {
 }
 
 #[test]
+fn a_domain_without_an_ascii_form_is_refused() {
+    let mut job = job();
+    job.to = vec![mailbox(None, "info@b\u{fc}cher.ex#ample")];
+    let failure = try_compose(&job, &Prepared::default()).unwrap_err();
+    assert_eq!(failure.reason, "invalid_address");
+}
+
+#[test]
 fn display_names_come_back_as_they_were() {
     for name in [
         "Ann Smith",

@@ -9,12 +9,14 @@ use std::time::Duration;
 
 use deadpool_postgres::Connect;
 use secrecy::ExposeSecret;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Config, Error, NoTls};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::DbError;
+use super::checkout::Checkouts;
 use super::dsn::{Dsn, SslMode};
 use super::tls::{self, Proof};
 use crate::config;
@@ -31,7 +33,7 @@ const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 
 /// Opens connections; clones open the same ones.
 #[derive(Clone)]
-pub(super) struct Connector(Arc<RwLock<Arc<Parameters>>>);
+pub(super) struct Connector(Arc<RwLock<Arc<Parameters>>>, Checkouts);
 
 /// Everything needed to open a connection.
 struct Parameters {
@@ -45,9 +47,9 @@ struct Parameters {
 }
 
 impl Connector {
-    pub(super) fn new(database: &config::Database) -> Result<Self, DbError> {
+    pub(super) fn new(database: &config::Database, checkouts: Checkouts) -> Result<Self, DbError> {
         let parameters = Parameters::new(database)?;
-        Ok(Self(Arc::new(RwLock::new(Arc::new(parameters)))))
+        Ok(Self(Arc::new(RwLock::new(Arc::new(parameters))), checkouts))
     }
 
     /// Opens connections elsewhere from now on.
@@ -67,7 +69,7 @@ impl Connector {
 
     /// Opens one connection.
     pub(super) async fn open(&self) -> Result<(Client, JoinHandle<()>), Error> {
-        self.current().open().await
+        self.current().open(&self.1).await
     }
 }
 
@@ -122,23 +124,28 @@ impl Parameters {
         })
     }
 
-    async fn open(&self) -> Result<(Client, JoinHandle<()>), Error> {
+    async fn open(&self, checkouts: &Checkouts) -> Result<(Client, JoinHandle<()>), Error> {
         if !self.refused.load(Ordering::Relaxed) {
-            match self.open_with(&self.config).await {
+            match self.open_with(&self.config, checkouts).await {
                 Err(error) if is_refused_option(&error) => self.refused.store(true, Ordering::Relaxed),
                 result => return result,
             }
         }
-        self.open_with(&self.plain).await
+        self.open_with(&self.plain, checkouts).await
     }
 
-    async fn open_with(&self, config: &Config) -> Result<(Client, JoinHandle<()>), Error> {
+    async fn open_with(
+        &self,
+        config: &Config,
+        checkouts: &Checkouts,
+    ) -> Result<(Client, JoinHandle<()>), Error> {
+        let severed = checkouts.severed();
         if let Some(tls) = &self.tls {
             let (client, connection) = config.connect(tls.clone()).await?;
-            Ok((client, tokio::spawn(drive(connection))))
+            Ok((client, tokio::spawn(drive(connection, severed))))
         } else {
             let (client, connection) = config.connect(NoTls).await?;
-            Ok((client, tokio::spawn(drive(connection))))
+            Ok((client, tokio::spawn(drive(connection, severed))))
         }
     }
 }
@@ -152,10 +159,13 @@ impl Connect for Connector {
     }
 }
 
-/// Runs a connection until it ends.
-async fn drive(connection: impl Future<Output = Result<(), Error>>) {
-    if let Err(error) = connection.await {
-        tracing::warn!(error = %DbError::Statement(error), "database connection lost");
+/// Runs a connection until it ends, or is to be dropped.
+async fn drive(connection: impl Future<Output = Result<(), Error>>, mut severed: watch::Receiver<u64>) {
+    tokio::select! {
+        ended = connection => if let Err(error) = ended {
+            tracing::warn!(error = %DbError::Statement(error), "database connection lost");
+        },
+        Ok(()) = severed.changed() => {}
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 use refinery::Migration;
 use tokio_postgres::{Client, Transaction};
 
+use super::checkout::Checkouts;
 use super::connect::Connector;
 use super::{DbError, quote};
 use crate::config;
@@ -65,9 +66,12 @@ pub async fn grant(config: &config::Database, role: &str) -> Result<(), DbError>
 
 /// A connection of its own, outside any pool.
 async fn connect(config: &config::Database) -> Result<Client, DbError> {
-    let (client, _detached) = super::within(super::CREATE, Connector::new(config)?.open())
-        .await?
-        .map_err(DbError::Connect)?;
+    let (client, _detached) = super::within(
+        super::CREATE,
+        Connector::new(config, Checkouts::new(super::STUCK))?.open(),
+    )
+    .await?
+    .map_err(DbError::Connect)?;
     Ok(client)
 }
 

@@ -54,6 +54,21 @@ impl Database {
     /// Keeps the handle and the metrics of the pool true until the token is cancelled; to be called once the database
     /// is usable. Never gives up: whatever is wrong may be put right.
     pub async fn watch(self, handle: Handle, metrics: Arc<Metrics>, soft: CancellationToken) {
+        tokio::select! {
+            () = self.follow(handle, &metrics, soft) => {}
+            () = self.sever_stuck() => {}
+        }
+    }
+
+    /// Looks for connections that are waited for in vain, for ever.
+    async fn sever_stuck(&self) {
+        loop {
+            tokio::time::sleep(FIRST_PAUSE).await;
+            self.checkouts.sever_stuck();
+        }
+    }
+
+    async fn follow(&self, handle: Handle, metrics: &Metrics, soft: CancellationToken) {
         let connected = metrics.connected.with_label_values(&["database"]);
         connected.set(1);
         let mut pause = INTERVAL;
@@ -65,7 +80,7 @@ impl Database {
             let Some(checked) = soft.run_until_cancelled(self.check()).await else {
                 return;
             };
-            self.show(&metrics);
+            self.show(metrics);
             match checked {
                 Ok(()) => {
                     handle.ready();

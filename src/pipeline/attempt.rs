@@ -8,7 +8,7 @@ use lettre::Address;
 
 use super::task::{SharedClock, Task};
 use super::{Attempt, Verdict};
-use crate::attachment::{Attachments, Prepared};
+use crate::attachment::{Attachments, Part, Prepared};
 use crate::compose::{self, Composition, Email};
 use crate::config::UnknownTenant;
 use crate::directory::{Chosen, Directory, TenantEntry, Via, overrides, sender};
@@ -19,6 +19,7 @@ use crate::job::{MailJob, OnUncertain};
 use crate::ledger::batches::Batches;
 use crate::ledger::slots::{SlotAnswer, SlotRequest};
 use crate::ledger::{Slot, WaitReason};
+use crate::memory::{Held, Memory, Share};
 use crate::report::{LinkedFile, RecipientStatus};
 use crate::secret::{Keys, SharedKeyring};
 use crate::settlement::all_pending;
@@ -27,6 +28,9 @@ use crate::telemetry::metrics::Metrics;
 
 /// How long a job waits in the waiting room when its account has no connection free.
 const BUSY_DELAY: Duration = Duration::from_millis(250);
+
+/// How long a mail with fetched files waits for memory before it goes (back) to the waiting room.
+const COPY_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Everything an attempt talks to.
 #[derive(Debug)]
@@ -41,6 +45,8 @@ pub struct Pipeline {
     pub batches: Batches,
     /// Keys at rest, and those producers seal overrides with.
     pub keys: Keys,
+    /// Bytes of jobs in hand.
+    pub memory: Arc<Memory>,
     /// Keys Message-IDs.
     pub installation_secret: Vec<u8>,
     /// What to do with unknown tenants.
@@ -110,6 +116,7 @@ impl Pipeline {
             .await
             .map_err(|failure| started(attempt, failure))?;
         self.note_files(task, attempt, &prepared, fetched);
+        let _copy = self.room_for_copy(&prepared).await?;
         let begun = Instant::now();
         loop {
             let verdict = match self.send(task, attempt, &entries, &chosen, &prepared).await {
@@ -125,6 +132,22 @@ impl Pipeline {
                 _ => return Ok(verdict),
             }
         }
+    }
+
+    /// Memory for what composing makes of fetched files; those that came with the job were weighed with it.
+    async fn room_for_copy(&self, prepared: &Prepared) -> Result<Option<Held>, Verdict> {
+        let fetched: u64 = prepared.parts.iter().map(Part::held_bytes).sum();
+        if fetched == 0 {
+            return Ok(None);
+        }
+        // In base64 and lines of 76 characters.
+        let holding = self.memory.hold(Share::Urgent, fetched / 5 * 7);
+        // Several may wait for what the others hold: who waits too long frees what it has.
+        let held = tokio::time::timeout(COPY_PATIENCE, holding).await;
+        held.map(Some).map_err(|_| Verdict::Wait {
+            reason: WaitReason::Busy,
+            delay: COPY_PATIENCE,
+        })
     }
 
     /// Who sends a job, and from which entries that was chosen. A refusal is never said from memory: tenant or account may

@@ -52,7 +52,6 @@ async fn beat(worker: Arc<Worker>, end: CancellationToken) {
             () = tokio::time::sleep(period) => {}
         }
         let epoch = worker.epoch();
-        fail_point::hit(Point::BeforeHeartbeat, []);
         match worker.ledger.heartbeat(&epoch).await {
             Ok(Beat::Alive { .. }) => worker.database_works(),
             Ok(Beat::Dead) => {

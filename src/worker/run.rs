@@ -142,14 +142,12 @@ async fn build(
     let name = host_name();
     let epoch = ledger.register(&name, settings.worker.lease).await?;
     let guard = Arc::new(EgressGuard::new(settings.egress));
-    let caps = Arc::new(Caps {
-        ledger: ledger.clone(),
-        epoch: RwLock::new(Arc::clone(&epoch)),
-    });
+    let caps = Arc::new(Caps::new(&ledger, &epoch));
     let (arrivals, taken) = mpsc::channel(64);
     let clock = Arc::new(SharedClock::default());
     let batches = Batches::new(&ledger);
     let pool_size = settings.smtp.pool_size;
+    let memory = Memory::new(settings.worker.job_memory, metrics.job_bytes.clone());
     let pipeline = Pipeline {
         directory: Arc::new(Directory::new(
             database,
@@ -169,6 +167,7 @@ async fn build(
             Arc::clone(&metrics),
         )?,
         batches: batches.clone(),
+        memory: Arc::clone(&memory),
         keys,
         installation_secret: ledger.installation_secret().await?,
         unknown_tenant: settings.worker.unknown_tenant,
@@ -178,7 +177,7 @@ async fn build(
     let worker = Arc::new(Worker {
         permits: Permits::new(settings.worker.concurrency, Arc::clone(&metrics)),
         permits_total: settings.worker.concurrency.max(8),
-        memory: Memory::new(settings.worker.job_memory, metrics.job_bytes.clone()),
+        memory,
         load: Load::new(settings.worker.concurrency.max(8)),
         pool_size,
         limits: settings.limits,
@@ -348,6 +347,13 @@ pub(super) struct Caps {
 }
 
 impl Caps {
+    fn new(ledger: &Ledger, epoch: &Arc<Epoch>) -> Self {
+        Self {
+            ledger: ledger.clone(),
+            epoch: RwLock::new(Arc::clone(epoch)),
+        }
+    }
+
     fn epoch(&self) -> Arc<Epoch> {
         Arc::clone(
             &self

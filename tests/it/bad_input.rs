@@ -410,3 +410,46 @@ async fn a_dead_job_with_a_plain_override_is_sent_through_it_when_replayed() {
     assert_eq!(reports.all().last().unwrap().kind(), "mail.sent");
     assert_eq!(server.received_count(), 1);
 }
+
+#[tokio::test]
+async fn what_a_file_of_a_command_may_hold_is_bounded() {
+    let mut world = World::ready().await;
+    world.postroom(&["tenant", "set", "acme"]).await.success();
+    let long = vec![b'x'; 1 << 20];
+    let account = "account set acme main --host h.example --port 25 --tls none";
+    for (line, input, says) in [
+        (
+            "send --level high /dev/zero".to_owned(),
+            &b""[..],
+            "more than 15 MiB",
+        ),
+        (
+            format!("{account} --username u --password-stdin"),
+            &long,
+            "longer than 4096 bytes",
+        ),
+        (format!("{account} --ca-file /dev/zero"), b"", "/dev/zero"),
+        (
+            "endpoint set acme --url https://h.example/ --bearer-stdin".to_owned(),
+            &long,
+            "too long",
+        ),
+        (
+            "endpoint set acme --url https://h.example/ --secret-stdin".to_owned(),
+            &long,
+            "too long",
+        ),
+    ] {
+        let words: Vec<_> = line.split(' ').collect();
+        let finished = world.postroom_stdin(&words, input).await;
+        assert!(
+            finished.code != 0 && finished.stderr.contains(says),
+            "{line}: {finished:?}"
+        );
+        assert!(finished.stderr.len() < 2000, "{line}");
+    }
+    world.unset("POSTROOM_ENCRYPTION_KEYS");
+    world.set("POSTROOM_ENCRYPTION_KEYS_FILE", "/dev/zero");
+    let said = world.postroom(&["key", "rotate"]).await.fails_with(2);
+    assert!(said.contains("too large for a secret"), "{said}");
+}

@@ -349,19 +349,16 @@ async fn canary_world(s3: &S3Server) -> World {
     ] {
         servers.management(Method::PUT, &path, Some(body)).await.unwrap();
     }
-    let with = |url: &str, user: Option<&str>, password: &str| {
-        let mut url = url::Url::parse(url).unwrap();
-        if let Some(user) = user {
-            url.set_username(user).unwrap();
-        }
-        url.set_password(Some(password)).unwrap();
-        url.to_string()
-    };
-    world.set("POSTROOM_AMQP_URL", with(world.amqp_url(), Some(&name), AMQP));
-    world.set(
-        "POSTROOM_DATABASE_URL",
-        with(world.database_url(), None, DATABASE),
-    );
+    let mut amqp = url::Url::parse(world.amqp_url()).unwrap();
+    amqp.set_username(&name).unwrap();
+    amqp.set_password(Some(AMQP)).unwrap();
+    world.set("POSTROOM_AMQP_URL", amqp);
+    let mut database = url::Url::parse(world.database_url()).unwrap();
+    // A server that asks for none takes any.
+    if database.password().is_none() {
+        database.set_password(Some(DATABASE)).unwrap();
+        world.set("POSTROOM_DATABASE_URL", database);
+    }
     world.prepare().await;
     let policy = "tenant set acme --large-file-bytes 1000 --large-file-action rewrite";
     let policy: Vec<_> = policy.split(' ').collect();
@@ -464,14 +461,8 @@ fn assert_complete(hay: &Haystack) {
     }
 }
 
-#[tokio::test]
-async fn no_password_is_in_logs_database_queues_reports_or_metrics() {
-    let s3 = S3Server::start("mail").await.unwrap();
-    let world = canary_world(&s3).await;
-    let (server, closed) = (open_server().await, closed_server().await);
-    account_with_password(&world, "main", &server, ACCOUNT, "").await;
-    account_with_password(&world, "closed", &closed, WRONG, "--max-attempts 2").await;
-    let receiver = WebhookReceiver::start().await.unwrap();
+/// Two endpoints with all kinds of credentials; answers with the signing secret.
+async fn endpoints(world: &World, receiver: &WebhookReceiver) -> String {
     let url = receiver.url("/hook");
     let set = [
         "endpoint",
@@ -501,6 +492,30 @@ async fn no_password_is_in_logs_database_queues_reports_or_metrics() {
         "--password-stdin",
     ];
     world.postroom_stdin(&set, BASIC.as_bytes()).await.success();
+    signing
+}
+
+/// What came to them, with the credentials it should have.
+async fn hooks(receiver: &WebhookReceiver, hay: &mut Haystack) {
+    for request in receiver.wait_for(16, LIMIT).await.unwrap() {
+        let authorization = match request.path.as_str() {
+            "/hook" => format!("Bearer {BEARER}"),
+            _ => format!("Basic {}", STANDARD.encode(format!("b:{BASIC}"))),
+        };
+        assert_eq!(request.header("authorization"), authorization);
+        hay.add("webhook", request.body.to_vec());
+    }
+}
+
+#[tokio::test]
+async fn no_password_is_in_logs_database_queues_reports_or_metrics() {
+    let s3 = S3Server::start("mail").await.unwrap();
+    let world = canary_world(&s3).await;
+    let (server, closed) = (open_server().await, closed_server().await);
+    account_with_password(&world, "main", &server, ACCOUNT, "").await;
+    account_with_password(&world, "closed", &closed, WRONG, "--max-attempts 2").await;
+    let receiver = WebhookReceiver::start().await.unwrap();
+    let signing = endpoints(&world, &receiver).await;
     let mut reports = world.reports().await;
     let (mut worker, mut bridge) = (world.start_worker().await, world.start_bridge().await);
 
@@ -519,14 +534,7 @@ async fn no_password_is_in_logs_database_queues_reports_or_metrics() {
     for job in &jobs[..8] {
         reports.final_of(job["id"].as_str().unwrap()).await;
     }
-    for request in receiver.wait_for(16, LIMIT).await.unwrap() {
-        let authorization = match request.path.as_str() {
-            "/hook" => format!("Bearer {BEARER}"),
-            _ => format!("Basic {}", STANDARD.encode(format!("b:{BASIC}"))),
-        };
-        assert_eq!(request.header("authorization"), authorization);
-        hay.add("webhook", request.body.to_vec());
-    }
+    hooks(&receiver, &mut hay).await;
     dump(&world, &mut hay).await;
     debug_of(&world, &mut hay, &jobs);
     ask(&world, &mut hay).await;
@@ -560,88 +568,58 @@ async fn no_password_is_in_logs_database_queues_reports_or_metrics() {
         .unwrap();
 }
 
-/// Commands with settings that cannot work: name, value, command.
-fn broken_settings(world: &World) -> Vec<(&'static str, String, &'static str)> {
+/// URLs of the database that cannot work, and the command that is to tell so.
+fn broken_databases(world: &World) -> Vec<(String, &'static str)> {
     let database = url::Url::parse(world.database_url()).unwrap();
-    let (at, name) = (
-        format!("127.0.0.1:{}", database.port().unwrap()),
-        world.scratch().name(),
-    );
-    let key = STANDARD.encode(CANARY);
+    let (host, port) = (database.host_str().unwrap(), database.port().unwrap_or(5432));
+    let name = world.scratch().name();
     vec![
+        (format!("postgres://u:{CANARY}@127.0.0.1:1/x"), "migrate"),
         (
-            "POSTROOM_DATABASE_URL",
-            format!("postgres://u:{CANARY}@127.0.0.1:1/x"),
+            format!("postgres://nobody:{CANARY}@{host}:{port}/{name}"),
             "migrate",
         ),
         (
-            "POSTROOM_DATABASE_URL",
-            format!("postgres://nobody:{CANARY}@{at}/{name}"),
-            "migrate",
-        ),
-        (
-            "POSTROOM_DATABASE_URL",
-            format!("postgres://postgres:{CANARY}@{at}/nowhere"),
+            format!("postgres://postgres:{CANARY}@{host}:{port}/nowhere"),
             "tenant list",
         ),
-        (
-            "POSTROOM_DATABASE_URL",
-            format!("postgres://u:{CANARY}@h:port/x"),
-            "migrate",
-        ),
-        (
-            "POSTROOM_DATABASE_URL",
-            format!("postgres://u:{CANARY}@[::1/x"),
-            "migrate",
-        ),
-        (
-            "POSTROOM_DATABASE_URL",
-            format!("postgres//u:{CANARY}@h/x"),
-            "job list",
-        ),
-        (
-            "POSTROOM_DATABASE_URL",
-            format!("host=127.0.0.1 password={CANARY}"),
-            "worker",
-        ),
-        (
-            "POSTROOM_DATABASE_URL",
-            format!("postgres://u:{CANARY}@h/x?sslmode=maybe"),
-            "bridge",
-        ),
+        (format!("postgres://u:{CANARY}@h:port/x"), "migrate"),
+        (format!("postgres://u:{CANARY}@[::1/x"), "migrate"),
+        (format!("postgres//u:{CANARY}@h/x"), "job list"),
+        (format!("host=127.0.0.1 password={CANARY}"), "worker"),
+        (format!("postgres://u:{CANARY}@h/x?sslmode=maybe"), "bridge"),
+    ]
+}
+
+/// Settings that cannot work: name, value, command.
+fn broken_settings(world: &World) -> Vec<(&'static str, String, &'static str)> {
+    let key = STANDARD.encode(CANARY);
+    let mut refused = url::Url::parse(world.amqp_url()).unwrap();
+    refused.set_password(Some(CANARY)).unwrap();
+    let url = |scheme: &str, rest: &str| format!("{scheme}u:{CANARY}@{rest}");
+    let mut broken: Vec<_> = broken_databases(world)
+        .into_iter()
+        .map(|(url, command)| ("POSTROOM_DATABASE_URL", url, command))
+        .collect();
+    broken.extend([
         (
             "POSTROOM_AMQP_URL",
-            format!("amqp://u:{CANARY}@127.0.0.1:1/x"),
+            url("amqp://", "127.0.0.1:1/x"),
             "topology apply",
         ),
-        (
-            "POSTROOM_AMQP_URL",
-            world.amqp_url().replace("guest@", &format!("{CANARY}@")),
-            "topology check",
-        ),
-        (
-            "POSTROOM_AMQP_URL",
-            format!("amqp://u:{CANARY}@h:port/x"),
-            "dead list",
-        ),
-        ("POSTROOM_AMQP_URL", format!("amqp:/u:{CANARY}@h"), "worker"),
+        ("POSTROOM_AMQP_URL", refused.to_string(), "topology check"),
+        ("POSTROOM_AMQP_URL", url("amqp://", "h:port/x"), "dead list"),
+        ("POSTROOM_AMQP_URL", url("amqp:/", "h"), "worker"),
         ("POSTROOM_ENCRYPTION_KEYS", format!("k:{key}"), "key rotate"),
         ("POSTROOM_ENCRYPTION_KEYS", CANARY.to_owned(), "worker"),
         ("POSTROOM_OVERRIDE_KEYS", format!("{key}:k"), "worker"),
         ("POSTROOM_STORAGE_URL", format!("s3//{CANARY}"), "worker"),
-        (
-            "POSTROOM_STORAGE_URL",
-            format!("ftp://u:{CANARY}@bucket"),
-            "worker",
-        ),
+        ("POSTROOM_STORAGE_URL", url("ftp://", "bucket"), "worker"),
         ("POSTROOM_STORAGE_PUBLIC_URL", format!("{CANARY}?x"), "worker"),
         ("POSTROOM_EGRESS_ALLOW", "not-a-network".to_owned(), "worker"),
-        (
-            "POSTROOM_DATABASE_URI",
-            format!("postgres://u:{CANARY}@h/x"),
-            "migrate",
-        ),
-    ]
+        ("POSTROOM_DATABASE_URI", url("postgres://", "h/x"), "migrate"),
+    ]);
+    broken
 }
 
 const CANARY: &str = "setting-Kanarienvogel-8";

@@ -34,14 +34,14 @@ async fn post(port: u16) -> Answer {
     });
     let client = Client::new(Arc::new(guard), NEVER).unwrap();
     let url = format!("http://127.0.0.1:{port}/");
-    let answering = client.post(Post {
+    let report = Post {
         url: &url,
         event_id: "evt_1",
         body: b"{}".to_vec(),
         secrets: &[],
         auth: &Auth::None,
-    });
-    answering.await
+    };
+    client.post(report).await
 }
 
 #[tokio::test]
