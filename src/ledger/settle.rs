@@ -4,8 +4,10 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
+use super::health::Evidence;
 use super::{Ledger, Row, WaitReason, micros};
 use crate::db::DbError;
+use crate::id::AccountKey;
 use crate::report::{RecipientResult, Report, ReportType};
 
 /// What is to be written about a job that this worker has leased.
@@ -27,6 +29,14 @@ pub struct Settlement {
     pub refund: bool,
     /// What went wrong, for listings.
     pub error: Option<String>,
+    /// Nobody knows the outcome of this attempt.
+    pub uncertain: bool,
+    /// A panic ended this attempt.
+    pub crashed: bool,
+    /// The account it waits for, if that is another than the row's.
+    pub account: Option<AccountKey>,
+    /// What the attempt says about the accounts it used.
+    pub evidence: Vec<Evidence>,
 }
 
 /// What becomes of a job.
@@ -129,6 +139,14 @@ impl Ledger {
             .map(|s| s.body().map(|body| body.properties.as_str()))
             .collect();
         let errors: Vec<Option<&str>> = batch.iter().map(|s| s.error.as_deref()).collect();
+        let uncertain: Vec<i16> = batch.iter().map(|s| i16::from(s.uncertain)).collect();
+        let crashed: Vec<i16> = batch.iter().map(|s| i16::from(s.crashed)).collect();
+        let accounts: Vec<Option<&str>> = batch
+            .iter()
+            .map(|s| s.account.as_ref().map(AccountKey::as_str))
+            .collect();
+        let health = HealthColumns::new(batch);
+        let breaker = self.breaker;
         let client = self.db.client().await?;
         let statement = client.prepare_cached(&self.sql.settle).await?;
         let sent = Instant::now();
@@ -153,6 +171,18 @@ impl Ledger {
                     &bodies,
                     &properties,
                     &errors,
+                    &uncertain,
+                    &crashed,
+                    &accounts,
+                    &health.places,
+                    &health.accounts,
+                    &health.kinds,
+                    &health.classes,
+                    &health.reasons,
+                    &health.details,
+                    &(breaker.faults.max(1) as i32),
+                    &micros(breaker.cooldown),
+                    &micros(breaker.cap.max(breaker.cooldown)),
                 ],
             )
             .await?;
@@ -164,11 +194,32 @@ impl Ledger {
                 3 => Settled::Cancelled,
                 _ => Settled::LeaseLost,
             };
-            if let Some(place) = answers.get_mut(row.try_get::<_, i32>("idx")? as usize) {
+            let Ok(place) = usize::try_from(row.try_get::<_, i32>("idx")?) else {
+                self.note_change(&row, sent)?;
+                continue;
+            };
+            if let Some(place) = answers.get_mut(place) {
                 *place = answer;
             }
         }
         Ok(answers)
+    }
+
+    /// Says that our own work on the content of a suspect begins, or is over. Whether its lease still stands.
+    ///
+    /// # Errors
+    /// If the database cannot be asked: the work must not begin then.
+    pub async fn mark_suspect(&self, row: &Row, marked: bool) -> Result<bool, DbError> {
+        let sql = self.db.sql("SELECT {s}.mark_suspect_v1($1, $2, $3, $4, $5)");
+        let (epoch, claim) = (row.lease.epoch.number(), row.lease.claim);
+        let client = self.db.client().await?;
+        let answer = client
+            .query_one(
+                &sql,
+                &[&epoch, &row.tenant.as_str(), &row.id.as_str(), &claim, &marked],
+            )
+            .await?;
+        Ok(answer.try_get(0)?)
     }
 
     /// Says that the write that may end the message begins now, for jobs that are to be held when its outcome stays
@@ -195,6 +246,35 @@ impl Ledger {
             }
         }
         Ok(stands)
+    }
+}
+
+/// What attempts say about accounts, each with the place of its settlement.
+#[derive(Default)]
+struct HealthColumns<'a> {
+    places: Vec<i32>,
+    accounts: Vec<&'a str>,
+    kinds: Vec<i16>,
+    classes: Vec<Option<&'a str>>,
+    reasons: Vec<Option<&'a str>>,
+    details: Vec<Option<&'a str>>,
+}
+
+impl<'a> HealthColumns<'a> {
+    fn new(batch: &'a [Settlement]) -> Self {
+        let mut columns = Self::default();
+        for (place, settlement) in batch.iter().enumerate() {
+            for evidence in &settlement.evidence {
+                let fault = evidence.fault.as_ref();
+                columns.places.push(place as i32);
+                columns.accounts.push(evidence.account.as_str());
+                columns.kinds.push(if fault.is_some() { 2 } else { 1 });
+                columns.classes.push(fault.map(|f| f.class));
+                columns.reasons.push(fault.map(|f| f.reason));
+                columns.details.push(fault.map(|f| f.detail.as_str()));
+            }
+        }
+        columns
     }
 }
 

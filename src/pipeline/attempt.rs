@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use lettre::Address;
 
 use super::task::{SharedClock, Task};
-use super::{Attempt, Verdict};
+use super::{Attempt, Verdict, evidence};
 use crate::attachment::{Attachments, Prepared};
 use crate::compose::{self, Composition, Email};
 use crate::config::UnknownTenant;
@@ -48,6 +48,13 @@ pub struct Pipeline {
     pub clock: Arc<SharedClock>,
     /// Counters.
     pub metrics: Arc<Metrics>,
+    /// Watched alone: one prime suspect at a time.
+    pub alone: tokio::sync::Semaphore,
+}
+
+/// A suspect at work.
+struct Watched<'a> {
+    _alone: Option<tokio::sync::SemaphorePermit<'a>>,
 }
 
 /// The two entries a sender is chosen from.
@@ -97,6 +104,8 @@ impl Pipeline {
             .job
             .on_uncertain
             .unwrap_or(entries.tenant.tenant.on_uncertain);
+        chosen = self.healthy(task, attempt, &entries, chosen)?;
+        let watched = self.watch(task).await?;
         let fetched = Instant::now();
         let prepared = self
             .attachments
@@ -108,19 +117,96 @@ impl Pipeline {
             .await
             .map_err(|failure| started(attempt, failure))?;
         self.note_files(task, attempt, &prepared, fetched);
+        if let Some(watched) = watched {
+            self.rehearse(task, attempt, &chosen, &prepared);
+            self.unwatch(task, watched).await?;
+        }
         loop {
+            chosen = self.healthy(task, attempt, &entries, chosen)?;
+            let accepted = evidence::accepted(attempt);
             let verdict = match self.send(task, attempt, &entries, &chosen, &prepared).await {
                 Ok(verdict) | Err(verdict) => verdict,
             };
+            let found = evidence::of(&chosen, &verdict, attempt, accepted);
+            attempt.evidence.extend(found);
             let Verdict::Failed(failure) = &verdict else {
                 return Ok(verdict);
             };
             let platform = entries.platform.as_deref();
             match sender::after_failure(&chosen, failure, &task.job, &entries.tenant, platform) {
-                Some(other) => chosen = other,
-                None => return Ok(verdict),
+                Some(other) if self.trouble(task, &other).is_none() => chosen = other,
+                _ => return Ok(verdict),
             }
         }
+    }
+
+    /// How long the account of `chosen` is to be left alone. An account that the job was not admitted under may be tried
+    /// as soon as its cooldown is over: nobody else may come to do it.
+    fn trouble(&self, task: &Task, chosen: &Chosen) -> Option<Duration> {
+        if chosen.via == Via::Override {
+            return None;
+        }
+        let wait = self.batches.health().wait(&chosen.account.key)?;
+        let is_own = chosen.account.key == task.row.account;
+        let may_try = if is_own { task.row.probe } else { wait.is_zero() };
+        (!may_try).then_some(wait)
+    }
+
+    /// Who sends while accounts are in trouble: `chosen` if it is not, else the platform if it may, else nobody yet. No
+    /// attempt, and no slot.
+    fn healthy(
+        &self,
+        task: &Task,
+        attempt: &mut Attempt,
+        entries: &Entries,
+        chosen: Chosen,
+    ) -> Result<Chosen, Verdict> {
+        let Some(delay) = self.trouble(task, &chosen) else {
+            return Ok(chosen);
+        };
+        let platform = entries.platform.as_deref();
+        let other = sender::while_unhealthy(&chosen, &task.job, &entries.tenant, platform);
+        if let Some(other) = other.filter(|other| self.trouble(task, other).is_none()) {
+            return Ok(other);
+        }
+        attempt.account = account_name(task, &chosen);
+        attempt.retry = Some(chosen.account.retry);
+        attempt.waits_for = (chosen.account.key != task.row.account).then(|| chosen.account.key.clone());
+        Err(Verdict::Wait {
+            reason: WaitReason::Unhealthy,
+            delay,
+        })
+    }
+
+    /// Begins to watch what a suspect does to us: says so in the ledger, so that a crash is known to be its own. The prime
+    /// suspect alone, so that it is nobody else's.
+    async fn watch(&self, task: &Task) -> Result<Option<Watched<'_>>, Verdict> {
+        if !task.row.is_suspect() {
+            return Ok(None);
+        }
+        let alone = if task.row.is_prime_suspect() {
+            self.alone.acquire().await.ok()
+        } else {
+            None
+        };
+        if !self.batches.mark_suspect(&task.row, true).await {
+            return Err(Verdict::GiveBack);
+        }
+        Ok(Some(Watched { _alone: alone }))
+    }
+
+    /// All of our own work on a suspect's content, while it is watched; what follows is a conversation like any other.
+    fn rehearse(&self, task: &Task, attempt: &mut Attempt, chosen: &Chosen, prepared: &Prepared) {
+        let message_id = self.message_id(task, chosen, attempt);
+        let open = open_recipients(attempt, &HashSet::new());
+        // Its failure is told when it is composed to be sent.
+        drop(Self::compose(task, chosen, prepared, &message_id, &open));
+    }
+
+    async fn unwatch(&self, task: &Task, watched: Watched<'_>) -> Result<(), Verdict> {
+        let stands = self.batches.mark_suspect(&task.row, false).await;
+        drop(watched);
+        if stands { Ok(()) } else { Err(Verdict::GiveBack) }
     }
 
     /// Who sends a job, and from which entries that was chosen. A refusal is never said from memory: tenant or account may

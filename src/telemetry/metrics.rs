@@ -84,8 +84,13 @@ metrics! {
     permits_used: IntGaugeVec "postroom_permits_in_use" ["level"];
     /// Jobs between delivery and settlement.
     in_flight: IntGauge "postroom_in_flight_jobs";
-    /// Waiting jobs of the whole installation by reason: rate, retry, schedule, busy, contract, key; every worker shows it.
+    /// Waiting jobs of the whole installation by reason: rate, retry, schedule, busy, contract, key, unhealthy; every worker
+    /// shows it.
     waiting: IntGaugeVec "postroom_waiting_jobs" ["reason"];
+    /// Accounts of the whole installation whose circuit breaker is not closed; every worker shows it.
+    unhealthy_accounts: IntGauge "postroom_unhealthy_accounts";
+    /// Transitions of circuit breakers that this process brought about: opened, recovered, `opened_again`, unproved.
+    breaker_changes: IntCounterVec "postroom_breaker_changes_total" ["change"];
     /// Rate slots asked for, by answer: granted, denied, lost (with the lease).
     slots: IntCounterVec "postroom_rate_slots_total" ["answer"];
     /// Rows per coalesced SQL statement.

@@ -238,7 +238,11 @@ impl Worker {
         let mut attempt = Attempt::of(recipients, settlement.message_id.clone());
         attempt.verdict = Verdict::Cancelled;
         attempt.reached_mail_from = !settlement.refund;
-        let cancelled = plan(at, attempt, None);
+        let mut cancelled = plan(at, attempt, None);
+        // What the attempt found out is true all the same.
+        cancelled.evidence = settlement.evidence;
+        cancelled.uncertain = settlement.uncertain;
+        cancelled.crashed = settlement.crashed;
         let settled = self.batches.settle(cancelled.clone()).await;
         (cancelled, settled)
     }
@@ -327,6 +331,10 @@ impl Worker {
             report: None,
             refund: true,
             error: (!newer).then(|| why.to_owned()),
+            uncertain: false,
+            crashed: false,
+            account: None,
+            evidence: Vec::new(),
             row,
         };
         let worker = Arc::clone(self);
@@ -354,6 +362,7 @@ fn crashed(task: &Task) -> Attempt {
     attempt.started = true;
     // Nobody knows how far it came: the slot counts.
     attempt.reached_mail_from = true;
+    attempt.crashed = true;
     attempt.verdict = Verdict::Uncertain(failure);
     attempt
 }

@@ -136,7 +136,7 @@ async fn build(
     supervisor: &Supervisor,
 ) -> Result<(Arc<Worker>, mpsc::Receiver<Arrival>), WorkerError> {
     let metrics = Arc::clone(&service.metrics);
-    let ledger = Ledger::new(database.clone(), Arc::clone(&metrics));
+    let ledger = Ledger::new(database.clone(), Arc::clone(&metrics)).with_breaker(settings.worker.breaker);
     let name = host_name();
     let epoch = ledger.register(&name, settings.worker.lease).await?;
     let guard = Arc::new(EgressGuard::new(settings.egress));
@@ -172,6 +172,7 @@ async fn build(
         unknown_tenant: settings.worker.unknown_tenant,
         clock: Arc::clone(&clock),
         metrics: Arc::clone(&metrics),
+        alone: tokio::sync::Semaphore::new(1),
     };
     let worker = Arc::new(Worker {
         permits: Permits::new(settings.worker.concurrency, Arc::clone(&metrics)),
