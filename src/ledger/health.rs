@@ -179,6 +179,21 @@ pub struct Health {
     pub detail: Option<String>,
 }
 
+impl Health {
+    /// As listings show it.
+    #[must_use]
+    pub fn to_json(&self) -> serde_json::Value {
+        serde_json::json!({
+            "state": self.state,
+            "since": self.since.map(|at| at.to_string()),
+            "until": self.until.map(|at| at.to_string()),
+            "faults": self.faults,
+            "reason": self.reason,
+            "detail": self.detail,
+        })
+    }
+}
+
 /// An event of an account, owed to the reports exchange.
 #[derive(Debug, Clone)]
 pub struct AccountEvent {

@@ -42,7 +42,6 @@ pub fn of(chosen: &Chosen, verdict: &Verdict, attempt: &Attempt, accepted_before
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::failure::{Class, Failure, Fault, Reply, Stage};
 
     fn failure(class: Class, fault: Fault, stage: Stage, code: Option<u16>) -> Failure {

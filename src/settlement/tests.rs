@@ -34,6 +34,9 @@ fn row(attempts: u32) -> Row {
         recipients: Vec::new(),
         message_id: None,
         uncertain: 0,
+        crashes: 0,
+        deaths: 0,
+        probe: false,
         slot: None,
     }
 }

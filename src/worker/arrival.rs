@@ -1,5 +1,6 @@
 //! Intake: from a delivery to an arrival that can be admitted, or to the dead letters.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -73,7 +74,14 @@ impl Worker {
         ended: &CancellationToken,
     ) -> Option<Arrival> {
         let since = Instant::now();
-        let decoded = decode::decode(&incoming(&delivery), &self.limits);
+        // A defect of ours met here must not end the session: after as many deliveries as the queue allows it is dead.
+        let decoded = std::panic::catch_unwind(AssertUnwindSafe(|| {
+            decode::decode(&incoming(&delivery), &self.limits)
+        }));
+        let Ok(decoded) = decoded else {
+            delivery.receipt.give_back();
+            return None;
+        };
         self.metrics
             .stage
             .with_label_values(&["decode"])

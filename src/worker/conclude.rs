@@ -9,6 +9,7 @@ use tracing::Instrument as _;
 use super::Worker;
 use super::admission::Picked;
 use super::arrival::plain;
+use super::bury::Doomed;
 use super::delivery::{Properties, stored};
 use super::load::InHand;
 use super::permits::Permit;
@@ -32,6 +33,7 @@ impl Worker {
     pub fn follow(self: &Arc<Self>, picked: Picked, answer: Admitted) {
         let Picked { arrival, permit, .. } = picked;
         match answer {
+            Admitted::Go(row) | Admitted::Behind(row) if row.is_poison() => self.bury_poison(Doomed::arrived(arrival, *row)),
             Admitted::Go(row) | Admitted::Behind(row) => {
                 let (task, delivery) = self.task(arrival, *row);
                 self.spawn_job(task, Some(delivery), permit);
@@ -77,19 +79,30 @@ impl Worker {
     }
 
     /// Runs a job out of the waiting room.
-    pub fn run_released(self: &Arc<Self>, released: Released, right: Right) {
-        let properties: Properties = serde_json::from_value(released.properties).unwrap_or_default();
+    pub fn run_released(self: &Arc<Self>, mut released: Released, right: Right) {
+        let properties = std::mem::take(&mut released.properties);
+        let properties: Properties = serde_json::from_value(properties).unwrap_or_default();
+        if released.row.is_poison() {
+            let jobs = self.topology.jobs_exchange();
+            return self.bury_poison(Doomed::stored(released, properties, &jobs));
+        }
         let incoming = Incoming {
             body: &released.body,
             contract: properties.contract.as_deref(),
             ..Incoming::default()
         };
-        let job = match decode::decode(&incoming, &self.limits) {
-            Ok(job) => Arc::new(job),
-            Err(rejection) => {
+        // A defect of ours met here must not take the dispatcher along.
+        let decoded = std::panic::catch_unwind(AssertUnwindSafe(|| decode::decode(&incoming, &self.limits)));
+        let job = match decoded {
+            Ok(Ok(job)) => Arc::new(job),
+            Ok(Err(rejection)) => {
                 let newer = rejection.reason == RejectReason::ContractTooNew;
-                self.give_back_unreadable(released.row, newer, &rejection.to_string());
-                return;
+                let why = Unreadable::Rejected { newer };
+                return self.give_back_unreadable(released.row, why, &rejection.to_string());
+            }
+            Err(_) => {
+                let message = panicked().to_string();
+                return self.give_back_unreadable(released.row, Unreadable::Crashed, &message);
             }
         };
         let task = Task {
@@ -315,7 +328,8 @@ impl Worker {
         });
     }
 
-    fn give_back_unreadable(self: &Arc<Self>, row: Row, newer: bool, why: &str) {
+    fn give_back_unreadable(self: &Arc<Self>, row: Row, what: Unreadable, why: &str) {
+        let newer = what == Unreadable::Rejected { newer: true };
         if !newer {
             tracing::error!(job = %row.id, tenant = %row.tenant, "a stored body cannot be read; it waits: {why}");
         }
@@ -332,7 +346,7 @@ impl Worker {
             refund: true,
             error: (!newer).then(|| why.to_owned()),
             uncertain: false,
-            crashed: false,
+            crashed: what == Unreadable::Crashed,
             account: None,
             evidence: Vec::new(),
             row,
@@ -341,6 +355,15 @@ impl Worker {
         self.tasks
             .spawn(async move { worker.batches.settle(settlement).await });
     }
+}
+
+/// Why a stored body is of no use here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Unreadable {
+    /// It is no job to this worker; `newer`: it may be one to others.
+    Rejected { newer: bool },
+    /// Reading it ended in a panic.
+    Crashed,
 }
 
 /// Whether a job would have to wait without a body.

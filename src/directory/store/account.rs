@@ -59,6 +59,9 @@ impl Store {
         if next.max_connections != current.max_connections {
             self.set_cap(&tx, key.as_str(), next.max_connections).await?;
         }
+        if next.version != current.version {
+            self.reset_health(&tx, key.as_str()).await?;
+        }
         let written = self.read_accounts(&tx, tenant).await?;
         tx.commit().await?;
         written
@@ -157,6 +160,20 @@ impl Store {
         Ok(())
     }
 
+    /// Another server or login: what is known of the health of the old one does not hold. Behind limits and caps: see the
+    /// lock order in `V2__ledger.sql`.
+    async fn reset_health(&self, tx: &Transaction<'_>, key: &str) -> Result<(), DirectoryError> {
+        let sql = self.db.sql("SELECT {s}.reset_health_v1($1)");
+        tx.execute_typed(&sql, &[(&key, Type::TEXT)]).await?;
+        Ok(())
+    }
+
+    async fn forget_health(&self, tx: &Transaction<'_>, key: &str) -> Result<(), DirectoryError> {
+        let sql = self.db.sql("DELETE FROM {s}.account_health WHERE account = $1");
+        tx.execute_typed(&sql, &[(&key, Type::TEXT)]).await?;
+        Ok(())
+    }
+
     async fn read_accounts(
         &self,
         tx: &Transaction<'_>,
@@ -222,6 +239,7 @@ impl Store {
             }
             self.set_limits(&tx, key.as_str(), &[]).await?;
             self.set_cap(&tx, key.as_str(), None).await?;
+            self.forget_health(&tx, key.as_str()).await?;
             tx.commit().await?;
             Ok(())
         })
