@@ -10,6 +10,7 @@ use super::{CliError, table};
 use crate::config;
 use crate::db::Database;
 use crate::id::{AccountKey, JobId, TenantId};
+use crate::ledger::health;
 use crate::ledger::odd::{Cancel, Decision, ManualRelease, Resolved};
 use crate::ledger::{Ledger, WaitReason};
 use crate::telemetry::metrics::Metrics;
@@ -196,9 +197,7 @@ async fn show(database: &Database, args: &OneArgs, out: &mut (dyn Write + Send))
     let Some(row) = row else { return Err(unknown(key)) };
     let mut job = object(&row)?;
     if let Some(account) = job["account"].as_str() {
-        let health = ledger(database.clone())?
-            .account_health(&AccountKey::from_stored(account))
-            .await?;
+        let health = health::read(database, &AccountKey::from_stored(account)).await?;
         job["account_health"] = health.map_or(Value::Null, |health| health.to_json());
     }
     if args.json {

@@ -13,7 +13,7 @@ use tokio_postgres::Row;
 
 use super::{Ledger, micros};
 use crate::address::masked_in;
-use crate::db::DbError;
+use crate::db::{Database, DbError};
 use crate::failure::Failure;
 use crate::id::AccountKey;
 
@@ -261,27 +261,12 @@ impl Ledger {
         Ok(())
     }
 
-    /// The breaker of an account; `None`: closed.
+    /// The breaker of an account; see [`read`].
     ///
     /// # Errors
     /// If the database cannot be asked.
     pub async fn account_health(&self, account: &AccountKey) -> Result<Option<Health>, DbError> {
-        let sql = self.db.sql(
-            "SELECT state, opened_at, until, faults, reason, detail FROM {s}.account_health WHERE account = $1 AND state > 0",
-        );
-        let client = self.db.client().await?;
-        let Some(row) = client.query_opt(&sql, &[&account.as_str()]).await? else {
-            return Ok(None);
-        };
-        let state: i16 = row.try_get(0)?;
-        Ok(Some(Health {
-            state: if state == 1 { "open" } else { "half_open" },
-            since: row.try_get(1)?,
-            until: row.try_get(2)?,
-            faults: row.try_get(3)?,
-            reason: row.try_get(4)?,
-            detail: row.try_get(5)?,
-        }))
+        read(&self.db, account).await
     }
 
     /// Takes up to `most` events that are owed; nobody else takes them for the time `hold`.
@@ -327,6 +312,29 @@ impl Ledger {
         );
         Ok(self.db.client().await?.execute(&sql, &[]).await?)
     }
+}
+
+/// The breaker of an account; `None`: closed.
+///
+/// # Errors
+/// If the database cannot be asked.
+pub async fn read(db: &Database, account: &AccountKey) -> Result<Option<Health>, DbError> {
+    let sql = db.sql(
+        "SELECT state, opened_at, until, faults, reason, detail FROM {s}.account_health WHERE account = $1 AND state > 0",
+    );
+    let client = db.client().await?;
+    let Some(row) = client.query_opt(&sql, &[&account.as_str()]).await? else {
+        return Ok(None);
+    };
+    let state: i16 = row.try_get(0)?;
+    Ok(Some(Health {
+        state: if state == 1 { "open" } else { "half_open" },
+        since: row.try_get(1)?,
+        until: row.try_get(2)?,
+        faults: row.try_get(3)?,
+        reason: row.try_get(4)?,
+        detail: row.try_get(5)?,
+    }))
 }
 
 /// A wait told by the database.

@@ -7,6 +7,7 @@
 
 mod attachments;
 mod bad_input;
+mod breaker;
 mod broker_commands;
 mod broker_restart;
 mod broker_session;

@@ -8,6 +8,7 @@ use super::change::{AccountChange, connects_differently};
 use super::{Store, StoredAccount, limits, within};
 use crate::directory::{DirectoryError, row};
 use crate::id::{AccountId, AccountKey, TenantId};
+use crate::ledger::health;
 use crate::secret::stored::{account_password_aad, verify_keys};
 
 impl Store {
@@ -217,6 +218,19 @@ impl Store {
             .into_iter()
             .find(|account| account.id == *id)
             .ok_or_else(|| DirectoryError::NoAccount(AccountKey::new(tenant, id)))
+    }
+
+    /// The state of an account's circuit breaker as listings show it: state, since, until, faults, reason and detail.
+    /// `None`: it is closed.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn health(&self, key: &AccountKey) -> Result<Option<serde_json::Value>, DirectoryError> {
+        within(async {
+            let health = health::read(&self.db, key).await?;
+            Ok(health.map(|health| health.to_json()))
+        })
+        .await
     }
 
     /// Removes an account and its limits. If it was the default, the tenant has none until another is made it.

@@ -48,8 +48,12 @@ impl World {
 
     /// Opens acme/main by five jobs that fail.
     async fn open(&self, epoch: &Arc<Epoch>) {
+        self.open_by(epoch, "f").await;
+    }
+
+    async fn open_by(&self, epoch: &Arc<Epoch>, prefix: &str) {
         let rows = futures_util::future::join_all(
-            (0..5).map(async |n| self.go(request(epoch, "acme", &format!("f{n}"))).await),
+            (0..5).map(async |n| self.go(request(epoch, "acme", &format!("{prefix}{n}"))).await),
         );
         for row in rows.await {
             self.fails(&row).await;
@@ -225,7 +229,7 @@ async fn a_failed_probe_doubles_the_cooldown_up_to_its_cap_and_makes_no_event() 
         world.cool().await;
         let probe = world.release(&epoch, Level::Medium, 1).await.remove(0).row;
         world.succeeds(&probe).await;
-        world.open(&epoch).await;
+        world.open_by(&epoch, "next").await;
         assert!(world.cooldown().await < 70.0, "the next outage begins anew");
     })
     .await;
