@@ -236,7 +236,9 @@ fn is_reported(at: &Circumstances<'_>, attempt: &Attempt, reason: WaitReason, de
     match reason {
         WaitReason::Retry => attempt.number(at.row) == 1,
         WaitReason::Key => at.new,
-        WaitReason::Rate | WaitReason::Schedule | WaitReason::Unhealthy => at.new && delay >= at.deferred_report_after,
+        WaitReason::Rate | WaitReason::Schedule | WaitReason::Unhealthy => {
+            at.new && delay >= at.deferred_report_after
+        }
         WaitReason::Busy | WaitReason::Contract => false,
     }
 }

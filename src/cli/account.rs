@@ -133,7 +133,10 @@ pub(super) async fn run(
                 return table::json(out, &shown);
             }
             let mut pairs = as_pairs(&account);
-            pairs.push(("health", health.as_ref().map_or_else(|| "good".to_owned(), in_words)));
+            pairs.push((
+                "health",
+                health.as_ref().map_or_else(|| "good".to_owned(), in_words),
+            ));
             table::pairs(out, pairs)
         }
         Command::List { tenant, json } => {

@@ -263,7 +263,11 @@ async fn resolve(ledger: &Ledger, args: &ResolveArgs, out: &mut (dyn Write + Sen
         _ => (Decision::Failed, "settled as failed"),
     };
     let by = args.by.clone().or_else(|| std::env::var("USER").ok());
-    let by: String = by.unwrap_or_else(|| "unknown".to_owned()).chars().take(100).collect();
+    let by: String = by
+        .unwrap_or_else(|| "unknown".to_owned())
+        .chars()
+        .take(100)
+        .collect();
     let key = &args.name;
     match ledger.resolve(&key.tenant, &key.id, decision, &by).await? {
         Resolved::Done => Ok(writeln!(out, "{said}")?),
@@ -273,7 +277,9 @@ async fn resolve(ledger: &Ledger, args: &ResolveArgs, out: &mut (dyn Write + Sen
             match state {
                 1 => "is being sent: there is nothing to decide unless its outcome turns out uncertain",
                 2 => "waits: `postroom job release` lets it run now, `postroom job cancel` ends it",
-                6 => "is in the dead letters: `postroom dead replay` sends it, `postroom dead drop` forgets it",
+                6 => {
+                    "is in the dead letters: `postroom dead replay` sends it, `postroom dead drop` forgets it"
+                }
                 3 | 5 => "is over already; `postroom job show` tells how it ended",
                 _ => "is on its way to a worker: there is nothing to decide",
             },

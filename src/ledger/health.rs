@@ -362,7 +362,10 @@ mod tests {
         known.replace(Vec::new(), early);
         assert!(known.wait(&key("a/b")) > Some(Duration::from_secs(50)));
         assert_eq!(known.wait(&key("a/c")), None);
-        known.replace(vec![(key("a/c"), Duration::ZERO)], late + Duration::from_millis(1));
+        known.replace(
+            vec![(key("a/c"), Duration::ZERO)],
+            late + Duration::from_millis(1),
+        );
         assert_eq!(known.wait(&key("a/b")), None);
         assert_eq!(known.wait(&key("a/c")), Some(Duration::ZERO), "its probe is due");
     }
@@ -370,7 +373,10 @@ mod tests {
     #[test]
     fn a_fault_is_shown_without_addresses_and_bounded() {
         let failure = Failure::transient(Class::Auth, Fault::Sender, Stage::Auth, "auth_refused", "no");
-        let reply = Reply::new(535, &format!("user ann@acme.example is unknown {}", "ü".repeat(900)));
+        let reply = Reply::new(
+            535,
+            &format!("user ann@acme.example is unknown {}", "ü".repeat(900)),
+        );
         let fault = AccountFault::of(&failure.with_reply(reply));
         assert!(fault.detail.contains("***@acme.example"), "{}", fault.detail);
         assert!(fault.detail.len() <= MAX_DETAIL && !fault.detail.contains("ann"));

@@ -134,11 +134,7 @@ impl Worker {
         loop {
             match self.pipeline.resolve(job).await {
                 Ok((_, chosen)) if chosen.via == Via::Override => {
-                    return Ok((
-                        AccountKey::for_override(&job.tenant),
-                        self.permits_total,
-                        false,
-                    ));
+                    return Ok((AccountKey::for_override(&job.tenant), self.permits_total, false));
                 }
                 Ok((entries, chosen)) => {
                     let cap = chosen

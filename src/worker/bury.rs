@@ -15,6 +15,7 @@ use super::arrival::{Arrival, incoming, told};
 use super::delivery::Properties;
 use crate::broker::{DeadLetter, Delivery, PublishError, Receipt};
 use crate::directory::overrides;
+use crate::fail_point::{self, Point};
 use crate::id::{JobId, TenantId};
 use crate::job::MailJob;
 use crate::job::decode::{self, Rejection};
@@ -86,6 +87,7 @@ impl Worker {
                 return;
             }
         }
+        fail_point::hit(Point::DeadLettered, [row.id.as_str()]);
         let settled = loop {
             let complete = |data: &mut ReportData| complete(data, job.as_deref(), &properties);
             match self.ledger.dead_letter(&row, complete).await {
@@ -144,6 +146,7 @@ impl Worker {
                 return;
             }
         }
+        fail_point::hit(Point::DeadLettered, death.id.map(JobId::as_str));
         if let Some(report) = death.report {
             while let Err(error) = self.publish_report(&report).await {
                 if wait_again(&error, &mut waits, ended).await {

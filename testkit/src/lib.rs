@@ -1,8 +1,8 @@
 //! Servers and instruments for the tests, the demo and the benchmarks of postroom.
 pub mod files;
+pub mod proxy;
 pub mod s3;
 pub mod scratch;
 pub mod smtp;
 pub mod tls;
-pub mod tunnel;
 pub mod webhook;

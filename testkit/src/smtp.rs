@@ -22,6 +22,7 @@
 )]
 
 mod builder;
+mod plan;
 mod record;
 mod script;
 mod session;
@@ -35,7 +36,8 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
 pub use builder::{Builder, TlsSetup};
-pub use record::{Counters, Received};
+pub use plan::Plan;
+pub use record::{Counters, Received, Refused};
 pub use script::{Action, Phase, RcptRule, Script};
 
 use record::Record;
@@ -110,6 +112,18 @@ impl SmtpServer {
     #[must_use]
     pub fn received(&self) -> Vec<Received> {
         self.shared.record.received()
+    }
+
+    /// The mails taken from number `first` on, in order; with [`Self::received_count`] a cheap way to follow them.
+    #[must_use]
+    pub fn received_from(&self, first: usize) -> Vec<Received> {
+        self.shared.record.received_from(first)
+    }
+
+    /// Every reply of 4xx and 5xx to MAIL, RCPT, DATA and the final dot so far.
+    #[must_use]
+    pub fn refused(&self) -> Vec<Refused> {
+        self.shared.record.refused()
     }
 
     /// How many mails were taken so far.

@@ -28,7 +28,9 @@ async fn world(cooldown: &str) -> World {
 
 /// What `account show --json` says of the breaker.
 async fn health(world: &World, tenant: &str) -> Value {
-    let shown = world.postroom(&["account", "show", tenant, "main", "--json"]).await;
+    let shown = world
+        .postroom(&["account", "show", tenant, "main", "--json"])
+        .await;
     let account: Value = serde_json::from_str(&shown.success()).unwrap();
     account["health"].clone()
 }
@@ -48,7 +50,14 @@ async fn a_dead_server_is_left_alone_by_two_workers_then_probed_once_then_everyt
     account(&world, "acme", &server, &["--max-connections", "1"]).await;
     account(&world, "other", &other, &[]).await;
     let receiver = WebhookReceiver::start().await.unwrap();
-    let set = ["endpoint", "set", "acme", "--url", &receiver.url("/"), "--generate-secret"];
+    let set = [
+        "endpoint",
+        "set",
+        "acme",
+        "--url",
+        &receiver.url("/"),
+        "--generate-secret",
+    ];
     world.postroom(&set).await.success();
     let workers = (world.start_worker().await, world.start_worker().await);
     let _bridge = world.start_bridge().await;
@@ -57,16 +66,25 @@ async fn a_dead_server_is_left_alone_by_two_workers_then_probed_once_then_everyt
     wait_open(&world, "acme").await;
     let opened = Instant::now();
     let attempts = server.counters().connections;
-    assert!((5..=8).contains(&attempts), "{attempts} connections until it opened");
+    assert!(
+        (5..=8).contains(&attempts),
+        "{attempts} connections until it opened"
+    );
 
     // Nobody else notices.
     world.publish_all(Level::High, &mails("other", "o", 20)).await;
     other.wait_for(20, LIMIT).await;
     // What comes now waits, without an attempt.
     world.publish_mail(Level::High, "acme", "late").await;
-    eventually(LIMIT, || async { world.job("acme", "late").await["state"] == "waiting" }).await;
+    eventually(LIMIT, || async {
+        world.job("acme", "late").await["state"] == "waiting"
+    })
+    .await;
     let late = world.job("acme", "late").await;
-    assert_eq!((&late["reason"], &late["attempts"]), (&json!("unhealthy"), &json!(0)));
+    assert_eq!(
+        (&late["reason"], &late["attempts"]),
+        (&json!("unhealthy"), &json!(0))
+    );
     assert_eq!(late["account_health"]["state"], "open");
     assert_eq!(late["account_health"]["reason"], "service_unavailable");
     let still = server.counters().connections;
@@ -78,7 +96,10 @@ async fn a_dead_server_is_left_alone_by_two_workers_then_probed_once_then_everyt
 
     // The first probe fails too: exactly one more connection, and twice the cooldown.
     eventually(LIMIT, || async { server.counters().connections > still }).await;
-    eventually(LIMIT, || async { health(&world, "acme").await["state"] == "open" }).await;
+    eventually(LIMIT, || async {
+        health(&world, "acme").await["state"] == "open"
+    })
+    .await;
     assert_eq!(server.counters().connections, still + 1);
     // It works again: one probe, then all.
     server.set_script(Script::new());
@@ -97,10 +118,16 @@ async fn a_dead_server_is_left_alone_by_two_workers_then_probed_once_then_everyt
     eventually(LIMIT, || async { of_account("account.recovered").len() == 1 }).await;
     let told = of_account("account.unhealthy");
     assert_eq!(told.len(), 1);
-    assert_eq!((&told[0]["data"]["account"], &told[0]["data"]["tenant"]), (&json!("main"), &json!("acme")));
+    assert_eq!(
+        (&told[0]["data"]["account"], &told[0]["data"]["tenant"]),
+        (&json!("main"), &json!("acme"))
+    );
     assert_eq!(told[0]["data"]["reason"], "service_unavailable");
     assert!(told[0]["data"]["next_attempt_at"].is_string());
-    let published = reports.all().iter().filter(|r| r.key == "report.acme.account.unhealthy");
+    let published = reports
+        .all()
+        .iter()
+        .filter(|r| r.key == "report.acme.account.unhealthy");
     assert_eq!(published.count(), 1, "on the exchange as well");
     world.assert_settled().await;
 }
@@ -114,8 +141,12 @@ async fn the_platform_takes_over_while_the_account_is_unhealthy_if_the_policy_sa
     );
     account(&world, "acme", &own, &[]).await;
     let port = platform.port().to_string();
-    let line = format!("account set - main --host 127.0.0.1 --port {port} --tls none --from post@platform.example");
-    world.postroom(&line.split_whitespace().collect::<Vec<_>>()).await.success();
+    let line =
+        format!("account set - main --host 127.0.0.1 --port {port} --tls none --from post@platform.example");
+    world
+        .postroom(&line.split_whitespace().collect::<Vec<_>>())
+        .await
+        .success();
     let mut reports = world.reports().await;
     let _worker = world.start_worker().await;
     for n in 0..5 {
@@ -130,9 +161,16 @@ async fn the_platform_takes_over_while_the_account_is_unhealthy_if_the_policy_sa
     world.publish(Level::High, "acme", &job).await;
     let sent = reports.final_of("instead").await;
     let sender = &sent.json["data"]["sender"];
-    assert_eq!((&sender["via"], &sender["reason"]), (&json!("platform"), &json!("unhealthy")));
+    assert_eq!(
+        (&sender["via"], &sender["reason"]),
+        (&json!("platform"), &json!("unhealthy"))
+    );
     assert_eq!(sent.json["data"]["attempt"], 1);
-    assert_eq!(own.counters().connections, connections, "the account was not asked");
+    assert_eq!(
+        own.counters().connections,
+        connections,
+        "the account was not asked"
+    );
     assert_eq!(platform.received_count(), 1);
 }
 
@@ -146,7 +184,10 @@ async fn a_refused_login_opens_the_account_and_a_new_password_closes_it_at_once(
     let _worker = world.start_worker().await;
     world.publish_all(Level::High, &mails("acme", "m", 8)).await;
     wait_open(&world, "acme").await;
-    let shown = world.postroom(&["account", "show", "acme", "main"]).await.success();
+    let shown = world
+        .postroom(&["account", "show", "acme", "main"])
+        .await
+        .success();
     assert!(shown.contains("auth_refused"), "{shown}");
     assert!(!shown.contains("wrong"), "{shown}");
     account_with_password(&world, "main", &server, "right", "").await;
@@ -191,7 +232,9 @@ async fn what_waits_for_an_account_that_never_comes_back_fails_at_its_age() {
     let poke = async {
         loop {
             tokio::time::sleep(Duration::from_millis(300)).await;
-            sql.batch_execute("UPDATE lane SET next_at = clock_timestamp()").await.unwrap();
+            sql.batch_execute("UPDATE lane SET next_at = clock_timestamp()")
+                .await
+                .unwrap();
         }
     };
     let finals = tokio::select! {
@@ -200,5 +243,8 @@ async fn what_waits_for_an_account_that_never_comes_back_fails_at_its_age() {
     };
     assert!(finals.iter().all(|report| report.kind() == "mail.failed"));
     let late = finals.iter().find(|report| report.job() == "late").unwrap();
-    assert_eq!((late.reason(), &late.json["data"]["attempt"]), ("sender_unhealthy", &json!(0)));
+    assert_eq!(
+        (late.reason(), &late.json["data"]["attempt"]),
+        ("sender_unhealthy", &json!(0))
+    );
 }

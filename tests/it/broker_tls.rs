@@ -1,7 +1,7 @@
 //! `amqps` with an authority of the operator's own.
 
 use postroom::broker::{self, BrokerError};
-use postroom_testkit::tunnel::Tunnel;
+use postroom_testkit::proxy::Proxy;
 use url::Url;
 
 use crate::broker_session::{Running, consume, publish_many};
@@ -12,9 +12,9 @@ async fn a_broker_with_a_private_authority_is_trusted_through_the_ca_file_only()
     let world = World::new().await;
     let mut url = Url::parse(world.amqp_url()).unwrap();
     let plain = format!("{}:{}", url.host_str().unwrap(), url.port().unwrap_or(5672));
-    let tunnel = Tunnel::start(plain).await;
+    let proxy = Proxy::start_tls(plain).await;
     url.set_host(Some("localhost")).unwrap();
-    url.set_port(Some(tunnel.port())).unwrap();
+    url.set_port(Some(proxy.port())).unwrap();
     let mut config = world.broker_config();
     config.url = url.as_str().replacen("amqp://", "amqps://", 1).into();
 
@@ -25,7 +25,7 @@ async fn a_broker_with_a_private_authority_is_trusted_through_the_ca_file_only()
     let error = broker::connect(&config, "test").await.unwrap_err().to_string();
     assert!(error.contains("POSTROOM_AMQP_CA_FILE"), "{error}");
 
-    std::fs::write(&ca_file, tunnel.ca_pem()).unwrap();
+    std::fs::write(&ca_file, proxy.ca_pem()).unwrap();
     let mut running = Running::start(config);
     let session = running.session().await;
     publish_many(&world, 1).await;

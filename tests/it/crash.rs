@@ -66,6 +66,8 @@ async fn a_worker_told_to_end_finishes_what_it_has_begun_and_leaves_the_rest() {
     let mut world = World::ready().await;
     // Whatever waits for a lease to run out waits for longer than this test.
     world.set("POSTROOM_LEASE", "10m");
+    // Eight at a time and 50 ms each: most still wait when the workers are told to end, however fast the machine is.
+    world.set("POSTROOM_CONCURRENCY", "8");
     let server = slow_server().await;
     account(&world, "acme", &server, &[]).await;
     account(&world, "limited", &server, &["--limit", "20/2s"]).await;

@@ -23,6 +23,7 @@ mod levels;
 mod limits;
 mod lost_connections;
 mod outages;
+mod poison;
 mod producers;
 mod retries;
 mod schedule;

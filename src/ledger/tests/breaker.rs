@@ -152,7 +152,10 @@ async fn an_open_account_takes_no_job_no_slot_and_no_attempt() {
             world.release(&epoch, Level::Medium, 50).await.is_empty(),
             "waiting jobs stay, too"
         );
-        assert!(world.ledger.due_levels().await.unwrap().is_empty(), "and are not looked at");
+        assert!(
+            world.ledger.due_levels().await.unwrap().is_empty(),
+            "and are not looked at"
+        );
         world.assert_lanes_count_right().await;
     })
     .await;
@@ -181,7 +184,15 @@ async fn when_the_cooldown_is_over_exactly_one_job_probes_over_two_workers() {
         let mut events = world.ledger.owed_account_events(10, LEASE).await.unwrap();
         let kinds: Vec<_> = events.iter().map(|event| event.kind.as_str()).collect();
         assert_eq!(kinds, ["account.unhealthy", "account.recovered"]);
-        assert!(world.ledger.owed_account_events(10, LEASE).await.unwrap().is_empty(), "leased");
+        assert!(
+            world
+                .ledger
+                .owed_account_events(10, LEASE)
+                .await
+                .unwrap()
+                .is_empty(),
+            "leased"
+        );
         let json: serde_json::Value = serde_json::from_str(&events.remove(0).body).unwrap();
         assert_eq!(json["data"]["account"], "main");
         assert_eq!(json["data"]["reason"], "connect_failed");
@@ -292,7 +303,9 @@ async fn a_probe_that_never_came_to_the_server_lets_the_next_one_try_at_once() {
 async fn what_was_under_way_when_an_account_opened_neither_prolongs_nor_ends_it() {
     in_world(|world| async move {
         let epoch = world.epoch().await;
-        let requests: Vec<_> = (0..60).map(|n| request(&epoch, "acme", &format!("s{n}"))).collect();
+        let requests: Vec<_> = (0..60)
+            .map(|n| request(&epoch, "acme", &format!("s{n}")))
+            .collect();
         let mut rows: Vec<Row> = world
             .ledger
             .admit(&requests)
@@ -320,7 +333,10 @@ async fn what_was_under_way_when_an_account_opened_neither_prolongs_nor_ends_it(
             world.fails(row).await;
         }
         world.succeeds(&late[10]).await;
-        assert_eq!((world.health("faults").await, world.health("until").await), (faults, until));
+        assert_eq!(
+            (world.health("faults").await, world.health("until").await),
+            (faults, until)
+        );
         assert_eq!(world.breaker().await, Some(1));
         // It recovers; time-outs of connections from before say nothing about now.
         world.cool().await;
@@ -329,7 +345,10 @@ async fn what_was_under_way_when_an_account_opened_neither_prolongs_nor_ends_it(
         for row in &late[11..] {
             world.fails(row).await;
         }
-        assert_eq!((world.breaker().await, world.health("faults").await.as_deref()), (Some(0), Some("0")));
+        assert_eq!(
+            (world.breaker().await, world.health("faults").await.as_deref()),
+            (Some(0), Some("0"))
+        );
         assert_eq!(world.events().await, ["account.unhealthy", "account.recovered"]);
     })
     .await;
@@ -373,7 +392,10 @@ async fn jobs_that_may_take_a_detour_go_without_the_account() {
         detour.detour = true;
         let row = world.go(detour).await;
         assert!(!row.probe && row.slot.is_none());
-        assert!(world.ledger.health().wait(&account(MAIN)).is_some(), "and it is known here");
+        assert!(
+            world.ledger.health().wait(&account(MAIN)).is_some(),
+            "and it is known here"
+        );
         // Somebody has to probe, even if nobody waits.
         world.cool().await;
         let mut probe = request(&epoch, "acme", "probe");
@@ -488,10 +510,7 @@ async fn the_view_of_a_worker_follows_the_ledger() {
         assert_eq!(known(), None);
         let given_back = world.go(request(&epoch, "acme", "x")).await;
         world.settle_one(settlement(&given_back, Next::GiveBack)).await;
-        assert_eq!(
-            world.ledger.account_health(&account(MAIN)).await.unwrap(),
-            None
-        );
+        assert_eq!(world.ledger.account_health(&account(MAIN)).await.unwrap(), None);
         assert_eq!(tenant("acme").as_str(), "acme");
     })
     .await;

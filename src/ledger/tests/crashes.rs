@@ -52,7 +52,10 @@ async fn a_job_that_crashes_workers_while_it_is_watched_is_poison_at_the_third_c
     in_world(|world| async move {
         for (crashes, watched) in [(0, false), (1, true), (2, true)] {
             let row = world.leased("1").await;
-            assert_eq!((row.crashes, row.is_suspect(), row.is_poison()), (crashes, watched, false));
+            assert_eq!(
+                (row.crashes, row.is_suspect(), row.is_poison()),
+                (crashes, watched, false)
+            );
             assert_eq!(row.is_prime_suspect(), crashes == 2);
             if watched {
                 assert!(world.ledger.mark_suspect(&row, true).await.unwrap());
@@ -75,7 +78,10 @@ async fn what_crashed_after_the_watch_was_over_is_no_evidence() {
             assert!(world.ledger.mark_suspect(&row, false).await.unwrap());
             world.dies(&row).await;
             assert_eq!(world.column_of("1", "crashes").await, 1);
-            assert!(!world.ledger.mark_suspect(&row, true).await.unwrap(), "the lease is lost");
+            assert!(
+                !world.ledger.mark_suspect(&row, true).await.unwrap(),
+                "the lease is lost"
+            );
         }
     })
     .await;
@@ -161,7 +167,9 @@ async fn buried_jobs_are_forgotten_like_others() {
     in_world(|world| async move {
         let row = world.leased("1").await;
         world.ledger.dead_letter(&row, |_| ()).await.unwrap().unwrap();
-        world.run("UPDATE {s}.job SET outbox = NULL, outbox_seq = NULL").await;
+        world
+            .run("UPDATE {s}.job SET outbox = NULL, outbox_seq = NULL")
+            .await;
         assert_eq!(world.ledger.forget_old(Duration::ZERO, 10).await.unwrap(), 1);
     })
     .await;
@@ -177,7 +185,13 @@ async fn reports_of_the_dead_are_published_at_once() {
             sent.report = Some(report(&row, ReportType::Sent));
             world.settle_one(sent).await;
         }
-        let owed = async || world.ledger.owed_reports(10, Duration::from_mins(1)).await.unwrap();
+        let owed = async || {
+            world
+                .ledger
+                .owed_reports(10, Duration::from_mins(1))
+                .await
+                .unwrap()
+        };
         assert!(owed().await.is_empty(), "their workers may be publishing them");
         world.silence(&dying).await;
         let heir = world.steady_epoch().await;
@@ -211,21 +225,38 @@ async fn a_held_job_ends_as_somebody_decides() {
             let id = decision.as_str();
             held(&world, id).await;
             let (owner, name) = (tenant("acme"), job(id));
-            let answer = world.ledger.resolve(&owner, &name, decision, "ann").await.unwrap();
+            let answer = world
+                .ledger
+                .resolve(&owner, &name, decision, "ann")
+                .await
+                .unwrap();
             assert_eq!(answer, Resolved::Done);
             assert_eq!(world.state("acme", id).await, 3);
             let text = world.column("acme", id, "outbox[1]").await.unwrap();
             let told: serde_json::Value = serde_json::from_str(&text).unwrap();
             let data = &told["data"];
-            assert_eq!((told["type"].as_str(), data["reason"].as_str()), (Some(kind), Some("resolved_by_hand")));
-            assert_eq!((&data["final"], &data["uncertain_attempts"]), (&true.into(), &1.into()));
+            assert_eq!(
+                (told["type"].as_str(), data["reason"].as_str()),
+                (Some(kind), Some("resolved_by_hand"))
+            );
+            assert_eq!(
+                (&data["final"], &data["uncertain_attempts"]),
+                (&true.into(), &1.into())
+            );
             assert_eq!(data["recipients"][0]["status"], status);
             assert_eq!(data["recipients"][1]["status"], "refused");
             assert_eq!(data["partial"] == true, partial);
             assert_eq!(world.column("acme", id, "resolved").await.as_deref(), Some(id));
-            assert_eq!(world.column("acme", id, "resolved_by").await.as_deref(), Some("ann"));
+            assert_eq!(
+                world.column("acme", id, "resolved_by").await.as_deref(),
+                Some("ann")
+            );
             assert!(world.column("acme", id, "resolved_at").await.is_some());
-            let again = world.ledger.resolve(&owner, &name, decision, "bob").await.unwrap();
+            let again = world
+                .ledger
+                .resolve(&owner, &name, decision, "bob")
+                .await
+                .unwrap();
             assert_eq!(again, Resolved::NotHeld(3));
         }
     })
@@ -237,13 +268,19 @@ async fn a_held_job_that_was_not_sent_is_tried_again_with_whom_is_open() {
     in_world(|world| async move {
         held(&world, "1").await;
         let (owner, name) = (tenant("acme"), job("1"));
-        let answer = world.ledger.resolve(&owner, &name, Decision::NotSent, "ann").await;
+        let answer = world
+            .ledger
+            .resolve(&owner, &name, Decision::NotSent, "ann")
+            .await;
         assert_eq!(answer.unwrap(), Resolved::Done);
         let epoch = world.epoch().await;
         let released = world.release(&epoch, Level::Medium, 1).await.remove(0).row;
         assert_eq!(released.uncertain, 1);
         assert_eq!(released.recipients.iter().filter(|r| r.is_open()).count(), 1);
-        assert_eq!(world.column("acme", "1", "resolved").await.as_deref(), Some("not_sent"));
+        assert_eq!(
+            world.column("acme", "1", "resolved").await.as_deref(),
+            Some("not_sent")
+        );
     })
     .await;
 }
@@ -256,7 +293,10 @@ async fn there_is_nothing_to_decide_about_a_job_that_is_not_held() {
         world.go(request(&epoch, "acme", "leased")).await;
         world.ledger.absorb(&[absorb("acme", "leased")]).await.unwrap();
         let decide = async |id: &str| {
-            let answer = world.ledger.resolve(&tenant("acme"), &job(id), Decision::Sent, "ann").await;
+            let answer = world
+                .ledger
+                .resolve(&tenant("acme"), &job(id), Decision::Sent, "ann")
+                .await;
             answer.unwrap()
         };
         assert_eq!(decide("waits").await, Resolved::NotHeld(2));

@@ -6,9 +6,15 @@ use std::time::{Instant, SystemTime};
 
 use tokio::sync::Notify;
 
+use super::script::Phase;
+
 /// A mail the server took.
 #[derive(Debug, Clone)]
 pub struct Received {
+    /// Number of the mail, from 0.
+    pub id: usize,
+    /// When MAIL came.
+    pub mail_at: Instant,
     /// When its final dot was there.
     pub at: Instant,
     /// The same by the calendar.
@@ -27,6 +33,74 @@ pub struct Received {
     pub tls: bool,
     /// Who had logged in.
     pub user: Option<String>,
+    /// The name given in EHLO.
+    pub helo: String,
+    /// SHA-256 of the mail, in hexadecimal digits.
+    pub digest: String,
+    /// When the 250 was handed to the network; none as long as it was not, and if it never was.
+    pub answered: Option<Instant>,
+}
+
+impl Received {
+    /// The value of a header, unfolded; empty if it is missing.
+    #[must_use]
+    pub fn header(&self, name: &str) -> String {
+        let mut value: Option<String> = None;
+        for line in self.data.split(|b| *b == b'\n') {
+            let line = String::from_utf8_lossy(line);
+            let line = line.trim_end();
+            match &mut value {
+                Some(value) if line.starts_with([' ', '\t']) => value.push_str(line),
+                Some(_) => break,
+                None if line.is_empty() => break,
+                None => {
+                    value = line
+                        .split_once(':')
+                        .filter(|(header, _)| header.eq_ignore_ascii_case(name))
+                        .map(|(_, value)| value.to_owned());
+                }
+            }
+        }
+        value.unwrap_or_default().trim().to_owned()
+    }
+
+    /// The record as a JSON object: everything but the mail itself.
+    #[must_use]
+    pub fn json(&self) -> serde_json::Value {
+        let time = jiff::Timestamp::try_from(self.time).unwrap_or_default();
+        serde_json::json!({
+            "mail": self.id,
+            "time": format!("{time:.6}"),
+            "session": self.session,
+            "helo": self.helo,
+            "tls": self.tls,
+            "user": self.user,
+            "from": self.from,
+            "params": self.params,
+            "to": self.to,
+            "bytes": self.data.len(),
+            "sha256": self.digest,
+            "message_id": self.header("Message-ID"),
+            "job": self.header("X-Postroom-ID"),
+            "subject": self.header("Subject"),
+            "answered": self.answered.is_some(),
+        })
+    }
+}
+
+/// A reply of 4xx or 5xx to MAIL, RCPT, DATA or the final dot.
+#[derive(Debug, Clone)]
+pub struct Refused {
+    /// When.
+    pub at: Instant,
+    /// Which command was refused.
+    pub phase: Phase,
+    /// The reply.
+    pub reply: String,
+    /// Recipients of the mail so far, the refused one last.
+    pub to: Vec<String>,
+    /// The name given in EHLO.
+    pub helo: String,
 }
 
 /// Counts since the server started.
@@ -60,6 +134,7 @@ impl Counters {
 #[derive(Debug, Default)]
 pub(super) struct Record {
     received: Mutex<Vec<Received>>,
+    refused: Mutex<Vec<Refused>>,
     counters: Mutex<Counters>,
     trace: Mutex<Vec<Vec<String>>>,
     changed: Notify,
@@ -86,9 +161,33 @@ impl Record {
         lock(&self.trace).clone()
     }
 
-    pub(super) fn take(&self, mail: Received) {
-        lock(&self.received).push(mail);
+    /// The mails from number `first` on.
+    pub(super) fn received_from(&self, first: usize) -> Vec<Received> {
+        lock(&self.received).get(first..).unwrap_or_default().to_vec()
+    }
+
+    pub(super) fn refused(&self) -> Vec<Refused> {
+        lock(&self.refused).clone()
+    }
+
+    pub(super) fn refuse(&self, refused: Refused) {
+        lock(&self.refused).push(refused);
+    }
+
+    /// Keeps the mail and gives its number.
+    pub(super) fn take(&self, mail: Received) -> usize {
+        let mut received = lock(&self.received);
+        let id = received.len();
+        received.push(Received { id, ..mail });
+        drop(received);
         self.changed.notify_waiters();
+        id
+    }
+
+    pub(super) fn answered(&self, id: usize) {
+        if let Some(mail) = lock(&self.received).get_mut(id) {
+            mail.answered = Some(Instant::now());
+        }
     }
 
     pub(super) fn batch(&self, verbs: Vec<String>) {

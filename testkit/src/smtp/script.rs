@@ -5,8 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use serde::Deserialize;
+
 /// The points at which a script can act: the reply to each of these.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Phase {
     /// The greeting.
     Greeting,
@@ -22,6 +25,8 @@ pub enum Phase {
     Rcpt,
     /// DATA, up to 354.
     Data,
+    /// The mail while it comes in, before its final dot. Only actions that end or freeze the connection make sense.
+    Content,
     /// The end of the mail.
     FinalDot,
     /// RSET.
@@ -43,6 +48,8 @@ pub enum Action {
     Close,
     /// Never answer, keeping the connection.
     Silence,
+    /// Answer properly, but only after this time. At [`Phase::FinalDot`] the mail is taken before.
+    Delay(Duration),
     /// Take the mail, then close without an answer. At [`Phase::FinalDot`].
     TakeThenClose,
     /// Take the mail, then never answer. At [`Phase::FinalDot`].
@@ -101,6 +108,8 @@ struct Rule {
     /// The first occurrence it applies to, counted from 0, and how many.
     skip: u64,
     times: u64,
+    /// Of the occurrences it applies to, this part is hit; drawn from the script's seed.
+    chance: f64,
     seen: Arc<AtomicU64>,
     action: Action,
 }
@@ -111,6 +120,9 @@ pub struct Script {
     rules: Vec<Rule>,
     delays: Vec<(Phase, Duration)>,
     recipients: Vec<RecipientRule>,
+    positions: Vec<(usize, String)>,
+    drip: Option<Duration>,
+    seed: u64,
 }
 
 impl fmt::Debug for Script {
@@ -135,6 +147,22 @@ impl Script {
         self.rule(phase, 0, u64::MAX, action)
     }
 
+    /// Does this with a probability of `chance` (0 to 1), drawn from the [seed](Self::seed): the same seed hits the same
+    /// occurrences.
+    #[must_use]
+    pub fn sometimes(mut self, chance: f64, phase: Phase, action: Action) -> Self {
+        self = self.on(phase, action);
+        self.last_chance(chance);
+        self
+    }
+
+    /// Where the dice of [`Self::sometimes`] begin.
+    #[must_use]
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
     /// Does this the first `n` times.
     #[must_use]
     pub fn first(self, n: u64, phase: Phase, action: Action) -> Self {
@@ -153,11 +181,12 @@ impl Script {
         self.rule(phase, n, 1, action)
     }
 
-    fn rule(mut self, phase: Phase, skip: u64, times: u64, action: Action) -> Self {
+    pub(super) fn rule(mut self, phase: Phase, skip: u64, times: u64, action: Action) -> Self {
         self.rules.push(Rule {
             phase,
             skip,
             times,
+            chance: 1.0,
             seen: Arc::default(),
             action,
         });
@@ -188,12 +217,42 @@ impl Script {
         self
     }
 
+    /// Answers this to the `n`th recipient of every mail, counted from 1.
+    #[must_use]
+    pub fn nth_recipient(mut self, n: usize, reply: &str) -> Self {
+        self.positions.push((n, reply.to_owned()));
+        self
+    }
+
+    /// Sends every reply byte by byte with this pause in between.
+    #[must_use]
+    pub fn drip(mut self, pause: Duration) -> Self {
+        self.drip = Some(pause);
+        self
+    }
+
+    pub(super) fn last_chance(&mut self, chance: f64) {
+        if let Some(rule) = self.rules.last_mut() {
+            rule.chance = chance;
+        }
+    }
+
+    pub(crate) fn drip_pause(&self) -> Option<Duration> {
+        self.drip
+    }
+
     /// What to do now; counts the occurrence for every rule of the phase.
     pub(crate) fn decide(&self, phase: Phase) -> Option<&Action> {
         let mut decided = None;
-        for rule in self.rules.iter().filter(|rule| rule.phase == phase) {
+        for (number, rule) in self
+            .rules
+            .iter()
+            .enumerate()
+            .filter(|(_, rule)| rule.phase == phase)
+        {
             let nth = rule.seen.fetch_add(1, Ordering::Relaxed);
-            let applies = nth >= rule.skip && nth - rule.skip < rule.times;
+            let in_turn = nth >= rule.skip && nth - rule.skip < rule.times;
+            let applies = in_turn && (rule.chance >= 1.0 || self.draw(number, nth) < rule.chance);
             if applies && decided.is_none() {
                 decided = Some(&rule.action);
             }
@@ -208,7 +267,40 @@ impl Script {
             .map(|(_, delay)| *delay)
     }
 
-    pub(crate) fn refusal(&self, address: &str) -> Option<String> {
-        self.recipients.iter().find_map(|rule| rule(address))
+    /// A number in 0..1 for the `nth` occurrence of a rule, always the same for a seed (splitmix64).
+    fn draw(&self, rule: usize, nth: u64) -> f64 {
+        let mut state = self.seed ^ (rule as u64).wrapping_mul(0xa076_1d64_78bd_642f);
+        state = state.wrapping_add(nth.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        state = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        state = (state ^ (state >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((state ^ (state >> 31)) >> 11) as f64 / (1_u64 << 53) as f64
+    }
+
+    /// The refusal of a recipient, the `position`th of its mail.
+    pub(crate) fn refusal(&self, address: &str, position: usize) -> Option<String> {
+        let by_position = self.positions.iter().find(|(n, _)| *n == position);
+        by_position
+            .map(|(_, reply)| reply.clone())
+            .or_else(|| self.recipients.iter().find_map(|rule| rule(address)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hits(seed: u64) -> Vec<bool> {
+        let script = Script::new()
+            .seed(seed)
+            .sometimes(0.25, Phase::Mail, Action::Close);
+        (0..4000).map(|_| script.decide(Phase::Mail).is_some()).collect()
+    }
+
+    #[test]
+    fn a_seed_hits_the_same_occurrences_about_as_often_as_told() {
+        let count = hits(7).iter().filter(|hit| **hit).count();
+        assert!((900..1100).contains(&count), "{count}");
+        assert_eq!(hits(7), hits(7));
+        assert_ne!(hits(7), hits(8));
     }
 }

@@ -5,6 +5,7 @@ mod stream;
 
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::BytesMut;
 use tokio::net::TcpStream;
@@ -39,13 +40,20 @@ struct Session {
     verbs: Vec<String>,
     tls: bool,
     user: Option<String>,
+    helo: String,
     mail: Option<Transaction>,
+    /// Mails taken whose 250 has not gone out yet.
+    unanswered: Vec<usize>,
 }
 
-#[derive(Default)]
 struct Transaction {
+    /// When MAIL came.
+    at: Instant,
     from: String,
     params: String,
+    /// RCPT commands so far.
+    named: usize,
+    /// Recipients accepted.
     to: Vec<String>,
 }
 
@@ -64,7 +72,9 @@ pub(super) async fn serve(stream: TcpStream, id: u64, shared: Arc<Shared>) {
         verbs: Vec::new(),
         tls: false,
         user: None,
+        helo: String::new(),
         mail: None,
+        unanswered: Vec::new(),
     };
     let mut open = open;
     // A client that goes away is no error of the test's.
@@ -111,7 +121,7 @@ impl Session {
             self.verbs.push(verb.clone());
         }
         match verb.as_str() {
-            "EHLO" | "HELO" => self.ehlo().await,
+            "EHLO" | "HELO" => self.ehlo(rest).await,
             "STARTTLS" => self.starttls().await,
             "AUTH" => self.auth(rest).await,
             "MAIL" => self.mail(rest).await,
@@ -165,8 +175,12 @@ impl Session {
             self.flush().await?;
             tokio::time::sleep(delay).await;
         }
+        if let Some(Action::Delay(delay)) = action {
+            self.flush().await?;
+            tokio::time::sleep(*delay).await;
+        }
         let reply = match action {
-            None => reply,
+            None | Some(Action::Delay(_)) => reply,
             Some(Action::Reply(reply)) => reply,
             Some(Action::ReplyThenClose(reply)) => {
                 self.say(reply);
@@ -218,8 +232,19 @@ impl Session {
             self.shared.record.batch(std::mem::take(&mut self.verbs));
         }
         if !self.out.is_empty() {
-            self.stream.write_all(&self.out).await?;
+            match self.script.drip_pause() {
+                None => self.stream.write_all(&self.out).await?,
+                Some(pause) => {
+                    for byte in &self.out {
+                        self.stream.write_all(std::slice::from_ref(byte)).await?;
+                        tokio::time::sleep(pause).await;
+                    }
+                }
+            }
             self.out.clear();
+        }
+        for id in self.unanswered.drain(..) {
+            self.shared.record.answered(id);
         }
         Ok(())
     }

@@ -6,15 +6,17 @@ use std::time::{Instant, SystemTime};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use sha2::{Digest as _, Sha256};
 
 use super::{Answered, Next, Session, Transaction, next};
 use crate::smtp::builder::TlsSetup;
-use crate::smtp::record::Received;
+use crate::smtp::record::{Received, Refused};
 use crate::smtp::script::{Action, Phase};
 
 impl Session {
-    pub(super) async fn ehlo(&mut self) -> io::Result<Next> {
+    pub(super) async fn ehlo(&mut self, name: &str) -> io::Result<Next> {
         self.mail = None;
+        name.clone_into(&mut self.helo);
         let setup = &self.shared.setup;
         let mut lines = vec!["test.example".to_owned()];
         if let Some(size) = setup.size {
@@ -133,11 +135,14 @@ impl Session {
             return Ok(self.say("552 5.3.4 Message size exceeds fixed limit"));
         }
         let begun = Transaction {
+            at: Instant::now(),
             from: from.to_owned(),
             params: params.to_owned(),
+            named: 0,
             to: Vec::new(),
         };
         let answered = self.answer(Phase::Mail, "250 2.1.0 Ok").await?;
+        self.note_refusal(Phase::Mail, &answered, None);
         if let Answered::Code(250) = answered {
             self.mail = Some(begun);
         }
@@ -145,15 +150,17 @@ impl Session {
     }
 
     pub(super) async fn rcpt(&mut self, rest: &str) -> io::Result<Next> {
-        if self.mail.is_none() {
+        let Some(mail) = &mut self.mail else {
             return Ok(self.say("503 5.5.1 Need MAIL command"));
-        }
+        };
         let Some((to, _)) = path(rest, "TO:") else {
             return Ok(self.say("501 5.5.4 Syntax: RCPT TO:<address>"));
         };
-        let refusal = self.script.refusal(to);
+        mail.named += 1;
+        let refusal = self.script.refusal(to, mail.named);
         let reply = refusal.as_deref().unwrap_or("250 2.1.5 Ok");
         let answered = self.answer(Phase::Rcpt, reply).await?;
+        self.note_refusal(Phase::Rcpt, &answered, Some(to));
         if let (Answered::Code(250), Some(mail)) = (&answered, &mut self.mail) {
             mail.to.push(to.to_owned());
         }
@@ -166,49 +173,141 @@ impl Session {
             Some(mail) if mail.to.is_empty() => "554 5.5.1 No valid recipients",
             Some(_) => "354 End data with <CR><LF>.<CR><LF>",
         };
-        match self.answer(Phase::Data, reply).await? {
+        let answered = self.answer(Phase::Data, reply).await?;
+        self.note_refusal(Phase::Data, &answered, None);
+        match answered {
             Answered::Close => return Ok(Next::Close),
             Answered::Code(354) => {}
             Answered::Code(_) => return Ok(Next::Go),
         }
+        if !self.content_begins().await? {
+            return Ok(Next::Close);
+        }
         let Some(data) = self.content().await? else {
             return Ok(Next::Close);
         };
-        let mail = self.mail.take().unwrap_or_default();
+        self.final_dot(data).await
+    }
+
+    /// Lets the script act in the middle of a mail, once its first bytes are there. Whether the session goes on.
+    async fn content_begins(&mut self) -> io::Result<bool> {
+        let script = Arc::clone(&self.script);
+        let Some(action) = script.decide(Phase::Content) else {
+            return Ok(true);
+        };
+        if self.inbound.is_empty() && !self.fill().await? {
+            return Ok(false);
+        }
+        let answered = match action {
+            Action::Delay(delay) => {
+                tokio::time::sleep(*delay).await;
+                return Ok(true);
+            }
+            action => self.perform(Phase::Content, Some(action), "").await?,
+        };
+        Ok(!matches!(answered, Answered::Close))
+    }
+
+    async fn final_dot(&mut self, data: Vec<u8>) -> io::Result<Next> {
+        let Some(mail) = self.mail.take() else {
+            return Ok(Next::Close);
+        };
+        let too_large = self
+            .shared
+            .setup
+            .size
+            .is_some_and(|limit| data.len() as u64 > limit);
         let action = self.script.decide(Phase::FinalDot).cloned();
+        let would_take = !mail.to.is_empty() && !too_large;
         let taken = match &action {
-            None | Some(Action::TakeThenClose | Action::TakeThenSilence) => !mail.to.is_empty(),
-            Some(Action::Reply(reply) | Action::ReplyThenClose(reply)) => reply.starts_with('2'),
+            None | Some(Action::TakeThenClose | Action::TakeThenSilence | Action::Delay(_)) => would_take,
+            Some(Action::Reply(reply) | Action::ReplyThenClose(reply)) => {
+                would_take && reply.starts_with('2')
+            }
             Some(Action::Close | Action::Silence) => false,
         };
         let reply = if mail.to.is_empty() {
             "554 5.5.1 No valid recipients".to_owned()
+        } else if too_large {
+            "552 5.3.4 Message size exceeds fixed limit".to_owned()
         } else {
             format!(
                 "250 2.0.0 Ok: queued as {}",
                 self.shared.record.received_count() + 1
             )
         };
-        if taken {
-            self.record(mail, data);
-        }
+        let recipients = mail.to.clone();
+        let id = taken.then(|| self.record(mail, data));
         let answered = self.perform(Phase::FinalDot, action.as_ref(), &reply).await?;
+        match id {
+            Some(id) if matches!(answered, Answered::Code(_)) => self.unanswered.push(id),
+            Some(_) => {}
+            None => self.note_refusal_of(Phase::FinalDot, &answered, recipients),
+        }
+        if let Some(Action::ReplyThenClose(_)) = action {
+            self.unanswered.extend(id);
+        }
         Ok(next(&answered))
     }
 
-    fn record(&self, mail: Transaction, data: Vec<u8>) {
+    fn note_refusal(&self, phase: Phase, answered: &Answered, named: Option<&str>) {
+        let to = self
+            .mail
+            .iter()
+            .flat_map(|mail| mail.to.iter().map(String::as_str));
+        let to = to.chain(named).map(str::to_owned).collect();
+        self.note_refusal_of(phase, answered, to);
+    }
+
+    fn note_refusal_of(&self, phase: Phase, answered: &Answered, to: Vec<String>) {
+        if !matches!(answered, Answered::Code(400..)) {
+            return;
+        }
+        let last = self
+            .out
+            .split(|b| *b == b'\n')
+            .rev()
+            .find(|line| !line.is_empty());
+        self.shared.record.refuse(Refused {
+            at: Instant::now(),
+            phase,
+            reply: String::from_utf8_lossy(last.unwrap_or_default())
+                .trim_end()
+                .to_owned(),
+            to,
+            helo: self.helo.clone(),
+        });
+    }
+
+    fn record(&self, mail: Transaction, data: Vec<u8>) -> usize {
         self.shared.record.take(Received {
+            id: 0,
+            mail_at: mail.at,
             at: Instant::now(),
             time: SystemTime::now(),
             from: mail.from,
             params: mail.params,
             to: mail.to,
+            digest: digest(&data),
             data,
             session: self.id,
             tls: self.tls,
             user: self.user.clone(),
-        });
+            helo: self.helo.clone(),
+            answered: None,
+        })
     }
+}
+
+/// SHA-256 in hexadecimal digits.
+fn digest(data: &[u8]) -> String {
+    use std::fmt::Write as _;
+    let mut hex = String::with_capacity(64);
+    for byte in Sha256::digest(data) {
+        // Writing to a string does not fail.
+        let _ = write!(hex, "{byte:02x}");
+    }
+    hex
 }
 
 /// Splits `FROM:<a@b> PARAMS` into address and parameters.
