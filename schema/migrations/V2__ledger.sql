@@ -473,6 +473,12 @@ CREATE FUNCTION probe_due(h account_health) RETURNS boolean LANGUAGE sql VOLATIL
                             OR NOT EXISTS (SELECT FROM worker w WHERE w.epoch = h.epoch AND NOT w.dead))
 $$;
 
+-- When lanes of an account in trouble are looked at again. While a probe is under way every second: who is just looking
+-- at a lane when the probe succeeds is passed over by the wake-up.
+CREATE FUNCTION ill_until(h account_health) RETURNS timestamptz LANGUAGE sql VOLATILE AS $$
+    SELECT CASE h.state WHEN 2 THEN least(h.until, clock_timestamp() + interval '1 second') ELSE h.until END
+$$;
+
 -- Makes the job under this claim the one probe of an account, if one is due. Waits for no lock.
 CREATE FUNCTION take_probe(p_account text, p_epoch bigint, p_claim bigint) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
@@ -592,12 +598,13 @@ END $$;
 CREATE FUNCTION reset_health_v1(p_account text) RETURNS void
 LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 BEGIN
+    IF NOT EXISTS (SELECT FROM account_health h WHERE h.account = p_account) THEN
+        RETURN;
+    END IF;
+    PERFORM wake_lanes(ARRAY[p_account], true);
     DELETE FROM account_health h WHERE h.account = p_account AND h.state = 0;
     UPDATE account_health h SET state = 1, openings = 0, until = clock_timestamp(), changed_at = clock_timestamp(),
         epoch = NULL, claim = NULL WHERE h.account = p_account;
-    IF FOUND THEN
-        PERFORM wake_lanes(ARRAY[p_account], false);
-    END IF;
 END $$;
 
 -- Events that are owed, leased to the caller for a while.
@@ -643,7 +650,7 @@ DECLARE
     v_ill bigint[] := array_fill(NULL::bigint, ARRAY[n]);
 BEGIN
     IF EXISTS (SELECT FROM account_health h WHERE h.state > 0) THEN
-        SELECT array_agg((SELECT greatest(micros(h.until) - micros(v_now), 0) FROM account_health h
+        SELECT array_agg((SELECT greatest(micros(ill_until(h)) - micros(v_now), 0) FROM account_health h
                           WHERE h.account = u.a AND h.state > 0) ORDER BY u.o)
             INTO v_ill FROM unnest(p_accounts) WITH ORDINALITY u(a, o);
     END IF;
@@ -1041,7 +1048,7 @@ SET enable_bitmapscan = off SET jit = off AS $$
                (SELECT max(r.next_at) FROM rate r WHERE r.key = ANY (charged_keys(g.tenant, g.account)))),
                clock_timestamp()) END,
                CASE WHEN g.ill THEN greatest(blocked_until(
-               coalesce((SELECT micros(h.until) FROM account_health h WHERE h.account = g.account AND h.state > 0), 0)),
+               coalesce((SELECT micros(ill_until(h)) FROM account_health h WHERE h.account = g.account AND h.state > 0), 0)),
                clock_timestamp()) END),
            g.fifo, g.oldest
     FROM (SELECT x.account, x.level, x.tenant, min(x.due_at) AS oldest,
@@ -1107,7 +1114,7 @@ BEGIN
         IF v_ill THEN
             SELECT coalesce(array_agg(q.account), '{}') INTO v_probes FROM (
                 SELECT h.account FROM account_health h WHERE h.account = ANY (l_a) AND probe_due(h) FOR UPDATE SKIP LOCKED) q;
-            SELECT array_agg(micros(h.until) ORDER BY u.o),
+            SELECT array_agg(CASE WHEN h.account IS NOT NULL THEN micros(ill_until(h)) END ORDER BY u.o),
                    array_agg(u.a = ANY (v_probes) AND u.place = 1 ORDER BY u.o),
                    array_agg(CASE WHEN h.account IS NOT NULL AND NOT (u.a = ANY (v_probes) AND u.place = 1)
                                   THEN v_now - coalesce(o.max_age_seconds * 1000000, p_max_age) * interval '1 microsecond'

@@ -198,7 +198,9 @@ async fn show(database: &Database, args: &OneArgs, out: &mut (dyn Write + Send))
     let mut job = object(&row)?;
     if let Some(account) = job["account"].as_str() {
         let health = health::read(database, &AccountKey::from_stored(account)).await?;
-        job["account_health"] = health.map_or(Value::Null, |health| health.to_json());
+        if let Some(health) = health {
+            job["account_health"] = health.to_json();
+        }
     }
     if args.json {
         writeln!(out, "{job}")?;

@@ -220,7 +220,7 @@ impl Ledger {
     /// If the database cannot be asked; the view stays as it was.
     pub async fn refresh_health(&self) -> Result<(), DbError> {
         let sql = self.db.sql(
-            "SELECT account, greatest({s}.micros(until) - {s}.micros(clock_timestamp()), 0) FROM {s}.account_health
+            "SELECT account, greatest({s}.micros({s}.ill_until(h)) - {s}.micros(clock_timestamp()), 0) FROM {s}.account_health h
              WHERE state > 0 LIMIT $1",
         );
         let told = Instant::now();

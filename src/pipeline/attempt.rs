@@ -92,6 +92,10 @@ impl Pipeline {
         if task.is_expired(self.clock.now()) {
             return Err(Verdict::Expired);
         }
+        if task.row.probe {
+            // The account may have been mended a moment ago.
+            self.directory.forget(&[&task.job.tenant, &TenantId::platform()]);
+        }
         let resolved = self.resolve(&task.job).await;
         let (entries, mut chosen) = resolved.map_err(|verdict| match verdict {
             // No attempt: nothing was tried, and the key may come at any time.
@@ -131,6 +135,15 @@ impl Pipeline {
             };
             let found = evidence::of(&chosen, &verdict, attempt, accepted);
             attempt.evidence.extend(found);
+            if matches!(
+                verdict,
+                Verdict::Wait {
+                    reason: WaitReason::Unhealthy,
+                    ..
+                }
+            ) {
+                continue;
+            }
             let Verdict::Failed(failure) = &verdict else {
                 return Ok(verdict);
             };
@@ -385,11 +398,21 @@ impl Pipeline {
                 server: account.server.clone(),
                 max_connections: account.max_connections,
             };
-            self.pools.checkout(&Arc::new(submission)).await
+            let in_trouble = || self.trouble(task, chosen).is_some();
+            self.pools
+                .checkout_unless(&Arc::new(submission), &in_trouble)
+                .await
         };
         self.observe("connection", since);
         match checked_out {
             Ok(lease) => Ok(lease),
+            Err(CheckoutError::Busy) if self.trouble(task, chosen).is_some() => {
+                // It failed for others while this one stood in line: the question who sends is asked anew.
+                Err(Verdict::Wait {
+                    reason: WaitReason::Unhealthy,
+                    delay: Duration::ZERO,
+                })
+            }
             Err(CheckoutError::Busy) => {
                 tracing::debug!(job = %task.job.id, account = %account.key, "no connection is free");
                 Err(Verdict::Wait {

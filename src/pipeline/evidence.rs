@@ -83,5 +83,11 @@ mod tests {
             let failure = failure(class, fault, stage, code);
             assert_eq!(failure.is_of_account(), trips, "{failure:?}");
         }
+        let mut lasting = failure(C::Auth, F::Sender, S::Auth, None);
+        lasting.severity = crate::failure::Severity::Permanent;
+        assert!(
+            !lasting.is_of_account(),
+            "its mail fails: there is nothing to wait for"
+        );
     }
 }

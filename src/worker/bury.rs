@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -69,7 +70,13 @@ impl Worker {
         } = doomed;
         tracing::error!(job = %row.id, tenant = %row.tenant, crashes = row.crashes, deaths = row.deaths,
             "dead-lettered: {CRASH_LOOP}");
-        let (body, sealed) = self.harmless_body(&delivery, Some((&row.tenant, &row.id)));
+        // What is stored is sealed already, under the job's name.
+        let is_stored = job.is_none();
+        let (body, sealed) = if is_stored {
+            (None, false)
+        } else {
+            self.harmless_body(&delivery, Some((&row.tenant, &row.id)))
+        };
         let letter = DeadLetter {
             reason: "crash_loop",
             detail: CRASH_LOOP,
@@ -88,6 +95,7 @@ impl Worker {
             }
         }
         fail_point::hit(Point::DeadLettered, [row.id.as_str()]);
+        let job = job.or_else(|| self.read_again(&delivery));
         let settled = loop {
             let complete = |data: &mut ReportData| complete(data, job.as_deref(), &properties);
             match self.ledger.dead_letter(&row, complete).await {
@@ -101,6 +109,14 @@ impl Worker {
         if let Some(report) = settled {
             self.reporter.publish(self, report);
         }
+    }
+
+    /// The job in a body out of the waiting room, if reading it is not what crashes.
+    fn read_again(&self, delivery: &Delivery) -> Option<Arc<MailJob>> {
+        let read = || decode::decode(&incoming(delivery), &self.limits).ok();
+        std::panic::catch_unwind(AssertUnwindSafe(read))
+            .ok()?
+            .map(Arc::new)
     }
 
     pub(super) async fn bury_rejected(
@@ -191,7 +207,7 @@ impl Worker {
     }
 }
 
-/// A leased job that is to be buried, and what is known of it. Its body is not looked into again.
+/// A leased job that is to be buried, and what is known of it.
 #[derive(Debug)]
 pub struct Doomed {
     delivery: Delivery,

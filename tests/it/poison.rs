@@ -8,7 +8,7 @@ use postroom_testkit::smtp::{Action, Phase, Script, SmtpServer};
 use serde_json::json;
 
 use crate::sends::account;
-use crate::support::{World, eventually, mail, mails, taken};
+use crate::support::{World, mail, mails, taken};
 
 const LIMIT: Duration = Duration::from_mins(2);
 
@@ -110,6 +110,7 @@ async fn a_job_that_panics_three_times_is_buried_out_of_the_waiting_room() {
     let mut worker = world.start_worker().await;
     let mut job = mail("acme", "poison");
     job["metadata"] = json!({"order": 7});
+    job["from"] = json!("shop@example.com");
     job["smtp_override"] = json!({"host": "127.0.0.1", "port": server.port(), "tls": "none"});
     world.publish(Level::High, "acme", &job).await;
     let buried = reports.final_of("poison").await;
@@ -134,10 +135,7 @@ async fn a_job_held_as_uncertain_ends_as_an_operator_decides() {
         let mut job = mail("acme", id);
         job["on_uncertain"] = json!("hold");
         world.publish(Level::High, "acme", &job).await;
-        eventually(LIMIT, || async {
-            world.job("acme", id).await["state"] == "uncertain"
-        })
-        .await;
+        world.wait_state("acme", id, 4).await;
     }
     for (id, kind) in [
         ("sent", "mail.sent"),
