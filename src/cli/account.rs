@@ -129,7 +129,9 @@ pub(super) async fn run(
             let health = store.health(&account.key()).await.map_err(of_directory)?;
             if args.json {
                 let mut shown = as_json(&account);
-                shown["health"] = health.unwrap_or_default();
+                if let Some(health) = health {
+                    shown["health"] = health;
+                }
                 return table::json(out, &shown);
             }
             let mut pairs = as_pairs(&account);
