@@ -73,26 +73,22 @@ impl Database {
 
     fn connect_with(config: &config::Database, wait: Duration) -> Result<Self, DbError> {
         let connector = connect::Connector::new(config)?;
-        let pg = connector.config();
-        let recycling = ManagerConfig {
-            // No round trip per checkout: a dead peer is found by TCP_USER_TIMEOUT and by the statement itself.
-            recycling_method: RecyclingMethod::Fast,
-        };
-        let pool = Pool::builder(Manager::from_connect(pg, connector.clone(), recycling))
-            .max_size(config.pool_size.max(1))
-            .timeouts(Timeouts {
-                wait: Some(wait),
-                create: Some(CREATE),
-                recycle: Some(RECYCLE),
-            })
-            .runtime(Runtime::Tokio1)
-            .build()
-            .map_err(|error| DbError::Setup(error.to_string()))?;
         Ok(Self {
-            pool,
+            pool: pool(&connector, config.pool_size.max(1), wait)?,
             connector,
             schema: config.schema.as_str().into(),
             quoted: quote(&config.schema).into(),
+        })
+    }
+
+    /// The same database through one connection of its own: what must not stand behind the statements of all others.
+    ///
+    /// # Errors
+    /// If no pool can be built.
+    pub fn reserved(&self) -> Result<Self, DbError> {
+        Ok(Self {
+            pool: pool(&self.connector, 1, WAIT)?,
+            ..self.clone()
         })
     }
 
@@ -186,6 +182,24 @@ impl Database {
     pub fn close(&self) {
         self.pool.close();
     }
+}
+
+fn pool(connector: &connect::Connector, size: usize, wait: Duration) -> Result<Pool, DbError> {
+    let recycling = ManagerConfig {
+        // No round trip per checkout: a dead peer is found by TCP_USER_TIMEOUT and by the statement itself.
+        recycling_method: RecyclingMethod::Fast,
+    };
+    let manager = Manager::from_connect(connector.config(), connector.clone(), recycling);
+    Pool::builder(manager)
+        .max_size(size)
+        .timeouts(Timeouts {
+            wait: Some(wait),
+            create: Some(CREATE),
+            recycle: Some(RECYCLE),
+        })
+        .runtime(Runtime::Tokio1)
+        .build()
+        .map_err(|error| DbError::Setup(error.to_string()))
 }
 
 /// The future's output, or [`DbError::Timeout`].

@@ -150,6 +150,8 @@ impl Row {
 #[derive(Debug, Clone)]
 pub struct Ledger {
     db: Database,
+    /// For heartbeats: a slow database must not lead to lost leases.
+    vital: Database,
     metrics: Arc<Metrics>,
     sql: Arc<Statements>,
     health: Arc<Known>,
@@ -185,6 +187,7 @@ impl Ledger {
             mark: db.sql("SELECT idx FROM {s}.mark_data_v1($1, $2, $3, $4)"),
         });
         Self {
+            vital: db.clone(),
             db,
             metrics,
             sql,
@@ -195,9 +198,20 @@ impl Ledger {
 
     /// The same with breakers that open as told.
     #[must_use]
-    pub fn with_breaker(mut self, breaker: Breaker) -> Self {
-        self.breaker = breaker;
-        self
+    pub fn with_breaker(self, breaker: Breaker) -> Self {
+        Self { breaker, ..self }
+    }
+
+    /// The same with heartbeats through another pool, see [`Database::reserved`].
+    #[must_use]
+    pub fn with_vital(self, vital: Database) -> Self {
+        Self { vital, ..self }
+    }
+
+    /// The database for what must not stand behind everything else.
+    #[must_use]
+    pub fn vital(&self) -> &Database {
+        &self.vital
     }
 
     /// The database underneath.

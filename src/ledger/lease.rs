@@ -177,7 +177,7 @@ impl Ledger {
         let sql = self
             .db
             .sql("INSERT INTO {s}.worker (name, version) VALUES ($1, $2) RETURNING epoch");
-        let client = self.db.client().await?;
+        let client = self.vital.client().await?;
         let sent = boot_nanos();
         let row = client
             .query_one(&sql, &[&name, &env!("CARGO_PKG_VERSION")])
@@ -193,7 +193,7 @@ impl Ledger {
         let sql = self
             .db
             .sql("SELECT steady_us FROM {s}.heartbeat_v1($1, $2::bigint * interval '1 microsecond')");
-        let client = self.db.client().await?;
+        let client = self.vital.client().await?;
         let sent = boot_nanos();
         let gap = micros(epoch.lease / 2);
         let row = client.query_opt(&sql, &[&epoch.number, &gap]).await?;

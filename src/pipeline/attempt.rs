@@ -127,6 +127,7 @@ impl Pipeline {
             self.rehearse(task, attempt, &chosen, &prepared);
             self.unwatch(task, watched).await?;
         }
+        let begun = Instant::now();
         loop {
             chosen = self.healthy(task, attempt, &entries, chosen)?;
             let accepted = evidence::accepted(attempt);
@@ -135,13 +136,7 @@ impl Pipeline {
             };
             let found = evidence::of(&chosen, &verdict, attempt, accepted);
             attempt.evidence.extend(found);
-            if matches!(
-                verdict,
-                Verdict::Wait {
-                    reason: WaitReason::Unhealthy,
-                    ..
-                }
-            ) {
+            if has_become_unhealthy(&verdict) {
                 continue;
             }
             let Verdict::Failed(failure) = &verdict else {
@@ -149,7 +144,13 @@ impl Pipeline {
             };
             let platform = entries.platform.as_deref();
             match sender::after_failure(&chosen, failure, &task.job, &entries.tenant, platform) {
-                Some(other) if self.trouble(task, &other).is_none() => chosen = other,
+                // A marked send is taken over 25 minutes after its lease: what comes late is for the next attempt.
+                Some(other)
+                    if begun.elapsed() < self.pools.attempt_limit()
+                        && self.trouble(task, &other).is_none() =>
+                {
+                    chosen = other;
+                }
                 _ => return Ok(verdict),
             }
         }
@@ -307,10 +308,17 @@ impl Pipeline {
         let limited = bound || entries.tenant.tenant.limited || chosen.account.limited;
         let mut slot = task.row.slot.filter(|_| chosen.account.key == task.row.account);
         let mut tried = HashSet::new();
+        let since = Instant::now();
         loop {
             let mut open = open_recipients(attempt, &tried);
             if open.is_empty() {
                 return Ok(Verdict::Attempted);
+            }
+            if since.elapsed() >= self.pools.attempt_limit() {
+                return Err(Verdict::Wait {
+                    reason: WaitReason::Busy,
+                    delay: Duration::ZERO,
+                });
             }
             let lease = self.connection(task, attempt, chosen).await?;
             let begun = Instant::now();
@@ -503,6 +511,12 @@ impl Pipeline {
             .with_label_values(&[stage])
             .observe(since.elapsed().as_secs_f64());
     }
+}
+
+/// Whether the account got into trouble while the job stood in line for a connection.
+fn has_become_unhealthy(verdict: &Verdict) -> bool {
+    let unhealthy = WaitReason::Unhealthy;
+    matches!(verdict, Verdict::Wait { reason, .. } if *reason == unhealthy)
 }
 
 /// A failure that counts as an attempt.

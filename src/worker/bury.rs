@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use super::Worker;
-use super::arrival::{Arrival, incoming, told};
+use super::arrival::{Arrival, incoming, storable, told};
 use super::delivery::Properties;
 use crate::broker::{DeadLetter, Delivery, PublishError, Receipt};
 use crate::directory::overrides;
@@ -24,6 +24,7 @@ use crate::ledger::Row;
 use crate::ledger::batches::pauses;
 use crate::ledger::odd::CRASH_LOOP;
 use crate::ledger::release::Released;
+use crate::memory::Held;
 use crate::report::{FieldError, Report, ReportData, ReportType, event_id};
 use crate::settlement::all_pending;
 
@@ -199,7 +200,9 @@ impl Worker {
         };
         let aad = overrides::aad(tenant, id);
         match decode::seal_override(&plain, |secret| keys.seal(secret, &aad)) {
-            Ok(Cow::Owned(changed)) if matches!(plain, Cow::Borrowed(_)) && !has_password(&changed) => {
+            Ok(Cow::Owned(changed))
+                if matches!(plain, Cow::Borrowed(_)) && !decode::may_hold_other_secret(&changed) =>
+            {
                 (Some(changed), false)
             }
             _ => whole(),
@@ -230,9 +233,9 @@ impl Doomed {
         }
     }
 
-    /// One out of the waiting room, as its producer published it.
+    /// One out of the waiting room, as its producer published it; `held` is the memory it takes.
     #[must_use]
-    pub fn stored(released: Released, properties: Properties, exchange: &str) -> Self {
+    pub fn stored(released: Released, properties: Properties, exchange: &str, held: Option<Held>) -> Self {
         let Released { row, level, body, .. } = released;
         let mut headers = lapin::types::FieldTable::default();
         for (name, value) in [
@@ -261,6 +264,7 @@ impl Doomed {
             routing_key: format!("{level}.{}", row.tenant),
             properties: amqp,
             body,
+            held,
             receipt: Receipt::none(),
         };
         Self {
@@ -307,14 +311,6 @@ async fn wait_again(
     }
 }
 
-/// Whether something besides a sealed override may still be a password.
-fn has_password(body: &[u8]) -> bool {
-    let text = String::from_utf8_lossy(body).to_ascii_lowercase();
-    ["password", "passwd", "secret", "token"]
-        .iter()
-        .any(|word| text.contains(word))
-}
-
 fn rejection_report(
     tenant: &crate::id::TenantId,
     id: Option<&crate::id::JobId>,
@@ -331,7 +327,7 @@ fn rejection_report(
     let subject = id.map_or("-", crate::id::JobId::as_str);
     let correlation = delivery
         .correlation_id()
-        .map(str::to_owned)
+        .map(storable)
         .or_else(|| id.map(ToString::to_string));
     Report {
         id: event_id(tenant.as_str(), "job", subject, &number),

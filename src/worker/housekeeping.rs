@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use super::Worker;
+use super::{Worker, reporter};
 use crate::fail_point::{self, Point};
 use crate::ledger::lease::Beat;
 
@@ -24,6 +24,9 @@ pub async fn run(worker: Arc<Worker>, stop: CancellationToken, end: Cancellation
         every(worker.lease / 3, stop.clone(), || take_over(&worker)),
         every(Duration::from_mins(5), stop.clone(), || forget(&worker)),
         every(HEALTH, stop.clone(), || refresh_health(&worker)),
+        every(Duration::from_secs(2), stop.clone(), || reporter::measure(
+            &worker
+        )),
         every(Duration::from_mins(1), stop, || find_forgotten(&worker)),
     );
 }

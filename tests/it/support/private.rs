@@ -54,6 +54,16 @@ impl Private {
         self.act("kill", server).await;
     }
 
+    /// The broker's memory alarm: it blocks whoever publishes.
+    pub(crate) async fn alarm(&self) {
+        self.act("alarm", RABBITMQ).await;
+    }
+
+    /// The end of it.
+    pub(crate) async fn calm(&self) {
+        self.act("calm", RABBITMQ).await;
+    }
+
     /// Starts it again with its ports and data.
     pub(crate) async fn start_again(&self, server: &str) {
         self.act("start", server).await;
