@@ -9,7 +9,7 @@ use super::{
 };
 
 use crate::memory::least_budget;
-use crate::retry::RetryPolicy;
+use crate::retry::{Breaker, RetryPolicy};
 use crate::secret::Keyring;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -247,6 +247,9 @@ impl FromSettings for Worker {
         let deferred_report_after = r.duration("POSTROOM_DEFERRED_REPORT_AFTER", Duration::ZERO, 30 * DAY);
         let base = r.duration("POSTROOM_RETRY_BASE", Duration::from_millis(10), DAY);
         let cap = r.duration("POSTROOM_RETRY_CAP", Duration::from_millis(10), 7 * DAY);
+        let faults = r.count("POSTROOM_BREAKER_FAULTS", 10_000);
+        let cooldown = r.duration("POSTROOM_BREAKER_COOLDOWN", Duration::from_millis(100), DAY);
+        let longest = r.duration("POSTROOM_BREAKER_COOLDOWN_CAP", Duration::from_millis(100), DAY);
         Some(Self {
             concurrency: concurrency?,
             job_memory: job_memory?,
@@ -260,6 +263,11 @@ impl FromSettings for Worker {
                 base: base?,
                 cap: cap?,
                 ..RetryPolicy::default()
+            },
+            breaker: Breaker {
+                faults: u32::try_from(faults?).unwrap_or(u32::MAX),
+                cooldown: cooldown?,
+                cap: longest?,
             },
         })
     }

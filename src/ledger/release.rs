@@ -1,10 +1,11 @@
 //! Release: waiting jobs that may run now, leased to a worker that has room for them.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use super::{Epoch, Ledger, Row, Slot, WaitReason, recipients, timestamp};
+use super::slots::wait;
+use super::{Epoch, Ledger, Row, Slot, WaitReason, micros, recipients, timestamp};
 use crate::db::DbError;
 use crate::fail_point::{self, Point};
 use crate::id::AccountKey;
@@ -24,6 +25,8 @@ pub struct ReleaseRequest {
     pub exclude: Vec<AccountKey>,
     /// Only this account, at this level and the more urgent ones.
     pub only: Option<AccountKey>,
+    /// Age at which jobs of accounts in trouble are given up, unless the account says otherwise.
+    pub max_age: Duration,
 }
 
 /// A job out of the waiting room.
@@ -86,10 +89,16 @@ impl Ledger {
                     &base,
                     &exclude,
                     &request.only.as_ref().map(AccountKey::as_str),
+                    &micros(request.max_age),
                 ],
             )
             .await?;
         self.observe("release", rows.len(), sent.elapsed());
+        for row in &rows {
+            let account = AccountKey::from_stored(row.try_get("account")?);
+            let ill = row.try_get::<_, Option<i64>>("ill_us")?;
+            self.health.note(&account, ill.map(|us| wait(Some(us))), sent);
+        }
         let released = rows.iter().map(|row| read(row, epoch, sent));
         let released: Vec<Released> = released.filter_map(Result::transpose).collect::<Result<_, _>>()?;
         for _ in released.iter().filter(|job| job.row.slot.is_some()) {
@@ -112,7 +121,8 @@ impl Ledger {
         let sql = self.db.sql(
             "WITH lost AS (
                  UPDATE {s}.job SET state = CASE WHEN body IS NULL THEN 0 ELSE 2 END, claim = NULL, phase = 0,
-                     merged = false, due_at = clock_timestamp(), reason = 2, slot_at = NULL, slot_cost = NULL, updated_at = clock_timestamp()
+                     merged = false, marked = false, due_at = clock_timestamp(), reason = 2, slot_at = NULL, slot_cost = NULL,
+                     updated_at = clock_timestamp()
                  WHERE state = 1 AND epoch = $1 AND claim < $3 AND claim <> ALL ($2) AND phase = 0
                  RETURNING tenant, id, state)
              SELECT {s}.touch_lanes(array_agg(tenant), array_agg(id)), count(*)
@@ -158,6 +168,9 @@ fn read(row: &tokio_postgres::Row, epoch: &Arc<Epoch>, sent: Instant) -> Result<
             recipients: recipients(row.try_get("recipients")?),
             message_id: row.try_get("message_id")?,
             uncertain: row.try_get::<_, i32>("uncertain")?.max(0) as u32,
+            crashes: row.try_get::<_, i32>("crashes")?.max(0) as u32,
+            deaths: row.try_get::<_, i32>("deaths")?.max(0) as u32,
+            probe: row.try_get("probe")?,
             slot: Slot::new(row.try_get("granted")?, row.try_get("valid_us")?, sent),
         },
         level: Level::from_index(row.try_get("level")?).unwrap_or(Level::Medium),

@@ -1,6 +1,8 @@
 //! The ledger against a real server: `POSTROOM_TEST_DATABASE_URL`. Every test has a schema of its own.
 
 mod admission;
+mod breaker;
+mod crashes;
 mod leases;
 mod limits;
 mod model;

@@ -8,6 +8,7 @@
 mod attachments;
 mod bad_input;
 mod bounds;
+mod breaker;
 mod broker_commands;
 mod broker_restart;
 mod broker_session;
@@ -27,6 +28,7 @@ mod levels;
 mod limits;
 mod lost_connections;
 mod outages;
+mod poison;
 mod producers;
 mod retries;
 mod schedule;

@@ -103,6 +103,8 @@ impl Model {
             expires_at: None,
             batch: None,
             want,
+            detour: false,
+            replay: false,
         }
     }
 

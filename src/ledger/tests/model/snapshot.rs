@@ -55,7 +55,7 @@ const LANES: &str = "WITH waiting AS (SELECT * FROM {s}.job WHERE state = 2)
         UNION ALL
         SELECT format('lane %s %s %s counts %s for %s', l.account, l.level, l.tenant, l.fifo, c.n)
         FROM {s}.lane l CROSS JOIN LATERAL (SELECT count(*) AS n FROM waiting x
-            WHERE x.account = l.account AND x.level = l.level AND x.tenant = l.tenant AND x.reason IN (1, 4)) c
+            WHERE x.account = l.account AND x.level = l.level AND x.tenant = l.tenant AND x.reason IN (1, 4, 7)) c
         WHERE l.fifo <> c.n) y";
 
 impl Model {
