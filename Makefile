@@ -1,5 +1,6 @@
 # make test        everything, against real servers (see dev/servers)
 # make demo        a thousand mails through release binaries, accounted for; KEEP=1 leaves it running
+# make chaos       the fault campaign with release binaries; SEED=1 JOBS=20000 FAULTS=60 SPAN=240 (seconds) change it
 # make lint        formatting, clippy, documentation
 # make servers     RabbitMQ and Postgres for development; prints their variables. make servers-down stops them
 
@@ -7,7 +8,7 @@ SHELL = /bin/bash
 CARGO ?= cargo
 NEXTEST := $(shell $(CARGO) nextest --version >/dev/null 2>&1 && echo yes)
 
-.PHONY: test demo lint servers servers-down
+.PHONY: test demo chaos lint servers servers-down
 
 # Arguments for the runner: make test ARGS='broker'
 ifeq ($(NEXTEST),yes)
@@ -26,6 +27,11 @@ test:
 demo:
 	$(CARGO) build --release --locked --bin postroom --example demo
 	KEEP='$(KEEP)' dev/run-with-servers target/release/examples/demo
+
+# It has servers of its own, which it kills and starts again.
+chaos:
+	$(CARGO) build --release --locked --bin postroom --example chaos
+	SEED='$(SEED)' JOBS='$(JOBS)' FAULTS='$(FAULTS)' SPAN='$(SPAN)' target/release/examples/chaos
 
 lint:
 	$(CARGO) fmt --all --check

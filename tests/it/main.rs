@@ -12,6 +12,7 @@ mod broker_restart;
 mod broker_session;
 mod broker_tls;
 mod broker_topology;
+mod chaos;
 mod connection_caps;
 mod crash;
 mod duplicates;

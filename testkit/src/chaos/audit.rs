@@ -172,7 +172,7 @@ impl Audit {
             .map(|job| job.id.as_str())
             .collect();
         for letter in &evidence.dead {
-            let job = letter["job"].as_str().unwrap_or_default();
+            let job = letter["id"].as_str().unwrap_or_default();
             if !rejected.contains(job) {
                 self.violations
                     .push(format!("an unexpected dead letter: {letter}"));
@@ -181,7 +181,7 @@ impl Audit {
         let dead: std::collections::BTreeSet<&str> = evidence
             .dead
             .iter()
-            .filter_map(|letter| letter["job"].as_str())
+            .filter_map(|letter| letter["id"].as_str())
             .collect();
         for job in rejected.difference(&dead) {
             self.violations
