@@ -10,13 +10,15 @@ NEXTEST := $(shell $(CARGO) nextest --version >/dev/null 2>&1 && echo yes)
 
 .PHONY: test demo chaos lint servers servers-down
 
+# The tests kill and stop the binary at named places (src/fail_point.rs), which a release does not have.
+TESTED = --workspace --locked --features fail-points
 # Arguments for the runner: make test ARGS='broker'
 ifeq ($(NEXTEST),yes)
-RUN_TESTS = $(CARGO) nextest run --workspace --locked $(ARGS)
-BUILD_TESTS = $(CARGO) nextest run --workspace --locked --no-run
+RUN_TESTS = $(CARGO) nextest run $(TESTED) $(ARGS)
+BUILD_TESTS = $(CARGO) nextest run $(TESTED) --no-run
 else
-RUN_TESTS = $(CARGO) test --workspace --locked -- $(ARGS)
-BUILD_TESTS = $(CARGO) test --workspace --locked --no-run
+RUN_TESTS = $(CARGO) test $(TESTED) -- $(ARGS)
+BUILD_TESTS = $(CARGO) test $(TESTED) --no-run
 endif
 
 # Built before servers come up: a compile error costs nothing else.
@@ -35,7 +37,8 @@ chaos:
 
 lint:
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	$(CARGO) clippy --workspace --all-targets --locked --features fail-points -- -D warnings
+	$(CARGO) clippy --workspace --lib --bins --examples --locked -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --document-private-items --locked
 
 servers:

@@ -19,7 +19,7 @@
 //! | stages | [`ledger`], [`directory`], [`attachment`], [`compose`], [`smtp`], [`egress`], [`endpoint`], [`broker`] |
 //! | frame of a process | [`secret`], [`db`], [`health`], [`shutdown`], [`telemetry`] |
 //! | settings and contract | [`config`], [`job`] |
-//! | vocabulary | [`report`], [`failure`], [`retry`], [`id`], [`level`], [`address`] |
+//! | vocabulary | [`report`], [`fail_point`], [`failure`], [`retry`], [`id`], [`level`], [`address`] |
 //!
 //! A module uses its own layer and those below. `docs/architecture.md` follows a job through them.
 
@@ -35,6 +35,7 @@ pub mod db;
 pub mod directory;
 pub mod egress;
 pub mod endpoint;
+pub mod fail_point;
 pub mod failure;
 pub mod health;
 pub mod id;

@@ -11,6 +11,11 @@ fn main() -> ExitCode {
         Ok(invocation) => invocation,
         Err(exit_code) => return exit_code,
     };
+    #[cfg(feature = "fail-points")]
+    if let Err(error) = postroom::fail_point::arm() {
+        eprintln!("postroom: {error}");
+        return ExitCode::from(2);
+    }
     invocation.start_logging();
     match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime.block_on(invocation.run()),

@@ -11,6 +11,7 @@ use super::client::{Answer, Client, Post, Refusal};
 use super::queue::{Leased, Outcome, Settled};
 use super::{Bridge, schedule};
 use crate::config;
+use crate::fail_point::{self, Point};
 use crate::telemetry::metrics::Metrics;
 
 /// How often to look for work that nothing announced: retries, other bridges' intake.
@@ -185,6 +186,7 @@ impl Attempt {
         };
         let answer = self.client.post(post).await;
         let took = begun.elapsed();
+        fail_point::hit(Point::WebhookAnswered, [leased.event_id.as_str()]);
         self.metrics.webhook_seconds.observe(took.as_secs_f64());
         let settled = judge(&leased, answer, &self.config);
         self.note(&leased, &settled, took);

@@ -8,6 +8,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::source::{Delivery, ReportSource};
 use super::{Bridge, BridgeError, body, within};
+use crate::db::DbError;
+use crate::fail_point::{self, Point};
 use crate::id::TenantId;
 
 /// Reports per statement. Their bodies are below 20 kB each, so a batch is below 10 MB.
@@ -122,6 +124,9 @@ impl Bridge {
             Ok(row.try_get(0)?)
         })
         .await?;
+        if fail_point::loses(Point::ReportsRecorded, event_ids) {
+            return Err(DbError::Timeout.into());
+        }
         if new > 0 {
             self.due.notify_one();
         }
@@ -174,6 +179,7 @@ impl Bridge {
         if reports.is_empty() {
             return true;
         }
+        fail_point::hit(Point::ReportsTaken, reports.iter().map(|r| &*r.event_id));
         if !self.record_until_done(&reports, shutdown).await {
             return false;
         }

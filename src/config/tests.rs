@@ -250,6 +250,13 @@ fn misspelt_variables_are_told_with_the_nearest_name() {
     assert!(unknown[1].contains("`postroom --help`"), "{unknown:?}");
 }
 
+#[cfg(not(feature = "fail-points"))]
+#[test]
+fn a_build_without_fail_points_says_that_it_has_none() {
+    let unknown = sources(&[("POSTROOM_FAIL_POINTS", "settled=kill")]).unknown();
+    assert_eq!(unknown.len(), 1, "{unknown:?}");
+}
+
 #[test]
 fn every_setting_is_named_once_and_has_a_section() {
     for (at, setting) in SETTINGS.iter().enumerate() {

@@ -21,6 +21,7 @@ impl Sources {
             name.starts_with("POSTROOM_")
                 && !name.starts_with("POSTROOM_TEST_")
                 && !is_service_link(name)
+                && !crate::fail_point::is_variable(name)
                 && !known.contains(name)
         });
         unknown

@@ -7,6 +7,7 @@ use jiff::Timestamp;
 use super::slots::wait;
 use super::{Lease, Ledger, Row, Slot, WaitReason, recipients, timestamp};
 use crate::db::DbError;
+use crate::fail_point::{self, Point};
 use crate::id::{AccountKey, JobId, TenantId};
 use crate::job::MailJob;
 use crate::level::Level;
@@ -145,6 +146,9 @@ impl Ledger {
                 *place = Some(read(row, request, sent)?);
             }
         }
+        if fail_point::loses(Point::Admitted, batch.iter().map(|r| r.id.as_str())) {
+            return Err(DbError::Timeout);
+        }
         // The function answers every row; a missing one would be a delivery of which nothing is known.
         Ok(answers
             .into_iter()
@@ -175,6 +179,9 @@ impl Ledger {
             if let Some(index) = order.get(row.try_get::<_, i32>(0)? as usize) {
                 safe[*index] = true;
             }
+        }
+        if fail_point::loses(Point::Absorbed, ids) {
+            return Err(DbError::Timeout);
         }
         Ok(safe)
     }

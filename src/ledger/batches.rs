@@ -11,6 +11,7 @@ use super::settle::{Settled, Settlement};
 use super::slots::{SlotAnswer, SlotRequest};
 use super::{Ledger, Row};
 use crate::db::DbError;
+use crate::fail_point::{self, Point};
 
 /// Coalesced calls of the ledger. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -96,6 +97,7 @@ async fn settle_all(ledger: &Ledger, mut batch: Vec<Settlement>) -> Vec<Settled>
     let mut waits = pauses();
     loop {
         match ledger.settle(&batch).await {
+            Ok(_) if fail_point::loses(Point::Settled, batch.iter().map(|s| s.row.id.as_str())) => {}
             Ok(answers) => return answers,
             Err(error) if error.is_retryable() => {
                 trouble(ledger, "settle", &error);

@@ -6,6 +6,7 @@ use bytes::Bytes;
 
 use super::{Epoch, Ledger, Row, Slot, WaitReason, recipients, timestamp};
 use crate::db::DbError;
+use crate::fail_point::{self, Point};
 use crate::id::AccountKey;
 use crate::level::Level;
 use std::sync::Arc;
@@ -89,10 +90,13 @@ impl Ledger {
             )
             .await?;
         self.observe("release", rows.len(), sent.elapsed());
-        rows.iter()
-            .map(|row| read(row, epoch, sent))
-            .filter_map(Result::transpose)
-            .collect()
+        let released = rows.iter().map(|row| read(row, epoch, sent));
+        let released: Vec<Released> = released.filter_map(Result::transpose).collect::<Result<_, _>>()?;
+        let ids = released.iter().map(|job| job.row.id.as_str());
+        if !released.is_empty() && fail_point::loses(Point::Released, ids) {
+            return Err(DbError::Timeout);
+        }
+        Ok(released)
     }
 
     /// Jobs that this epoch has leased under old claims nobody works on: a statement leased them and its answer never

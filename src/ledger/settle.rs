@@ -6,6 +6,7 @@ use bytes::Bytes;
 
 use super::{Ledger, Row, WaitReason, micros};
 use crate::db::DbError;
+use crate::fail_point::{self, Point};
 use crate::report::{RecipientResult, Report, ReportType};
 
 /// What is to be written about a job that this worker has leased.
@@ -193,6 +194,9 @@ impl Ledger {
             if let Some(place) = stands.get_mut(row.try_get::<_, i32>(0)? as usize) {
                 *place = true;
             }
+        }
+        if fail_point::loses(Point::DataMarked, ids) {
+            return Err(DbError::Timeout);
         }
         Ok(stands)
     }

@@ -12,6 +12,7 @@ use crate::attachment::{Attachments, Prepared};
 use crate::compose::{self, Composition, Email};
 use crate::config::UnknownTenant;
 use crate::directory::{Chosen, Directory, TenantEntry, Via, overrides, sender};
+use crate::fail_point::{self, Point};
 use crate::failure::{Class, Failure, Fault, Severity, Stage};
 use crate::id::TenantId;
 use crate::job::{MailJob, OnUncertain};
@@ -80,6 +81,7 @@ impl Pipeline {
 
     /// resolve → fetch → connect → compose → slot → send, down the ladder of senders.
     async fn run(&self, task: &Task, attempt: &mut Attempt) -> Result<Verdict, Verdict> {
+        fail_point::hit(Point::Leased, [task.job.id.as_str()]);
         if task.is_expired(self.clock.now()) {
             return Err(Verdict::Expired);
         }
@@ -367,10 +369,12 @@ impl Pipeline {
             Err(error) => return Err(Verdict::Failed(error.failure)),
         };
         attempt.reached_mail_from = true;
+        fail_point::hit(Point::EnvelopeAccepted, [task.job.id.as_str()]);
         if !self.may_write(task, attempt.on_uncertain).await {
             transaction.abandon();
             return Err(Verdict::GiveBack);
         }
+        fail_point::hit(Point::BeforeFinalWrite, [task.job.id.as_str()]);
         finish(attempt, transaction, email, part).await
     }
 

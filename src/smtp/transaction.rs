@@ -4,6 +4,7 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use crate::address::Address;
+use crate::fail_point::{self, Point};
 use crate::failure::{Failure, Reply, Stage};
 
 use super::classify;
@@ -122,7 +123,12 @@ async fn send(connection: &mut Connection, message: &[u8]) -> Sent {
     while let Some(block) = blocks.next_block() {
         let (commands, mut written) = (u32::from(block.is_last), 0);
         let result = connection.write(block.bytes, commands, limit, &mut written).await;
-        let Err(trouble) = result else { continue };
+        let Err(trouble) = result else {
+            if !block.is_last {
+                fail_point::hit(Point::MailHalfWritten, []);
+            }
+            continue;
+        };
         // A server that refuses early says why before it closes; a refusal is certain.
         if let Ok(reply) = connection.reply(LAST_WORDS).await
             && (block.is_last || !reply.is_positive())
@@ -137,6 +143,7 @@ async fn send(connection: &mut Connection, message: &[u8]) -> Sent {
             Sent::Unfinished(trouble)
         };
     }
+    fail_point::hit(Point::MailWritten, []);
     connection.leave_data();
     match connection.reply(connection.timeouts.final_reply).await {
         // Still asking for the mail: that is no verdict.

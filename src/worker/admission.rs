@@ -14,6 +14,7 @@ use super::Worker;
 use super::arrival::Arrival;
 use super::load::InHand;
 use super::permits::Permit;
+use crate::fail_point::{self, Point};
 use crate::id::AccountKey;
 use crate::ledger::admit::{AdmitRequest, Admitted, Want};
 use crate::ledger::batches::pauses;
@@ -181,6 +182,7 @@ fn pick_one(worker: &Worker, arrival: Arrival, level: Level) -> Result<Picked, A
 async fn admit(worker: &Arc<Worker>, batch: Vec<Picked>) {
     let requests: Vec<AdmitRequest> = batch.iter().map(|picked| picked.request.clone()).collect();
     let mut waits = pauses();
+    fail_point::hit(Point::Delivered, requests.iter().map(|r| r.id.as_str()));
     let answers = loop {
         match worker.ledger.admit(&requests).await {
             Ok(answers) => break answers,

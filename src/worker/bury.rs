@@ -14,6 +14,7 @@ use super::Worker;
 use super::arrival::{Arrival, incoming, told};
 use crate::broker::{DeadLetter, Delivery, PublishError};
 use crate::directory::overrides;
+use crate::fail_point::{self, Point};
 use crate::id::{JobId, TenantId};
 use crate::job::decode::{self, Rejection};
 use crate::ledger::batches::pauses;
@@ -88,6 +89,7 @@ impl Worker {
                 return;
             }
         }
+        fail_point::hit(Point::DeadLettered, death.id.map(JobId::as_str));
         if let Some(report) = death.report {
             while let Err(error) = self.publish_report(&report).await {
                 if wait_again(&error, &mut waits, ended).await {

@@ -13,6 +13,7 @@ use super::delivery::{Properties, stored};
 use super::load::InHand;
 use super::permits::Permit;
 use crate::broker::Delivery;
+use crate::fail_point::{self, Point};
 use crate::failure::Failure;
 use crate::job::decode::{self, Incoming, RejectReason};
 use crate::ledger::admit::{Absorb, Admitted};
@@ -199,15 +200,18 @@ impl Worker {
             settlement.next = Next::GiveBack;
         }
         let gives_back = matches!(settlement.next, Next::GiveBack);
+        fail_point::hit(Point::Replied, [task.job.id.as_str()]);
         let (settlement, settled) = self.settle(&at, settlement).await;
         match settled {
             Settled::Written | Settled::Cancelled => {
                 self.count(&settlement);
+                fail_point::hit(Point::BeforeAck, [task.job.id.as_str()]);
                 match delivery {
                     Some(delivery) if gives_back => delivery.receipt.give_back(),
                     Some(delivery) => delivery.receipt.ack(),
                     None => {}
                 }
+                fail_point::hit(Point::Acked, [task.job.id.as_str()]);
                 if let Some(report) = settlement.report {
                     self.reporter.publish(self, report);
                 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use super::Worker;
+use crate::fail_point::{self, Point};
 use crate::ledger::lease::Beat;
 
 /// A send marked as begun is decided about only when every deadline of its attempt has passed.
@@ -48,6 +49,7 @@ async fn beat(worker: Arc<Worker>, end: CancellationToken) {
             () = tokio::time::sleep(period) => {}
         }
         let epoch = worker.epoch();
+        fail_point::hit(Point::BeforeHeartbeat, []);
         match worker.ledger.heartbeat(&epoch).await {
             Ok(Beat::Alive { .. }) => worker.database_works(),
             Ok(Beat::Dead) => {
@@ -75,6 +77,7 @@ async fn take_over(worker: &Arc<Worker>) {
                     "took over the jobs of workers that have gone silent"
                 );
                 worker.nudge.notify_one();
+                fail_point::hit(Point::TakenOver, []);
             }
             for (tenant, id) in takeover.uncertain {
                 if let Err(error) = worker.ledger.hold_uncertain(&tenant, &id).await {

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Worker;
 use crate::broker::{Properties, PublishError};
+use crate::fail_point::{self, Point};
 use crate::ledger::outbox::ReportKey;
 use crate::report::{Report, event_id, routing_key};
 
@@ -166,7 +167,11 @@ impl Worker {
         let key = routing_key(head.tenant, head.kind);
         self.publisher
             .publish(&self.topology.reports_exchange(), &key, properties, json)
-            .await
+            .await?;
+        if fail_point::loses(Point::ReportConfirmed, [head.event]) {
+            return Err(PublishError::Timeout);
+        }
+        Ok(())
     }
 
     /// Waits for a session with the broker, for a while; not at all when the worker ends.
