@@ -7,6 +7,7 @@ mod connect;
 mod dsn;
 mod error;
 mod migrate;
+mod pool;
 mod tls;
 mod watch;
 
@@ -16,12 +17,14 @@ mod tests;
 use std::sync::Arc;
 use std::time::Duration;
 
-use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime, Timeouts};
+use deadpool::Runtime;
+use deadpool::managed::{Pool, Timeouts};
 
 use crate::config;
 
 pub use error::DbError;
 pub use migrate::{Migrated, grant, migrate, newest_version};
+pub use pool::Checkout;
 
 /// Oldest supported server: what [`Database::check`] wants `server_version_num` to be at least.
 pub const MIN_SERVER_VERSION: i32 = 13_00_00;
@@ -33,10 +36,13 @@ const CREATE: Duration = Duration::from_secs(10);
 /// How long handing a used connection out again may take.
 const RECYCLE: Duration = Duration::from_secs(5);
 
+/// How long a caller may hold a connection before it is taken for dead: longer than the server lets a statement run.
+const PATIENCE: Duration = Duration::from_secs(40);
+
 /// A handle to the pool; cheap to clone.
 #[derive(Clone)]
 pub struct Database {
-    pool: Pool,
+    pool: Pool<pool::Manager>,
     connector: connect::Connector,
     schema: Arc<str>,
     quoted: Arc<str>,
@@ -68,17 +74,16 @@ impl Database {
     /// # Errors
     /// If the URL or a certificate file cannot be used.
     pub fn connect(config: &config::Database) -> Result<Self, DbError> {
-        Self::connect_with(config, WAIT)
+        Self::connect_with(config, WAIT, PATIENCE)
     }
 
-    fn connect_with(config: &config::Database, wait: Duration) -> Result<Self, DbError> {
+    fn connect_with(config: &config::Database, wait: Duration, patience: Duration) -> Result<Self, DbError> {
         let connector = connect::Connector::new(config)?;
-        let pg = connector.config();
-        let recycling = ManagerConfig {
-            // No round trip per checkout: a dead peer is found by TCP_USER_TIMEOUT and by the statement itself.
-            recycling_method: RecyclingMethod::Fast,
+        let manager = pool::Manager {
+            connector: connector.clone(),
+            patience,
         };
-        let pool = Pool::builder(Manager::from_connect(pg, connector.clone(), recycling))
+        let pool = Pool::builder(manager)
             .max_size(config.pool_size.max(1))
             .timeouts(Timeouts {
                 wait: Some(wait),
@@ -109,8 +114,8 @@ impl Database {
     ///
     /// # Errors
     /// [`DbError::PoolTimeout`] if none became free in time, [`DbError::Connect`] if the server cannot be reached.
-    pub async fn client(&self) -> Result<Object, DbError> {
-        self.pool.get().await.map_err(DbError::from)
+    pub async fn client(&self) -> Result<Checkout, DbError> {
+        Ok(Checkout::new(self.pool.get().await?))
     }
 
     /// The statement with every `{s}` replaced by the quoted name of the schema.

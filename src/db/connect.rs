@@ -2,12 +2,10 @@
 
 use std::future::Future;
 use std::path::Path;
-use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use deadpool_postgres::Connect;
 use secrecy::ExposeSecret;
 use tokio::task::JoinHandle;
 use tokio_postgres::error::SqlState;
@@ -16,6 +14,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::DbError;
 use super::dsn::{Dsn, SslMode};
+use super::pool::Clock;
 use super::tls::{self, Proof};
 use crate::config;
 
@@ -61,13 +60,9 @@ impl Connector {
         Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    pub(super) fn config(&self) -> Config {
-        self.current().config.clone()
-    }
-
-    /// Opens one connection.
-    pub(super) async fn open(&self) -> Result<(Client, JoinHandle<()>), Error> {
-        self.current().open().await
+    /// Opens one connection, which ends when its clock says that it is late.
+    pub(super) async fn open(&self, clock: &Arc<Clock>) -> Result<(Client, JoinHandle<()>), Error> {
+        self.current().open(clock).await
     }
 }
 
@@ -122,40 +117,39 @@ impl Parameters {
         })
     }
 
-    async fn open(&self) -> Result<(Client, JoinHandle<()>), Error> {
+    async fn open(&self, clock: &Arc<Clock>) -> Result<(Client, JoinHandle<()>), Error> {
         if !self.refused.load(Ordering::Relaxed) {
-            match self.open_with(&self.config).await {
+            match self.open_with(&self.config, clock).await {
                 Err(error) if is_refused_option(&error) => self.refused.store(true, Ordering::Relaxed),
                 result => return result,
             }
         }
-        self.open_with(&self.plain).await
+        self.open_with(&self.plain, clock).await
     }
 
-    async fn open_with(&self, config: &Config) -> Result<(Client, JoinHandle<()>), Error> {
+    async fn open_with(
+        &self,
+        config: &Config,
+        clock: &Arc<Clock>,
+    ) -> Result<(Client, JoinHandle<()>), Error> {
+        let clock = Arc::clone(clock);
         if let Some(tls) = &self.tls {
             let (client, connection) = config.connect(tls.clone()).await?;
-            Ok((client, tokio::spawn(drive(connection))))
+            Ok((client, tokio::spawn(drive(connection, clock))))
         } else {
             let (client, connection) = config.connect(NoTls).await?;
-            Ok((client, tokio::spawn(drive(connection))))
+            Ok((client, tokio::spawn(drive(connection, clock))))
         }
     }
 }
 
-impl Connect for Connector {
-    fn connect(
-        &self,
-        _: &Config,
-    ) -> Pin<Box<dyn Future<Output = Result<(Client, JoinHandle<()>), Error>> + Send + '_>> {
-        Box::pin(self.open())
-    }
-}
-
 /// Runs a connection until it ends.
-async fn drive(connection: impl Future<Output = Result<(), Error>>) {
-    if let Err(error) = connection.await {
-        tracing::warn!(error = %DbError::Statement(error), "database connection lost");
+async fn drive(connection: impl Future<Output = Result<(), Error>>, clock: Arc<Clock>) {
+    tokio::select! {
+        ended = connection => if let Err(error) = ended {
+            tracing::warn!(error = %DbError::Statement(error), "database connection lost");
+        },
+        () = clock.late() => tracing::warn!("database connection given up: no answer in time"),
     }
 }
 

@@ -248,7 +248,7 @@ async fn sqlstates_say_who_is_to_blame() {
 #[tokio::test]
 async fn a_full_pool_times_out_instead_of_waiting_for_ever() {
     let scratch = Scratch::new();
-    let database = Database::connect_with(&scratch.config, Duration::from_millis(20)).unwrap();
+    let database = Database::connect_with(&scratch.config, Duration::from_millis(20), PATIENCE).unwrap();
     let held = (database.client().await.unwrap(), database.client().await.unwrap());
     let error = database.client().await.unwrap_err();
     assert!(matches!(error, DbError::PoolTimeout(_)), "{error}");
@@ -331,4 +331,35 @@ async fn a_database_that_is_away_is_waited_for_and_an_old_schema_is_not() {
     );
     assert!(readiness.is_ready());
     scratch.drop_schema().await;
+}
+
+#[tokio::test]
+async fn a_connection_that_is_never_answered_again_is_given_up_and_replaced() {
+    let scratch = Scratch::new();
+    let server: tokio_postgres::Config = scratch.config.url.expose_secret().parse().unwrap();
+    let tokio_postgres::config::Host::Tcp(host) = &server.get_hosts()[0] else {
+        panic!("tests need a server reached by TCP");
+    };
+    let upstream = format!("{host}:{}", server.get_ports().first().copied().unwrap_or(5432));
+    let proxy = postroom_testkit::proxy::Proxy::start(upstream.clone()).await;
+    let config = scratch.with_url(|url| url.replace(&upstream, &proxy.address().to_string()));
+    let database = Database::connect_with(&config, WAIT, Duration::from_millis(300)).unwrap();
+    let held = database.client().await.unwrap();
+    let given_up = database.client().await.unwrap();
+    held.batch_execute("SELECT 1").await.unwrap();
+    proxy.set(postroom_testkit::proxy::Weather::Cut);
+    proxy.heal();
+
+    // Both think that they are connected.
+    let limit = Duration::from_secs(20);
+    let late = tokio::time::timeout(limit, held.batch_execute("SELECT 1"));
+    let error = late.await.expect("it ends").unwrap_err();
+    assert!(error.is_closed(), "{error}");
+    drop(held);
+    given_up.give_up();
+    // The pool has only two places: both are free for new connections.
+    let new = [database.client().await.unwrap(), database.client().await.unwrap()];
+    for client in new {
+        client.batch_execute("SELECT 1").await.unwrap();
+    }
 }

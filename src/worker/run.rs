@@ -147,7 +147,7 @@ async fn build(
     let (arrivals, taken) = mpsc::channel(64);
     let clock = Arc::new(SharedClock::default());
     let batches = Batches::new(&ledger);
-    let pool_size = settings.smtp.pool_size;
+    let (pool_size, timeouts) = (settings.smtp.pool_size, settings.smtp.timeouts);
     let pipeline = Pipeline {
         directory: Arc::new(Directory::new(
             database,
@@ -182,6 +182,7 @@ async fn build(
         retry: settings.worker.retry,
         deferred_report_after: settings.worker.deferred_report_after,
         lease: settings.worker.lease,
+        attempt_deadline: timeouts.final_reply + 5 * timeouts.write,
         retention: settings.worker.retention,
         publisher: supervisor.publisher(),
         topology: supervisor.topology().clone(),
