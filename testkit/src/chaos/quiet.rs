@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
+use reqwest::Method;
 use serde_json::Value;
 use tokio::time::sleep;
 
@@ -34,6 +35,9 @@ pub async fn wait(
                     .count();
                 if open > 0 {
                     left.push(format!("{open} jobs without a final report"));
+                }
+                if left.is_empty() {
+                    left.extend(queued(town).await);
                 }
                 left
             }
@@ -68,6 +72,23 @@ impl Webhooks {
             }
         }
     }
+}
+
+/// Messages in the queues of jobs and of the bridge, unacknowledged ones among them. The broker's figures are some seconds
+/// old, which is right here: what it redelivers comes late, too.
+async fn queued(town: &Installation) -> Option<String> {
+    let path = format!("queues/{}", town.scratch.name());
+    let listed = town.scratch.servers().management(Method::GET, &path, None).await;
+    let listed: Vec<Value> = match listed.map(|text| serde_json::from_str(&text)) {
+        Ok(Ok(listed)) => listed,
+        _ => return Some("the management API does not answer".to_owned()),
+    };
+    let ours = listed.iter().filter(|queue| {
+        let name = queue["name"].as_str().unwrap_or_default();
+        name == "mail.reports.bridge" || (name.starts_with("mail.jobs.") && name != "mail.jobs.dead")
+    });
+    let count: u64 = ours.filter_map(|queue| queue["messages"].as_u64()).sum();
+    (count > 0).then(|| format!("{count} messages in queues"))
 }
 
 /// What the database still has to do. State 3 is done, 4 held.
