@@ -1,4 +1,5 @@
 # make test        everything, against real servers (see dev/servers)
+# make test-trixie the same against Debian trixie's RabbitMQ 4.0 and Postgres 17; as root (see dev/servers)
 # make demo        a thousand mails through release binaries, accounted for; KEEP=1 leaves it running
 # make chaos       the fault campaign with release binaries; SEED=1 JOBS=20000 FAULTS=60 SPAN=240 (seconds) change it
 # make lint        formatting, clippy, documentation
@@ -6,9 +7,10 @@
 
 SHELL = /bin/bash
 CARGO ?= cargo
+export POSTROOM_DEV_SERVERS
 NEXTEST := $(shell $(CARGO) nextest --version >/dev/null 2>&1 && echo yes)
 
-.PHONY: test demo chaos lint servers servers-down
+.PHONY: test test-trixie demo chaos lint servers servers-down
 
 # The tests kill and stop the binary at named places (src/fail_point.rs), which a release does not have.
 TESTED = --workspace --locked --features fail-points
@@ -25,6 +27,9 @@ endif
 test:
 	$(BUILD_TESTS)
 	KEEP='$(KEEP)' dev/run-with-servers $(RUN_TESTS)
+
+test-trixie:
+	$(MAKE) test POSTROOM_DEV_SERVERS=trixie
 
 demo:
 	$(CARGO) build --release --locked --bin postroom --example demo

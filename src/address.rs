@@ -39,24 +39,62 @@ pub fn masked(address: &str) -> String {
         .map_or_else(|| "***".to_owned(), |(_, domain)| format!("***@{domain}"))
 }
 
+/// What may stand before an address, joined by `=`, without being part of it.
+const LABELS: &[&str] = &[
+    "addr",
+    "address",
+    "email",
+    "for",
+    "from",
+    "orig_to",
+    "rcpt",
+    "recipient",
+    "sender",
+    "to",
+    "user",
+];
+
 /// A text for logs that may quote addresses, such as a server's reply: of each, only the domain is left.
 #[must_use]
 pub fn masked_in(text: &str) -> Cow<'_, str> {
     if !text.contains('@') {
         return Cow::Borrowed(text);
     }
-    let is_local = |c: char| !c.is_whitespace() && !"<>()[]\"'`,;:=".contains(c);
     let mut masked = String::with_capacity(text.len());
     let mut parts = text.split('@').peekable();
     while let Some(part) = parts.next() {
         if parts.peek().is_some() {
-            masked.push_str(part.trim_end_matches(is_local));
+            masked.push_str(before_local(part));
             masked.push_str("***@");
         } else {
             masked.push_str(part);
         }
     }
     Cow::Owned(masked)
+}
+
+/// What stands before the local part (RFC 5321 §4.1.2) that a text ends with.
+fn before_local(text: &str) -> &str {
+    // In quotes it may hold anything, an `@` too: then the opening quote is further back, and all of this goes.
+    if let Some(quoted) = text.strip_suffix('"') {
+        return &text[..opening_quote(quoted)];
+    }
+    let is_local = |c: char| !c.is_whitespace() && !"<>()[]\",;:".contains(c);
+    let local = text.trim_end_matches(is_local).len();
+    let (before, local) = text.split_at(local);
+    let around = local.len() - local.trim_start_matches(['\'', '`']).len();
+    let label = local.find('=').filter(|end| LABELS.contains(&&local[..*end]));
+    &text[..before.len() + label.map_or(around, |end| end + 1)]
+}
+
+/// Where the quoted string begins that a closing quote would end here; 0 if it begins further back.
+fn opening_quote(text: &str) -> usize {
+    let escaped = |at: usize| {
+        let before = &text[..at];
+        (before.len() - before.trim_end_matches('\\').len()) % 2 == 1
+    };
+    let mut quotes = text.match_indices('"').map(|(at, _)| at);
+    quotes.rfind(|at| !escaped(*at)).unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -72,6 +110,11 @@ mod tests {
             ("müller@example.org full", "***@example.org full"),
             ("a@b@c.example", "***@***@c.example"),
             ("to=x@y.example", "to=***@y.example"),
+            ("<news-ann=example.org@lists.example>", "<***@lists.example>"),
+            ("no o'neil@example.org here", "no ***@example.org here"),
+            ("'ann@example.org': unknown", "'***@example.org': unknown"),
+            (r#"<"ann smith"@example.org>"#, "<***@example.org>"),
+            (r#"to "ann \"a\" smith"@example.org"#, "to ***@example.org"),
         ] {
             assert_eq!(masked_in(text), shown);
         }

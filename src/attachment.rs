@@ -33,9 +33,6 @@ pub use policy::{LargeFileAction, LargeFiles};
 pub use prepared::{Link, Part, Prepared, Reservation};
 pub use store::{StorageError, Store};
 
-/// Share of the memory for attachments that the cache may use besides it.
-const CACHE_SHARE: u64 = 4;
-
 /// Gets attachments, for the whole process.
 #[derive(Debug)]
 pub struct Attachments {
@@ -79,7 +76,7 @@ impl Attachments {
     ) -> Result<Self, StorageError> {
         Ok(Self {
             memory: Memory::new(limits.memory, limits.timeout / 2, Arc::clone(&metrics)),
-            cache: Cache::new(limits.memory / CACHE_SHARE),
+            cache: Cache::new(limits.cache()),
             fetcher: Fetcher::new(limits, guard).map_err(|_| StorageError::HttpClient)?,
             store,
             metrics,

@@ -37,7 +37,7 @@ pub struct Broker {
     pub extra_queues: Vec<(Level, String)>,
 }
 
-/// The broker's section for commands that never connect (`topology print`): the URL is not asked for, and empty.
+/// The broker's section for commands that never connect (`topology print`): without a URL it is empty.
 #[derive(Debug, Clone)]
 pub struct BrokerNames(pub Broker);
 
@@ -105,6 +105,9 @@ pub struct SmtpTimeouts {
     pub command: Duration,
     /// Writing the mail, per 64 KiB block (`POSTROOM_SMTP_WRITE_TIMEOUT`, default 3 minutes).
     pub write: Duration,
+    /// Everything of a transaction up to the last byte of the mail, together, from the wait for a connection on
+    /// (`POSTROOM_SMTP_ATTEMPT_TIMEOUT`, default 5 minutes).
+    pub attempt: Duration,
     /// The reply after the final dot (`POSTROOM_SMTP_FINAL_TIMEOUT`, default 10 minutes).
     pub final_reply: Duration,
 }
@@ -116,6 +119,7 @@ impl Default for SmtpTimeouts {
             greeting: Duration::from_mins(1),
             command: Duration::from_mins(2),
             write: Duration::from_mins(3),
+            attempt: Duration::from_mins(5),
             final_reply: Duration::from_mins(10),
         }
     }
@@ -141,8 +145,16 @@ pub struct Fetch {
     pub timeout: Duration,
     /// Fetches at once in this process (`POSTROOM_ATTACHMENT_CONCURRENCY`, default 8).
     pub concurrency: usize,
-    /// Attachment bytes in memory at once in this process (`POSTROOM_ATTACHMENT_MEMORY`, default 256 MiB).
+    /// Attachment bytes in memory at once in this process (`POSTROOM_ATTACHMENT_MEMORY`, default 128 MiB).
     pub memory: u64,
+}
+
+impl Fetch {
+    /// Bytes that the cache of attachments may use, besides `memory`.
+    #[must_use]
+    pub fn cache(&self) -> u64 {
+        self.memory / 4
+    }
 }
 
 impl Default for Fetch {
@@ -151,7 +163,7 @@ impl Default for Fetch {
             max_bytes: 50 << 20,
             timeout: Duration::from_mins(1),
             concurrency: 8,
-            memory: 256 << 20,
+            memory: 128 << 20,
         }
     }
 }
@@ -186,6 +198,10 @@ impl Default for JobLimits {
 /// The worker's own bounds.
 #[derive(Debug, Clone)]
 pub struct Worker {
+    /// Bytes of jobs in hand: what `POSTROOM_MEMORY_BUDGET` (default 384 MiB) leaves beside attachments and their cache.
+    pub job_memory: u64,
+    /// Reports not yet published above which nothing new is begun (`POSTROOM_OUTBOX_LIMIT`, default 50000).
+    pub outbox_limit: usize,
     /// Sends in flight (`POSTROOM_CONCURRENCY`, default 64).
     pub concurrency: usize,
     /// Time without a heartbeat after which another worker may take over (`POSTROOM_LEASE`, default 45 s).

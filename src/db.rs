@@ -79,25 +79,22 @@ impl Database {
 
     fn connect_with(config: &config::Database, wait: Duration, patience: Duration) -> Result<Self, DbError> {
         let connector = connect::Connector::new(config)?;
-        let manager = pool::Manager {
-            connector: connector.clone(),
-            patience,
-        };
-        let pool = Pool::builder(manager)
-            .max_size(config.pool_size.max(1))
-            .timeouts(Timeouts {
-                wait: Some(wait),
-                create: Some(CREATE),
-                recycle: Some(RECYCLE),
-            })
-            .runtime(Runtime::Tokio1)
-            .build()
-            .map_err(|error| DbError::Setup(error.to_string()))?;
         Ok(Self {
-            pool,
+            pool: pool(&connector, config.pool_size.max(1), wait, patience)?,
             connector,
             schema: config.schema.as_str().into(),
             quoted: quote(&config.schema).into(),
+        })
+    }
+
+    /// The same database through one connection of its own: what must not stand behind the statements of all others.
+    ///
+    /// # Errors
+    /// If no pool can be built.
+    pub fn reserved(&self) -> Result<Self, DbError> {
+        Ok(Self {
+            pool: pool(&self.connector, 1, WAIT, PATIENCE)?,
+            ..self.clone()
         })
     }
 
@@ -191,6 +188,28 @@ impl Database {
     pub fn close(&self) {
         self.pool.close();
     }
+}
+
+fn pool(
+    connector: &connect::Connector,
+    size: usize,
+    wait: Duration,
+    patience: Duration,
+) -> Result<Pool<pool::Manager>, DbError> {
+    let manager = pool::Manager {
+        connector: connector.clone(),
+        patience,
+    };
+    Pool::builder(manager)
+        .max_size(size)
+        .timeouts(Timeouts {
+            wait: Some(wait),
+            create: Some(CREATE),
+            recycle: Some(RECYCLE),
+        })
+        .runtime(Runtime::Tokio1)
+        .build()
+        .map_err(|error| DbError::Setup(error.to_string()))
 }
 
 /// The future's output, or [`DbError::Timeout`].

@@ -69,13 +69,19 @@ impl EgressError {
 #[derive(Debug, Clone, Default)]
 pub struct EgressGuard {
     config: config::Egress,
+    #[cfg(test)]
+    names: Option<Arc<rebinding::Names>>,
 }
 
 impl EgressGuard {
     /// A guard with the operator's exceptions.
     #[must_use]
     pub fn new(config: config::Egress) -> Self {
-        Self { config }
+        Self {
+            config,
+            #[cfg(test)]
+            names: None,
+        }
     }
 
     /// Whether a tenant's host may be at this address.
@@ -125,7 +131,7 @@ impl EgressGuard {
             .unwrap_or(host);
         let mut found: Vec<SocketAddr> = match host.parse::<IpAddr>() {
             Ok(ip) => vec![SocketAddr::new(ip, port)],
-            Err(_) => look_up(host, port).await?,
+            Err(_) => self.look_up(host, port).await?,
         };
         let Some(first) = found.first().copied() else {
             return Err(EgressError::Unresolved {
@@ -151,6 +157,14 @@ impl EgressGuard {
         allow
             .iter()
             .any(|net| net.contains(&address) || embedded.is_some_and(|v4| net.contains(&v4)))
+    }
+
+    async fn look_up(&self, host: &str, port: u16) -> Result<Vec<SocketAddr>, EgressError> {
+        #[cfg(test)]
+        if let Some(names) = &self.names {
+            return Ok(names.look_up(port));
+        }
+        look_up(host, port).await
     }
 }
 
@@ -283,6 +297,9 @@ impl crate::smtp::Resolver for EgressGuard {
 }
 
 #[cfg(test)]
+pub(crate) mod rebinding;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -378,7 +395,25 @@ mod tests {
             "http://0x7f.1/",
             "http://2130706433/",
             "http://0177.0.0.1:8080/",
+            "http://017700000001/",
+            "http://127.1/",
+            "http://127.0.0.1./",
+            "http://%31%32%37.0.0.1/",
+            "http://①②⑦.⓪.⓪.①/",
+            "http://example.com@127.0.0.1/",
+            "http://127.0.0.1\\\\@example.com/",
+            "http://1.1.1.1&@10.0.0.1:80#@8.8.8.8/",
+            "http:10.0.0.1",
             "http://[::1]/",
+            "http://[::]/",
+            "http://[::ffff:7f00:1]/",
+            "http://[::127.0.0.1]/",
+            "http://[64:ff9b::7f00:1]/",
+            "http://[64:ff9b:1::a00:1]/",
+            "http://[2002:7f00:1::]/",
+            "http://[fe80::1]/",
+            "unix:///var/run/docker.sock",
+            "gopher://example.com/",
             "https://[::ffff:169.254.169.254]/latest",
             "ftp://example.com/",
             "file:///etc/passwd",
@@ -412,6 +447,30 @@ mod tests {
             .unwrap();
         assert_eq!(allowed[0].port(), 25);
         assert!(guard(&[]).resolve("[::1]", 25, false).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_host_of_an_smtp_server_leads_inside_in_no_spelling() {
+        for host in [
+            "127.0.0.1",
+            "127.1",
+            "0x7f.1",
+            "0177.0.0.1",
+            "2130706433",
+            "0",
+            "::1",
+            "[::ffff:127.0.0.1]",
+            "::ffff:7f00:1",
+            "fe80::1%lo",
+            "localhost.",
+            "LOCALHOST",
+            "/var/run/smtp.sock",
+            "127.0.0.1:25",
+            "user@127.0.0.1",
+            "",
+        ] {
+            assert!(guard(&[]).resolve(host, 25, false).await.is_err(), "{host}");
+        }
     }
 
     #[tokio::test]

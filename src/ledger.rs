@@ -112,6 +112,8 @@ pub struct Row {
 #[derive(Debug, Clone)]
 pub struct Ledger {
     db: Database,
+    /// For heartbeats: a slow database must not lead to lost leases.
+    vital: Database,
     metrics: Arc<Metrics>,
     sql: Arc<Statements>,
 }
@@ -143,7 +145,24 @@ impl Ledger {
             clear: db.sql("SELECT {s}.clear_outbox_v1($1, $2, $3)"),
             mark: db.sql("SELECT idx FROM {s}.mark_data_v1($1, $2, $3, $4)"),
         });
-        Self { db, metrics, sql }
+        Self {
+            vital: db.clone(),
+            db,
+            metrics,
+            sql,
+        }
+    }
+
+    /// The same with heartbeats through another pool, see [`Database::reserved`].
+    #[must_use]
+    pub fn with_vital(self, vital: Database) -> Self {
+        Self { vital, ..self }
+    }
+
+    /// The database for what must not stand behind everything else.
+    #[must_use]
+    pub fn vital(&self) -> &Database {
+        &self.vital
     }
 
     /// The database underneath.

@@ -19,7 +19,7 @@
 //! | stages | [`ledger`], [`directory`], [`attachment`], [`compose`], [`smtp`], [`egress`], [`endpoint`], [`broker`] |
 //! | frame of a process | [`secret`], [`db`], [`health`], [`shutdown`], [`telemetry`] |
 //! | settings and contract | [`config`], [`job`] |
-//! | vocabulary | [`report`], [`fail_point`], [`failure`], [`retry`], [`id`], [`level`], [`address`] |
+//! | vocabulary | [`report`], [`fail_point`], [`failure`], [`retry`], [`id`], [`level`], [`address`], [`memory`] |
 //!
 //! A module uses its own layer and those below. `docs/architecture.md` follows a job through them.
 
@@ -42,7 +42,11 @@ pub mod id;
 pub mod job;
 pub mod ledger;
 pub mod level;
+pub mod memory;
 pub mod pipeline;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod properties;
 pub mod report;
 pub mod retry;
 pub mod secret;

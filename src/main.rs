@@ -1,10 +1,11 @@
-//! The `postroom` binary: cryptography, arguments, logs, then the command.
+//! The `postroom` binary: memory, cryptography, arguments, logs, then the command.
 
 use std::process::ExitCode;
 
 use postroom::cli::Invocation;
 
 fn main() -> ExitCode {
+    postroom::secret::dumps::forbid();
     // One provider for every TLS connection. It fails only if there is one already, and nothing ran before this.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let invocation = match Invocation::parse(std::env::args_os()) {

@@ -3,6 +3,7 @@
 //! [`keyring`] seals and opens stored values, [`shared`] lets a running process change its keys, [`jwe`] opens what producers sealed, [`stored`] knows every column that
 //! holds a sealed value: for the check at start and for rotation.
 
+pub mod dumps;
 pub mod jwe;
 pub mod keyring;
 pub mod shared;

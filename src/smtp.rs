@@ -37,6 +37,10 @@ pub use envelope::{Envelope, RcptResult, Results};
 pub use extensions::Extensions;
 pub use open::OpenError;
 pub use pool::{Capacity, CheckoutError, Lease, Pools};
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use reply::ReplyText;
 pub use server::{Credentials, Refusal, Resolver, Server, Submission};
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use stuffing::Blocks;
 pub use tls::TlsSetupError;
 pub use transaction::{Outcome, Transaction};

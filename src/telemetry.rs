@@ -233,4 +233,45 @@ mod tests {
         assert_eq!(unwrapped, "called `Result::unwrap()` on an `Err` value");
         assert_eq!(without_data("hunter2"), "(withheld: it may hold data)");
     }
+
+    /// Run by the test below in a process of its own, since the hook is for the whole process.
+    #[test]
+    fn what_a_panic_says_of_a_secret() {
+        if std::env::var_os("POSTROOM_TEST_PANIC").is_none() {
+            return;
+        }
+        init(&config::Telemetry {
+            log: "trace".into(),
+            json: true,
+            http_addr: None,
+        })
+        .unwrap();
+        let secret = secrecy::SecretString::from("Kanarienvogel");
+        let text = secrecy::ExposeSecret::expose_secret(&secret);
+        let refused: Result<(), String> = Err(text.to_owned());
+        let _ = std::panic::catch_unwind(|| refused.unwrap());
+        let _ = std::panic::catch_unwind(|| panic!("could not log in with {text}"));
+        let _ = std::panic::catch_unwind(|| assert_eq!(text, "else", "{text}"));
+        let _ = std::panic::catch_unwind(|| text[..50].to_owned());
+        let _ = std::panic::catch_unwind(|| std::panic::panic_any(text.to_owned()));
+    }
+
+    #[test]
+    fn a_panic_with_a_secret_in_its_message_is_logged_without_it() {
+        let this = std::env::current_exe().unwrap();
+        let output = std::process::Command::new(this)
+            .args([
+                "--exact",
+                "telemetry::tests::what_a_panic_says_of_a_secret",
+                "--nocapture",
+            ])
+            .env("POSTROOM_TEST_PANIC", "yes")
+            .env("RUST_BACKTRACE", "full")
+            .output()
+            .unwrap();
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8_lossy(&said);
+        assert_eq!(said.matches(r#""message":"panicked""#).count(), 5, "{said}");
+        assert!(!said.contains("Kanarienvogel"), "{said}");
+    }
 }

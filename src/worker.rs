@@ -14,6 +14,7 @@ pub mod conclude;
 pub mod delivery;
 pub mod dispatcher;
 pub mod housekeeping;
+pub mod intake;
 pub mod load;
 pub mod permits;
 pub mod reporter;
@@ -35,6 +36,7 @@ use crate::id::AccountKey;
 use crate::ledger::batches::Batches;
 use crate::ledger::release::{ReleaseRequest, Released};
 use crate::ledger::{Epoch, Lease, Ledger};
+use crate::memory::Memory;
 use crate::pipeline::Attempt;
 use crate::pipeline::attempt::Pipeline;
 use crate::pipeline::task::{SharedClock, Task};
@@ -68,6 +70,8 @@ pub struct Worker {
     pub permits: Arc<permits::Permits>,
     /// Sends allowed.
     pub permits_total: usize,
+    /// Bytes of jobs in hand.
+    pub memory: Arc<Memory>,
     /// Jobs in hand per account.
     pub load: Arc<load::Load>,
     /// Connections per account.
@@ -175,7 +179,7 @@ impl Worker {
 
     /// Asks the database for the time.
     async fn correct_clock(&self) -> Result<(), DbError> {
-        let client = self.ledger.database().client().await?;
+        let client = self.ledger.vital().client().await?;
         let sent = (Instant::now(), Timestamp::now());
         let asked =
             tokio::time::timeout(self.lease / 4, client.query_one("SELECT clock_timestamp()", &[])).await;

@@ -1,40 +1,44 @@
-# Finding the installed servers, and installing them where that is allowed.
+# Finding the installed servers, here or in $ROOT, and installing them where that is allowed. What is found is named as
+# it is called within the root.
 
-# The server script itself: Debian's wrapper in /usr/sbin changes the user and forgets the environment.
-find_rabbitmq() {
+on_path() {
+    [ -n "$ROOT" ] || command -v "$1" 2>/dev/null || true
+}
+
+# first_program PATTERN...: sets FOUND to the first of these that can be run.
+first_program() {
     local candidate
-    for candidate in /usr/lib/rabbitmq/bin/rabbitmq-server /opt/homebrew/opt/rabbitmq/sbin/rabbitmq-server \
-        /usr/local/opt/rabbitmq/sbin/rabbitmq-server /opt/rabbitmq/sbin/rabbitmq-server \
-        "$(command -v rabbitmq-server 2>/dev/null || true)"; do
-        if [ -x "$candidate" ]; then
-            RABBITMQ_SERVER=$candidate
+    for candidate in "$@"; do
+        if [ -n "$candidate" ] && [ -x "$candidate" ]; then
+            FOUND=${candidate#"$ROOT"}
             return 0
         fi
     done
     return 1
 }
 
+# The server script itself: Debian's wrapper in /usr/sbin changes the user and forgets the environment.
+find_rabbitmq() {
+    first_program "$ROOT"/usr/lib/rabbitmq/bin/rabbitmq-server /opt/homebrew/opt/rabbitmq/sbin/rabbitmq-server \
+        /usr/local/opt/rabbitmq/sbin/rabbitmq-server /opt/rabbitmq/sbin/rabbitmq-server "$(on_path rabbitmq-server)" \
+        && RABBITMQ_SERVER=$FOUND
+}
+
 find_epmd() {
-    local candidate
-    for candidate in "$(command -v epmd 2>/dev/null || true)" /usr/lib/erlang/bin/epmd /usr/lib/erlang/erts-*/bin/epmd \
-        /opt/homebrew/opt/erlang/lib/erlang/erts-*/bin/epmd /usr/local/opt/erlang/lib/erlang/erts-*/bin/epmd; do
-        if [ -x "$candidate" ]; then
-            EPMD=$candidate
-            return 0
-        fi
-    done
-    return 1
+    first_program "$(on_path epmd)" "$ROOT"/usr/bin/epmd "$ROOT"/usr/lib/erlang/erts-*/bin/epmd \
+        /opt/homebrew/opt/erlang/lib/erlang/erts-*/bin/epmd /usr/local/opt/erlang/lib/erlang/erts-*/bin/epmd \
+        && EPMD=$FOUND
 }
 
 find_postgres() {
     local candidate
     # The last match wins: the newest of several installed versions.
     POSTGRES_BIN=""
-    for candidate in "$(dirname "$(command -v initdb 2>/dev/null || echo /nowhere/initdb)")" \
-        /usr/lib/postgresql/?/bin /usr/lib/postgresql/??/bin /usr/pgsql-*/bin \
+    for candidate in "$(dirname "$(on_path initdb)")" "$ROOT"/usr/lib/postgresql/?/bin \
+        "$ROOT"/usr/lib/postgresql/??/bin "$ROOT"/usr/pgsql-*/bin \
         /opt/homebrew/opt/postgresql@*/bin /usr/local/opt/postgresql@*/bin; do
         if [ -x "$candidate/initdb" ] && [ -x "$candidate/pg_ctl" ]; then
-            POSTGRES_BIN=$candidate
+            POSTGRES_BIN=${candidate#"$ROOT"}
         fi
     done
     [ -n "$POSTGRES_BIN" ]

@@ -1,7 +1,14 @@
 # A private Postgres cluster. It refuses to run as root, so root runs it as the package's user.
 
+# As uid:gid, because the root folder has users of its own.
 postgres_user() {
-    if id -u postgres > /dev/null 2>&1; then echo postgres; else echo nobody; fi
+    local user=nobody
+    if [ -n "$ROOT" ]; then
+        sed -n 's/^postgres:[^:]*:\([0-9]*:[0-9]*\):.*/\1/p' "$ROOT/etc/passwd"
+        return
+    fi
+    ! id -u postgres > /dev/null 2>&1 || user=postgres
+    printf '%s:%s\n' "$(id -u "$user")" "$(id -g "$user")"
 }
 
 as_postgres() {
@@ -11,12 +18,14 @@ as_postgres() {
         return
     fi
     user=$(postgres_user)
-    if command -v setpriv > /dev/null 2>&1; then
-        setpriv --reuid "$user" --regid "$(id -g "$user")" --clear-groups -- "$@"
+    if [ -n "$ROOT" ]; then
+        (in_root setpriv --reuid "${user%:*}" --regid "${user#*:}" --clear-groups -- "$@")
+    elif command -v setpriv > /dev/null 2>&1; then
+        setpriv --reuid "${user%:*}" --regid "${user#*:}" --clear-groups -- "$@"
     elif command -v runuser > /dev/null 2>&1; then
-        runuser -u "$user" -- "$@"
+        runuser -u "$(id -nu "${user%:*}")" -- "$@"
     else
-        su "$user" -s /bin/sh -c "$(printf '%q ' "$@")"
+        su "$(id -nu "${user%:*}")" -s /bin/sh -c "$(printf '%q ' "$@")"
     fi
 }
 

@@ -45,7 +45,7 @@ start_epmd() {
     [ -z "$(epmd_pid)" ] || return 0
     # A process group of its own: Ctrl-C is for whoever uses the servers. (Postgres sees to that itself.)
     set -m
-    nohup "$EPMD" -address 127.0.0.1 -port "$EPMD_PORT" > "$DIR/rabbitmq/epmd.log" 2>&1 < /dev/null &
+    in_root nohup "$EPMD" -address 127.0.0.1 -port "$EPMD_PORT" > "$DIR/rabbitmq/epmd.log" 2>&1 < /dev/null &
     echo $! > "$DIR/rabbitmq/epmd.pid"
     set +m
     within 5 port_answers "$EPMD_PORT"
@@ -74,11 +74,18 @@ start_rabbitmq() {
         export RABBITMQ_SCHEMA_DIR="$dir/schema" RABBITMQ_GENERATED_CONFIG_DIR="$dir/config"
         export RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS="-kernel inet_dist_use_interface {127,0,0,1} -postroom_servers $TAG"
         cd "$dir"
-        exec nohup "$RABBITMQ_SERVER" > "$DIR/rabbitmq.log" 2>&1 < /dev/null
+        in_root nohup "$RABBITMQ_SERVER" > "$DIR/rabbitmq.log" 2>&1 < /dev/null
     ) &
     job=$!
     set +m
     within 90 rabbitmq_is_up_or_dead "$job" && rabbitmq_is_up
+}
+
+# The memory alarm, on with a share of memory that is always in use.
+rabbitmq_watermark() {
+    HOME="$DIR/rabbitmq" ERL_EPMD_PORT="$EPMD_PORT" RABBITMQ_NODENAME="$TAG@localhost" \
+        RABBITMQ_CONF_ENV_FILE="$DIR/rabbitmq/rabbitmq-env.conf" \
+        "$(dirname "$RABBITMQ_SERVER")/rabbitmqctl" --quiet set_vm_memory_high_watermark "$1" >&2
 }
 
 stop_rabbitmq() {

@@ -165,8 +165,10 @@ BEGIN
 END $$;
 
 -- Until when a lane whose limit is shut is left alone: a minute at most, so that a wake-up lost to a race is made good.
+-- Null, there is no limit: not at all.
 CREATE FUNCTION blocked_until(us bigint) RETURNS timestamptz LANGUAGE sql VOLATILE
-    AS $$ SELECT least(timestamptz 'epoch' + us * interval '1 microsecond', clock_timestamp() + interval '1 minute') $$;
+    AS $$ SELECT least(timestamptz 'epoch' + coalesce(us, 0) * interval '1 microsecond',
+                       clock_timestamp() + interval '1 minute') $$;
 
 -- Replaces the limits of a key; a limit of 0 is none. What has been sent under a limit of the same window and unit
 -- still counts; a new window starts empty.
@@ -691,8 +693,10 @@ BEGIN
         SELECT array_agg(q.tenant) FILTER (WHERE q.back) AS t, array_agg(q.account) FILTER (WHERE q.back) AS a,
                array_agg(q.slot_cost) FILTER (WHERE q.back) AS c, array_agg(q.slot_at) FILTER (WHERE q.back) AS s INTO o
             FROM (SELECT x.tenant, x.account, x.slot_cost, x.slot_at,
-                         u.r AND x.state = 1 AND x.epoch = p_epoch AND x.claim = u.c AND x.slot_at IS NOT NULL AS back
-                  FROM job x JOIN unnest(p_tenants, p_ids, p_claims, p_refund) u(t, id, c, r)
+                         u.r AND x.state = 1 AND x.epoch = p_epoch AND x.claim = u.c AND x.slot_at IS NOT NULL
+                         -- One that a cancel refuses keeps its slot, and gives it back when it is settled as cancelled.
+                         AND (x.merged OR NOT (x.cancel AND u.k IN (2, 3))) AS back
+                  FROM job x JOIN unnest(p_tenants, p_ids, p_claims, p_refund, p_kinds) u(t, id, c, r, k)
                        ON x.tenant = u.t AND x.id = u.id
                   ORDER BY x.tenant, x.id FOR UPDATE OF x) q;
         IF o.t IS NOT NULL THEN

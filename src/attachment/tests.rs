@@ -168,6 +168,51 @@ async fn a_file_with_a_digest_is_fetched_once_per_tenant() {
 }
 
 #[tokio::test]
+async fn wrong_content_under_a_digest_is_not_remembered() {
+    let web = FileServer::start().await.unwrap();
+    let (wrong, right) = (
+        web.put("/wrong", Answer::file("poison")),
+        web.put("/right", Answer::file("content")),
+    );
+    let attachments = without_store(limits());
+    let with = |url: &str| Attachment {
+        sha256: Some(Sha256::digest(b"content").into()),
+        ..by_url("a", url)
+    };
+    let refused = failure(&attachments, with(&wrong)).await;
+    assert_eq!(refused.reason, "attachment_digest_mismatch");
+    let prepared = prepare(&attachments, &[with(&right)]).await.unwrap();
+    assert_eq!(&prepared.parts[0].bytes[..], b"content");
+    // Without a digest nothing is remembered: the same URL may give each tenant something else.
+    for _ in 0..2 {
+        prepare(&attachments, &[by_url("a", &wrong)]).await.unwrap();
+    }
+    assert_eq!(web.requests("/wrong"), 3);
+}
+
+#[tokio::test]
+async fn the_same_file_of_two_tenants_is_two_objects() {
+    let server = S3Server::start("files").await.unwrap();
+    let attachments = with_s3(&server);
+    let large = [by_bytes("big.bin", &[7; 5000])];
+    for tenant in ["a", "a-b", "ab"] {
+        let tenant = tenant.parse().unwrap();
+        attachments
+            .prepare(&tenant, &large, &rewrite_above(1000))
+            .await
+            .unwrap();
+    }
+    let keys: Vec<String> = server.objects().into_iter().map(|(key, _)| key).collect();
+    assert_eq!(keys.len(), 3, "{keys:?}");
+    for tenant in ["a", "a-b", "ab"] {
+        let own = keys
+            .iter()
+            .filter(|key| key.split('/').any(|part| part == tenant));
+        assert_eq!(own.count(), 1, "{keys:?}");
+    }
+}
+
+#[tokio::test]
 async fn answers_that_may_change_are_transient_and_others_stay() {
     let web = FileServer::start().await.unwrap();
     let attachments = without_store(limits());
@@ -547,4 +592,17 @@ fn storage_settings_that_cannot_work_say_what_to_do() {
         let error = Store::open_with(&config, []).unwrap_err();
         assert!(error.to_string().contains(part), "{url}: {error}");
     }
+}
+
+#[tokio::test]
+async fn a_redirect_to_a_name_that_has_turned_inside_is_refused() {
+    use crate::egress::rebinding::{INSIDE, OUTSIDE, Sites, guard};
+    let answer = "HTTP/1.1 302 Found\r\nlocation: /again\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+    let sites = Sites::start(answer).await;
+    let guard = guard(&[&[OUTSIDE], &[OUTSIDE], &[INSIDE]]);
+    let attachments = Attachments::with_store(limits(), None, guard, metrics()).unwrap();
+    let url = format!("http://rebind.example:{}/", sites.port);
+    let failure = failure(&attachments, by_url("a", &url)).await;
+    assert_eq!(failure.reason, "egress_refused", "{failure}");
+    assert_eq!(sites.visits(), (2, 0));
 }

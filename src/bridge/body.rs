@@ -15,18 +15,23 @@ const LISTS: [&str; 4] = ["recipients", "errors", "links", "tags"];
 /// `data`, the largest first (marked by `data.truncated`).
 ///
 /// # Errors
-/// If it is not such an object; the text says what is wrong, without repeating any of it.
+/// If it is not such an object, or too long beside its `data`; the text says what is wrong, without repeating any of it.
 pub(super) fn fitted(body: &Bytes) -> Result<Bytes, String> {
-    let envelope: Envelope<'_> = serde_json::from_slice(body).map_err(|error| describe(&error))?;
+    let text = std::str::from_utf8(body).map_err(|_| "the report is not UTF-8".to_owned())?;
+    let envelope: Envelope<'_> = serde_json::from_str(text).map_err(|error| describe(&error))?;
     if !envelope.data.get().starts_with('{') {
         return Err("`data` is not an object".to_owned());
     }
     if body.len() < MAX_BODY {
         return Ok(body.clone());
     }
-    let mut report: Value = serde_json::from_slice(body).map_err(|error| describe(&error))?;
+    let mut report: Value = serde_json::from_str(text).map_err(|error| describe(&error))?;
     cut(&mut report);
-    Ok(report.to_string().into())
+    let fitted = report.to_string();
+    if fitted.len() >= MAX_BODY {
+        return Err("the report is too long even without its `data`".to_owned());
+    }
+    Ok(fitted.into())
 }
 
 /// What every report has; borrowed, so that checking an ordinary one copies nothing.
@@ -177,7 +182,19 @@ mod tests {
             let error = fitted(&Bytes::from(body)).unwrap_err();
             assert!(!error.contains('\u{0}') && error.len() < 120, "{body}: {error}");
         }
-        assert!(fitted(&Bytes::from_static(b"{\"type\":\"\xff\",\"data\":{}}")).is_err());
+        for body in [
+            &b"{\"type\":\"\xff\",\"data\":{}}"[..],
+            b"{\"type\":\"a\",\"data\":{},\"x\":\"\xff\"}",
+        ] {
+            assert!(fitted(&Bytes::from_static(body)).is_err());
+        }
+    }
+
+    #[test]
+    fn a_report_that_is_long_beside_its_data_is_refused() {
+        let body = json!({"type": "t".repeat(MAX_BODY), "data": {}}).to_string();
+        let error = fitted(&body.into()).unwrap_err();
+        assert!(error.contains("too long"), "{error}");
     }
 
     proptest! {

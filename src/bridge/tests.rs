@@ -2,6 +2,7 @@
 
 mod delivers;
 mod disables;
+mod hostile;
 mod isolates;
 mod manages;
 mod world;

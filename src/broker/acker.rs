@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use lapin::Channel;
@@ -34,19 +35,26 @@ enum Request {
 pub(super) struct Acker {
     // Holds at most one request per unacknowledged delivery: the prefetch bounds it.
     requests: mpsc::UnboundedSender<Request>,
+    quarter: Arc<AtomicUsize>,
 }
 
 impl Acker {
     pub(super) fn start(channel: Channel, prefetch: u16, shared: Arc<Shared>) -> Self {
         let (requests, inbox) = mpsc::unbounded_channel();
+        let quarter = Arc::new(AtomicUsize::new(quarter_of(prefetch)));
         let worker = Worker {
             channel,
-            quarter: usize::from(prefetch / 4).max(1),
+            quarter: Arc::clone(&quarter),
             window: Window::default(),
             stuck_until: None,
         };
         tokio::spawn(worker.run(inbox, shared));
-        Self { requests }
+        Self { requests, quarter }
+    }
+
+    /// The channel's prefetch is another one now.
+    pub(super) fn resize(&self, prefetch: u16) {
+        self.quarter.store(quarter_of(prefetch), Ordering::Relaxed);
     }
 
     pub(super) fn receipt(&self, tag: u64) -> Receipt {
@@ -107,9 +115,13 @@ impl Drop for Receipt {
     }
 }
 
+fn quarter_of(prefetch: u16) -> usize {
+    usize::from(prefetch / 4).max(1)
+}
+
 struct Worker {
     channel: Channel,
-    quarter: usize,
+    quarter: Arc<AtomicUsize>,
     window: Window,
     stuck_until: Option<Instant>,
 }
@@ -162,7 +174,7 @@ impl Worker {
         if let Some((tag, multiple)) = self.window.take_prefix() {
             self.channel.basic_ack(tag, BasicAckOptions { multiple }).await?;
         }
-        if !flushes.is_empty() || self.window.stragglers >= self.quarter {
+        if !flushes.is_empty() || self.window.stragglers >= self.quarter.load(Ordering::Relaxed) {
             self.write_stragglers().await?;
         }
         self.stuck_until = match (self.window.stragglers, self.stuck_until) {

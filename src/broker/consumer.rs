@@ -7,7 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use lapin::Channel;
-use lapin::options::BasicCancelOptions;
+use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use tokio::time::timeout;
 
@@ -15,8 +15,11 @@ use super::acker::{Acker, Receipt};
 use super::session::Shared;
 use super::{BrokerError, Properties};
 use crate::level::Level;
+use crate::memory::Held;
 
 const CANCEL_LIMIT: Duration = Duration::from_secs(10);
+/// Bodies above this size lose the spare room that their vector has.
+const FITTED: usize = 64 << 10;
 
 /// What to consume.
 #[derive(Debug, Clone)]
@@ -25,7 +28,7 @@ pub struct Subscription {
     pub queue: Arc<str>,
     /// The level of its jobs; none for reports.
     pub level: Option<Level>,
-    /// Unacknowledged deliveries at once. lapin buffers them: this is the only bound on memory.
+    /// Unacknowledged deliveries at once. lapin buffers them without a bound of its own.
     pub prefetch: u16,
 }
 
@@ -49,6 +52,8 @@ pub struct Delivery {
     pub body: Bytes,
     /// The right to acknowledge it.
     pub receipt: Receipt,
+    /// Its share of the memory, free with it.
+    pub held: Option<Held>,
 }
 
 impl Delivery {
@@ -134,6 +139,21 @@ pub fn header_text<'a>(headers: &'a FieldTable, name: &str) -> Option<&'a str> {
     }
 }
 
+/// Begins to consume a queue.
+pub(super) async fn open(
+    channel: &Channel,
+    queue: &str,
+    prefetch: u16,
+) -> Result<lapin::Consumer, BrokerError> {
+    let queue = ShortString::try_new(queue)
+        .map_err(|_| BrokerError::SessionEnded("a queue's name has more than 255 bytes".to_owned()))?;
+    channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
+    let options = BasicConsumeOptions::default();
+    Ok(channel
+        .basic_consume(queue, "".into(), options, FieldTable::default())
+        .await?)
+}
+
 /// The deliveries of one queue on a channel of their own.
 pub struct Consumer {
     subscription: Subscription,
@@ -196,6 +216,40 @@ impl Consumer {
         }
     }
 
+    /// Asks for another number of unacknowledged deliveries from now on. A broker changes it for new consumers only, so
+    /// this one ends and another takes its place on the same channel; what was delivered meanwhile goes to `each`, and
+    /// all that is unacknowledged stays so.
+    ///
+    /// # Errors
+    /// If the broker does not answer; the session has ended then.
+    pub async fn resize(&mut self, prefetch: u16, mut each: impl FnMut(Delivery)) -> Result<(), BrokerError> {
+        self.stop().await?;
+        while let Some(delivery) = self.next().await {
+            each(delivery);
+        }
+        let opening = open(&self.channel, &self.subscription.queue, prefetch);
+        let stream = match timeout(CANCEL_LIMIT, opening).await {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(error)) => {
+                self.shared
+                    .fail(format!("consuming {}: {error}", self.subscription.queue));
+                return Err(error);
+            }
+            Err(_) => {
+                self.shared
+                    .fail(format!("consuming {}: no answer", self.subscription.queue));
+                return Err(BrokerError::Timeout {
+                    what: "basic.consume",
+                });
+            }
+        };
+        self.stream = stream;
+        self.stopped = false;
+        self.subscription.prefetch = prefetch;
+        self.acker.resize(prefetch);
+        Ok(())
+    }
+
     /// Asks the broker for no more. What was delivered already still comes out of [`Consumer::next`].
     ///
     /// # Errors
@@ -237,10 +291,19 @@ impl Consumer {
             exchange: delivery.exchange.into(),
             routing_key: delivery.routing_key.into(),
             properties: delivery.properties,
-            body: delivery.data.into(),
+            body: fitted(delivery.data).into(),
             receipt: self.acker.receipt(delivery.delivery_tag),
+            held: None,
         }
     }
+}
+
+/// The body without the room that its vector reserved while it grew, up to as much again.
+fn fitted(mut data: Vec<u8>) -> Vec<u8> {
+    if data.len() > FITTED {
+        data.shrink_to_fit();
+    }
+    data
 }
 
 impl fmt::Debug for Consumer {

@@ -190,6 +190,7 @@ mod tests {
             properties: Properties::default(),
             body: Bytes::new(),
             receipt: Receipt::none(),
+            held: None,
         }
     }
 

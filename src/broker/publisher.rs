@@ -131,6 +131,12 @@ impl Publisher {
         self.lane().blocked = blocked;
     }
 
+    /// Whether the broker takes nothing for want of memory or disk.
+    #[must_use]
+    pub fn is_blocked(&self) -> bool {
+        self.lane().blocked
+    }
+
     fn lane(&self) -> std::sync::MutexGuard<'_, Lane> {
         self.inner.lane.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -8,8 +8,7 @@ use std::time::{Duration, Instant};
 
 use backon::{BackoffBuilder as _, ExponentialBuilder};
 use futures_util::StreamExt as _;
-use lapin::options::{BasicConsumeOptions, BasicQosOptions, ConfirmSelectOptions};
-use lapin::types::{FieldTable, ShortString};
+use lapin::options::ConfirmSelectOptions;
 use lapin::{Channel, Connection, Event};
 use secrecy::SecretString;
 use tokio::sync::watch;
@@ -18,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use super::acker::Acker;
-use super::{BrokerError, Consumer, Publisher, Subscription, Topology, close, connect};
+use super::{BrokerError, Consumer, Publisher, Subscription, Topology, close, connect, consumer};
 use crate::config::{self, TopologyMode};
 use crate::telemetry::metrics::Metrics;
 
@@ -100,9 +99,7 @@ impl Session {
     /// # Errors
     /// If the broker refuses, such as when the queue is missing, or does not answer.
     pub async fn consume(&self, subscription: Subscription) -> Result<Consumer, BrokerError> {
-        let queue = ShortString::try_new(subscription.queue.as_ref())
-            .map_err(|_| BrokerError::SessionEnded("a queue's name has more than 255 bytes".to_owned()))?;
-        let opening = self.open_consumer(queue, subscription.prefetch);
+        let opening = self.open_consumer(&subscription);
         let (channel, stream) =
             timeout(REQUEST_LIMIT, opening)
                 .await
@@ -126,15 +123,10 @@ impl Session {
 
     async fn open_consumer(
         &self,
-        queue: ShortString,
-        prefetch: u16,
-    ) -> Result<(Channel, lapin::Consumer), lapin::Error> {
+        subscription: &Subscription,
+    ) -> Result<(Channel, lapin::Consumer), BrokerError> {
         let channel = self.consume.create_channel().await?;
-        channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
-        let options = BasicConsumeOptions::default();
-        let stream = channel
-            .basic_consume(queue, "".into(), options, FieldTable::default())
-            .await?;
+        let stream = consumer::open(&channel, &subscription.queue, subscription.prefetch).await?;
         Ok((channel, stream))
     }
 

@@ -80,6 +80,12 @@ impl Service {
                 Some((end.clone(), tokio::spawn(server.run(end))))
             }
         };
+        let (soft, told) = (shutdown.soft.clone(), readiness.clone());
+        // As soon as it is told to end, not when it has drained: no new traffic, no rollout that counts on it.
+        tokio::spawn(async move {
+            soft.cancelled().await;
+            told.component("shutdown").not_ready("shutting down");
+        });
         tracing::info!(version = env!("CARGO_PKG_VERSION"), "starting");
         Ok(Self {
             shutdown,
@@ -163,7 +169,6 @@ impl Service {
     /// [`ServiceError::Crashed`] if a task died.
     pub async fn finish(self) -> Result<(), ServiceError> {
         self.shutdown.soft.cancelled().await;
-        self.readiness.component("shutdown").not_ready("shutting down");
         let complete = self.shutdown.drained(PATIENCE).await;
         if let Some((end, server)) = self.http {
             end.cancel();

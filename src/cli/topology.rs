@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 
 use clap::Subcommand;
+use secrecy::ExposeSecret as _;
 
 use crate::broker::{self, BrokerError, Topology};
 use crate::config;
@@ -40,7 +41,12 @@ pub async fn run(
 ) -> Result<(), TopologyCommandError> {
     let topology = Topology::new(&config.prefix, &config.extra_queues);
     if let TopologyCommand::Print = command {
-        let definitions = topology.definitions(&broker::vhost(&config.url)?);
+        let vhost = if config.url.expose_secret().is_empty() {
+            "/".to_owned()
+        } else {
+            broker::vhost(&config.url)?
+        };
+        let definitions = topology.definitions(&vhost);
         return Ok(writeln!(out, "{definitions:#}")?);
     }
     let connection = broker::connect(config, "topology").await?;

@@ -143,9 +143,14 @@ fn write_body(subtype: &str, text: &str, out: &mut String) {
 
 fn write_file(part: &Part, out: &mut String) {
     // A message or multipart may not be base64 (RFC 2045 §6.4): such a file goes as bytes.
-    let media = match part.content_type.split('/').next() {
-        Some("message" | "multipart") => super::media::BYTES,
-        _ => part.content_type.as_str(),
+    let kind = part.content_type.split('/').next().unwrap_or_default().trim();
+    let is_composite = ["message", "multipart"]
+        .iter()
+        .any(|composite| kind.eq_ignore_ascii_case(composite));
+    let media = if is_composite {
+        super::media::BYTES
+    } else {
+        part.content_type.as_str()
     };
     header::unstructured(out, "Content-Type", media);
     header::verbatim(out, "Content-Transfer-Encoding", Encoding::Base64.as_str());

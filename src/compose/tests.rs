@@ -425,6 +425,16 @@ fn an_attached_message_is_not_declared_as_one() {
     let message = parsed(&email);
     assert_eq!(message.parts[2].contents(), b"Subject: x\n\nbody");
     assert!(text(&email).contains("Content-Type: application/octet-stream"));
+    // Media types are compared without case (RFC 2045 §5.1).
+    for declared in ["Message/RFC822", "MULTIPART/mixed; boundary=x"] {
+        let mut part = file("mail", b"Subject: x\n\nbody");
+        part.content_type = declared.to_owned();
+        let email = with_parts(&job(), vec![part]);
+        assert!(
+            text(&email).contains("Content-Type: application/octet-stream"),
+            "{declared}"
+        );
+    }
 }
 
 #[test]

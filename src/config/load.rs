@@ -228,8 +228,14 @@ impl Reader<'_> {
         text: &str,
         parse: impl FnOnce(&str) -> Result<T, String>,
     ) -> Option<T> {
+        // A URL may have been given with credentials, though none belong there.
+        let problem = if setting.name.ends_with("_URL") {
+            "has a wrong form".to_owned()
+        } else {
+            format!("`{text}` cannot be used")
+        };
         parse(text)
-            .map_err(|allowed| self.note(setting.name, &format!("`{text}` cannot be used"), &allowed))
+            .map_err(|allowed| self.note(setting.name, &problem, &allowed))
             .ok()
     }
 

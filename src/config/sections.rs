@@ -8,6 +8,7 @@ use super::{
     Telemetry, TopologyMode, UnknownTenant, Webhook, Worker, parse,
 };
 
+use crate::memory::least_budget;
 use crate::retry::RetryPolicy;
 use crate::secret::Keyring;
 
@@ -33,6 +34,7 @@ impl Reader<'_> {
 
 impl FromSettings for BrokerNames {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
+        let url = r.optional_secret("POSTROOM_AMQP_URL", parse::amqp_url);
         let ca_file = r.file("POSTROOM_AMQP_CA_FILE");
         let prefix = r.get("POSTROOM_PREFIX", parse::prefix);
         let topology = r.get("POSTROOM_TOPOLOGY", |text| {
@@ -45,7 +47,7 @@ impl FromSettings for BrokerNames {
         });
         let extra_queues = r.optional("POSTROOM_QUEUES", parse::queues);
         Some(Self(Broker {
-            url: String::new().into(),
+            url: url.unwrap_or_else(|| String::new().into()),
             ca_file,
             prefix: prefix?,
             topology: topology?,
@@ -126,6 +128,7 @@ impl FromSettings for SmtpTimeouts {
         let greeting = r.duration("POSTROOM_SMTP_GREETING_TIMEOUT", shortest, 5 * MINUTE);
         let command = r.duration("POSTROOM_SMTP_COMMAND_TIMEOUT", shortest, 5 * MINUTE);
         let write = r.duration("POSTROOM_SMTP_WRITE_TIMEOUT", shortest, 5 * MINUTE);
+        let attempt = r.duration("POSTROOM_SMTP_ATTEMPT_TIMEOUT", shortest, 5 * MINUTE);
         // Together with what comes before it must stay below the broker's 30 minutes for an unacknowledged job.
         let final_reply = r.duration("POSTROOM_SMTP_FINAL_TIMEOUT", shortest, 10 * MINUTE);
         Some(Self {
@@ -133,6 +136,7 @@ impl FromSettings for SmtpTimeouts {
             greeting: greeting?,
             command: command?,
             write: write?,
+            attempt: attempt?,
             final_reply: final_reply?,
         })
     }
@@ -221,6 +225,8 @@ impl FromSettings for Egress {
 impl FromSettings for Worker {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let concurrency = r.count("POSTROOM_CONCURRENCY", 10_000);
+        let job_memory = job_memory(r);
+        let outbox_limit = r.count("POSTROOM_OUTBOX_LIMIT", 100_000_000);
         let lease = r.duration("POSTROOM_LEASE", SECOND, 10 * MINUTE);
         let process = Process::read(r);
         let retention = retention(r);
@@ -238,6 +244,8 @@ impl FromSettings for Worker {
         let cap = r.duration("POSTROOM_RETRY_CAP", Duration::from_millis(10), 7 * DAY);
         Some(Self {
             concurrency: concurrency?,
+            job_memory: job_memory?,
+            outbox_limit: outbox_limit?,
             lease: lease?,
             grace_period: process?.grace_period,
             retention: retention?,
@@ -269,6 +277,32 @@ impl FromSettings for Webhook {
             retry_scale: retry_scale?,
         })
     }
+}
+
+/// What the budget leaves for jobs. The largest job must fit, also while it may use only a share.
+fn job_memory(r: &mut Reader<'_>) -> Option<u64> {
+    let budget = r.size("POSTROOM_MEMORY_BUDGET", 1 << 20, 1 << 40);
+    let attachments = Fetch::read(r);
+    let limits = JobLimits::read(r);
+    let (budget, attachments, limits) = (budget?, attachments?, limits?);
+    let beside = attachments.memory + attachments.cache();
+    let least = least_budget(limits.max_inflated as u64);
+    if budget < beside + least {
+        let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+        r.note(
+            "POSTROOM_MEMORY_BUDGET",
+            "has no room for the largest job",
+            &format!(
+                "give at least {}MiB: {}MiB for attachments and their cache (POSTROOM_ATTACHMENT_MEMORY and a quarter), \
+                 {}MiB for one job of POSTROOM_JOB_MAX_INFLATED_BYTES; or lower those",
+                mib(beside) + mib(least),
+                mib(beside),
+                mib(least)
+            ),
+        );
+        return None;
+    }
+    Some(budget - beside)
 }
 
 fn retention(r: &mut Reader<'_>) -> Option<Duration> {

@@ -231,6 +231,20 @@ pub const SETTINGS: &[Setting] = &[
         "Sends in flight per worker.",
     ),
     plain(
+        "POSTROOM_MEMORY_BUDGET",
+        "SIZE",
+        Some("384MiB"),
+        &[Worker],
+        "Bytes of jobs and attachments in hand per worker, in every form they take.",
+    ),
+    plain(
+        "POSTROOM_OUTBOX_LIMIT",
+        "NUMBER",
+        Some("50000"),
+        &[Worker],
+        "Reports of the installation not yet published above which nothing new is sent.",
+    ),
+    plain(
         "POSTROOM_LEASE",
         "DURATION",
         Some("45s"),
@@ -343,6 +357,13 @@ pub const SETTINGS: &[Setting] = &[
         "Time limit of writing the mail, per block of 64 KiB.",
     ),
     plain(
+        "POSTROOM_SMTP_ATTEMPT_TIMEOUT",
+        "DURATION",
+        Some("5m"),
+        &[Smtp],
+        "Time limit for all of a transaction up to the last byte of the mail, at most 5m.",
+    ),
+    plain(
         "POSTROOM_SMTP_FINAL_TIMEOUT",
         "DURATION",
         Some("10m"),
@@ -408,7 +429,7 @@ pub const SETTINGS: &[Setting] = &[
     plain(
         "POSTROOM_ATTACHMENT_MEMORY",
         "SIZE",
-        Some("256MiB"),
+        Some("128MiB"),
         &[Fetch],
         "Attachment bytes in memory at once per worker.",
     ),

@@ -72,19 +72,26 @@ impl<'a> Visitor<'a> for FindOverride {
 /// written anywhere. Errs towards yes: compressed bytes and letters written as escapes cannot be searched.
 #[must_use]
 pub fn may_hold_secret(body: &[u8]) -> bool {
-    const WORDS: [&[u8]; 8] = [
-        b"smtp_over",
-        b"smtpover",
-        b"smtp-over",
-        b"password",
-        b"passwd",
-        b"passphrase",
-        b"secret",
-        b"credential",
-    ];
     if matches!(body, [0x1f, 0x8b, ..] | [0x78, 0x01 | 0x5e | 0x9c | 0xda, ..]) {
         return true;
     }
+    holds_word(body, &[WORDS, OVERRIDE].concat())
+}
+
+/// [`may_hold_secret`] of a body whose override is sealed: whether there is anything else.
+#[must_use]
+pub fn may_hold_other_secret(body: &[u8]) -> bool {
+    holds_word(body, &[WORDS, OTHER].concat())
+}
+
+/// What secrets are called.
+const WORDS: &[&[u8]] = &[b"password", b"passwd", b"passphrase", b"secret", b"credential"];
+/// What the override is called, rightly or wrongly.
+const OVERRIDE: &[&[u8]] = &[b"smtp_over", b"smtpover", b"smtp-over"];
+/// What may be in a body besides an override that was found and sealed.
+const OTHER: &[&[u8]] = &[b"token", b"smtp_overide", b"smtpover", b"smtp-over"];
+
+fn holds_word(body: &[u8], words: &[&[u8]]) -> bool {
     // UTF-16 has a NUL beside every ASCII letter.
     let searched: Cow<'_, [u8]> = if body.contains(&0) {
         Cow::Owned(body.iter().copied().filter(|byte| *byte != 0).collect())
@@ -95,7 +102,7 @@ pub fn may_hold_secret(body: &[u8]) -> bool {
         let rest = &searched[start..];
         match rest[0] {
             b'\\' => is_escaped_letter(rest),
-            b's' | b'S' | b'p' | b'P' | b'c' | b'C' => WORDS.iter().any(|word| {
+            b's' | b'S' | b'p' | b'P' | b'c' | b'C' | b't' | b'T' => words.iter().any(|word| {
                 rest.get(..word.len())
                     .is_some_and(|text| text.eq_ignore_ascii_case(word))
             }),

@@ -194,7 +194,7 @@ impl Ledger {
         let sql = self
             .db
             .sql("INSERT INTO {s}.worker (name, version) VALUES ($1, $2) RETURNING epoch");
-        let client = self.db.client().await?;
+        let client = self.vital.client().await?;
         let sent = boot_nanos();
         let row = client
             .query_one(&sql, &[&name, &env!("CARGO_PKG_VERSION")])
@@ -210,7 +210,7 @@ impl Ledger {
         let sql = self
             .db
             .sql("SELECT steady_us FROM {s}.heartbeat_v1($1, $2::bigint * interval '1 microsecond')");
-        let client = self.db.client().await?;
+        let client = self.vital.client().await?;
         let sent = boot_nanos();
         let gap = micros(epoch.lease / 2);
         // A connection that nobody answers at must not be waited for: the next heartbeat needs another one.

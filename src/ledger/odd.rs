@@ -188,13 +188,14 @@ impl Ledger {
         if row.state != 1 {
             return Ok(());
         }
-        let report = manual_report(
+        let mut report = manual_report(
             &row,
             tenant,
             id,
             ReportType::Uncertain,
             "worker_died_while_sending",
         );
+        report.data.uncertain_attempts += 1;
         let sql = self.db.sql(
             "UPDATE {s}.job SET state = 4, claim = NULL, phase = 0, slot_at = NULL, slot_cost = NULL, merged = false,
                  reason = NULL, uncertain = uncertain + 1, seq = $3, updated_at = clock_timestamp(), outbox = coalesce(outbox, '{}') || $4::text,

@@ -78,6 +78,19 @@ impl Ledger {
         Ok(owed)
     }
 
+    /// How many jobs owe a report, counted up to `most`.
+    ///
+    /// # Errors
+    /// If the database cannot be asked.
+    pub async fn outbox_size(&self, most: i64) -> Result<i64, DbError> {
+        let sql = self
+            .db
+            .sql("SELECT count(*) FROM (SELECT FROM {s}.job WHERE outbox IS NOT NULL LIMIT $1) o");
+        let client = self.db.client().await?;
+        let statement = client.prepare_cached(&sql).await?;
+        Ok(client.query_one(&statement, &[&most]).await?.try_get(0)?)
+    }
+
     /// Forgets final jobs older than `retention` that owe no report, at most `most` at a time. Returns how many.
     ///
     /// # Errors

@@ -110,6 +110,7 @@ impl Pipeline {
             .await
             .map_err(|failure| started(attempt, failure))?;
         self.note_files(task, attempt, &prepared, fetched);
+        let begun = Instant::now();
         loop {
             let verdict = match self.send(task, attempt, &entries, &chosen, &prepared).await {
                 Ok(verdict) | Err(verdict) => verdict,
@@ -119,8 +120,9 @@ impl Pipeline {
             };
             let platform = entries.platform.as_deref();
             match sender::after_failure(&chosen, failure, &task.job, &entries.tenant, platform) {
-                Some(other) => chosen = other,
-                None => return Ok(verdict),
+                // A marked send is taken over 25 minutes after its lease: what comes late is for the next attempt.
+                Some(other) if begun.elapsed() < self.pools.attempt_limit() => chosen = other,
+                _ => return Ok(verdict),
             }
         }
     }
@@ -208,10 +210,17 @@ impl Pipeline {
         let limited = bound || entries.tenant.tenant.limited || chosen.account.limited;
         let mut slot = task.row.slot.filter(|_| chosen.account.key == task.row.account);
         let mut tried = HashSet::new();
+        let since = Instant::now();
         loop {
             let mut open = open_recipients(attempt, &tried);
             if open.is_empty() {
                 return Ok(Verdict::Attempted);
+            }
+            if since.elapsed() >= self.pools.attempt_limit() {
+                return Err(Verdict::Wait {
+                    reason: WaitReason::Busy,
+                    delay: Duration::ZERO,
+                });
             }
             let lease = self.connection(task, attempt, chosen).await?;
             let begun = Instant::now();

@@ -9,6 +9,7 @@ use crate::job::MailJob;
 use crate::ledger::Row;
 use crate::ledger::settle::Body;
 use crate::level::Level;
+use crate::memory::Held;
 
 /// A leased job.
 #[derive(Debug)]
@@ -25,6 +26,8 @@ pub struct Task {
     pub correlation_id: String,
     /// It came from RabbitMQ just now rather than out of the waiting room.
     pub new: bool,
+    /// Its share of the memory, free with it.
+    pub held: Option<Held>,
 }
 
 impl Task {

@@ -25,6 +25,14 @@ pub trait ConnectionCaps: Send + Sync {
     /// When the ledger cannot be asked.
     fn acquire<'a>(&'a self, key: &'a AccountKey, cap: u32) -> BoxFuture<'a, Result<bool, CapsError>>;
 
+    /// Accounts of which this worker has connections and others lately asked in vain.
+    ///
+    /// # Errors
+    /// When the ledger cannot be asked.
+    fn wanted(&self) -> BoxFuture<'_, Result<Vec<AccountKey>, CapsError>> {
+        Box::pin(async { Ok(Vec::new()) })
+    }
+
     /// Gives one back. Implementations repeat until it is done, or let it expire.
     fn release<'a>(&'a self, key: &'a AccountKey) -> BoxFuture<'a, ()>;
 }
@@ -63,6 +71,14 @@ impl Caps {
         };
         let asked = self.tasks.spawn_on(asking, &self.runtime).await;
         asked.unwrap_or_else(|error| Err(CapsError(error.to_string())))
+    }
+}
+
+impl Caps {
+    /// Accounts whose connections others want; none if that cannot be asked.
+    pub(super) async fn wanted(&self) -> Vec<AccountKey> {
+        let asked = tokio::time::timeout(LIMIT, self.shared.wanted()).await;
+        asked.ok().and_then(Result::ok).unwrap_or_default()
     }
 }
 

@@ -30,6 +30,8 @@ pub(super) struct Connection {
     pub(super) messages: u32,
     /// Commands sent whose replies were not read.
     unanswered: u32,
+    /// When the mail must be written, whatever the limits of the single steps.
+    deadline: Option<Instant>,
     /// The server waits for a mail, see [`Connection::enter_data`].
     in_data: bool,
     /// The server said 421, or the conversation broke.
@@ -75,6 +77,7 @@ impl Connection {
             opened: Instant::now(),
             messages: 0,
             unanswered: 0,
+            deadline: None,
             in_data: false,
             over: false,
         })
@@ -112,6 +115,21 @@ impl Connection {
         Ok(())
     }
 
+    /// From now on everything must be over by then.
+    pub(super) fn hurry(&mut self, deadline: Instant) {
+        self.deadline = Some(deadline);
+    }
+
+    /// The limits of the single steps hold again.
+    pub(super) fn take_time(&mut self) {
+        self.deadline = None;
+    }
+
+    fn limited(&self, limit: Duration) -> Duration {
+        let left = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
+        self.deadline.map_or(limit, |deadline| limit.min(left(deadline)))
+    }
+
     /// Sends one command and reads its reply.
     pub(super) async fn exchange(&mut self, command: &[u8], limit: Duration) -> Result<Reply, Trouble> {
         self.send(command, 1, limit).await?;
@@ -132,6 +150,7 @@ impl Connection {
         written: &mut usize,
     ) -> Result<(), Trouble> {
         self.unanswered += commands;
+        let limit = self.limited(limit);
         let result = match timeout(limit, self.wire.write_all(bytes, written)).await {
             Err(_) => Err(Trouble::TimedOut(limit)),
             Ok(Err(error)) => Err(Trouble::Io(error)),
@@ -143,6 +162,7 @@ impl Connection {
 
     /// Reads the next reply.
     pub(super) async fn reply(&mut self, limit: Duration) -> Result<Reply, Trouble> {
+        let limit = self.limited(limit);
         let result = match timeout(limit, self.smtp.read_response()).await {
             Err(_) => Err(Trouble::TimedOut(limit)),
             Ok(Err(error)) if error.status().is_none() => Err(trouble_of(&self.wire, error)),
@@ -169,9 +189,10 @@ impl Connection {
         self.in_data = true;
     }
 
-    /// Notes that the mail was completed.
+    /// Notes that the mail was completed; the reply to it may take its time.
     pub(super) fn leave_data(&mut self) {
         self.in_data = false;
+        self.take_time();
     }
 
     /// Gives the connection up.

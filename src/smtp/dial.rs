@@ -230,6 +230,12 @@ mod tests {
             }
         }
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let dialer = dialer(Arc::new(Here));
+        let server = server("localhost", listener.local_addr().unwrap().port());
+        assert!(dialer.reach(&server).await.unwrap().nodelay().unwrap());
+    }
+
+    fn dialer(resolver: Arc<dyn Resolver>) -> Dialer {
         let config = config::Smtp {
             ca_file: None,
             ehlo_name: "x".to_owned(),
@@ -240,16 +246,32 @@ mod tests {
             timeouts: config::SmtpTimeouts::default(),
         };
         let metrics = Arc::new(Metrics::new().unwrap());
-        let dialer = Dialer::new(config, Arc::new(Here), Tls::new(None).unwrap(), metrics);
-        let server = Server {
-            host: "localhost".to_owned(),
-            port: listener.local_addr().unwrap().port(),
+        Dialer::new(config, resolver, Tls::new(None).unwrap(), metrics)
+    }
+
+    fn server(host: &str, port: u16) -> Server {
+        Server {
+            host: host.to_owned(),
+            port,
             tls: TlsMode::None,
             credentials: None,
             allow_plaintext_auth: false,
             ca_pem: None,
             trusted: false,
-        };
-        assert!(dialer.reach(&server).await.unwrap().nodelay().unwrap());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_server_whose_name_turns_inside_is_not_dialled() {
+        use crate::egress::rebinding::{INSIDE, OUTSIDE, Sites, guard};
+        let sites = Sites::start("").await;
+        let dialer = dialer(guard(&[&[OUTSIDE], &[INSIDE], &[INSIDE, OUTSIDE]]));
+        let server = server("rebind.example", sites.port);
+        let outside = |stream: TcpStream| stream.peer_addr().unwrap().ip().to_string() == OUTSIDE;
+        assert!(outside(dialer.reach(&server).await.unwrap()));
+        let refused = dialer.reach(&server).await.unwrap_err();
+        assert_eq!(refused.reason, "host_not_allowed");
+        assert!(outside(dialer.reach(&server).await.unwrap()));
+        assert_eq!(sites.visits().1, 0);
     }
 }

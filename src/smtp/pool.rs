@@ -9,7 +9,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use tokio::time::timeout;
+use tokio::time::{timeout, timeout_at};
 
 use crate::config;
 use crate::failure::{Class, Failure, Fault, Stage};
@@ -33,8 +33,10 @@ pub(super) struct Tuning {
     pub(super) wait: Duration,
     /// Idle time after which a connection is probed before it is used again.
     pub(super) probe_after: Duration,
-    /// Idle time of connections that count against a cap shared with other workers.
+    /// Idle time of connections that count against a cap shared with other workers, even if nobody is known to want them.
     pub(super) shared_idle: Duration,
+    /// Wait for a connection of this worker to come back when the shared cap is reached.
+    pub(super) own_wait: Duration,
     /// How long an account counts as full after the shared cap was reached.
     pub(super) full_for: Duration,
     /// Time between two looks at idle connections.
@@ -46,7 +48,8 @@ impl Default for Tuning {
         Self {
             wait: Duration::from_secs(5),
             probe_after: Duration::from_secs(10),
-            shared_idle: Duration::from_secs(3),
+            shared_idle: Duration::from_secs(15),
+            own_wait: Duration::from_millis(500),
             full_for: Duration::from_millis(250),
             sweep: Duration::from_secs(1),
         }
@@ -135,24 +138,40 @@ impl Pools {
     /// # Errors
     /// [`CheckoutError`].
     pub async fn checkout(&self, submission: &Arc<Submission>) -> Result<Lease, CheckoutError> {
+        let begun = Instant::now();
+        let deadline = begun + self.core.config.timeouts.attempt;
         let pool = self.account(submission);
         let place = match timeout(self.core.tuning.wait, pool.place()).await {
             Ok(Some(place)) if !self.core.is_closed() => place,
             _ => return Err(CheckoutError::Busy),
         };
-        let (idle, spare) = self.idle(&pool, submission.version).await;
+        let idle = timeout_at(deadline.into(), self.idle(&pool, submission.version)).await;
+        let (idle, spare) = idle.unwrap_or_default();
         let home = Home {
             place,
             submission: Arc::clone(submission),
         };
         if let Some(entry) = idle {
-            return Ok(Lease::new(Arc::clone(&self.core), entry, Some(home), true));
+            return Ok(Lease::new(Arc::clone(&self.core), entry, Some(home), true, begun));
         }
-        let cap = self.cap(&pool, submission, spare).await?;
-        let connected = self.core.dialer.connect(&submission.server).await;
+        let cap = match self.cap(submission, spare).await {
+            // Quicker than the waiting room, if it comes back soon.
+            Err(CheckoutError::Busy) => match self.own(&pool, submission.version).await {
+                Some(entry) => return Ok(Lease::new(Arc::clone(&self.core), entry, Some(home), true, begun)),
+                None => return Err(self.denied(&pool)),
+            },
+            cap => cap?,
+        };
+        let connected = self.core.connect(&submission.server, deadline).await;
         let connection = connected.map_err(CheckoutError::Failed)?;
         let entry = self.core.entry(connection, submission.version, cap);
-        Ok(Lease::new(Arc::clone(&self.core), entry, Some(home), false))
+        Ok(Lease::new(
+            Arc::clone(&self.core),
+            entry,
+            Some(home),
+            false,
+            begun,
+        ))
     }
 
     /// A connection for one mail, outside all pools.
@@ -160,9 +179,17 @@ impl Pools {
     /// # Errors
     /// Connecting or logging in failed, before MAIL.
     pub async fn connect_once(&self, server: &Server) -> Result<Lease, Failure> {
-        let connection = self.core.dialer.connect(server).await?;
+        let begun = Instant::now();
+        let deadline = begun + self.core.config.timeouts.attempt;
+        let connection = self.core.connect(server, deadline).await?;
         let entry = self.core.entry(connection, 0, None);
-        Ok(Lease::new(Arc::clone(&self.core), entry, None, false))
+        Ok(Lease::new(Arc::clone(&self.core), entry, None, false, begun))
+    }
+
+    /// Time limit for everything of a transaction up to the last byte of the mail.
+    #[must_use]
+    pub fn attempt_limit(&self) -> Duration {
+        self.core.config.timeouts.attempt
     }
 
     /// Says goodbye on all idle connections and waits, for a few seconds at most, until all is closed and given back.
@@ -195,7 +222,6 @@ impl Pools {
     /// A place under the shared cap, for accounts that have one.
     async fn cap(
         &self,
-        pool: &AccountPool,
         submission: &Submission,
         spare: Option<CapLease>,
     ) -> Result<Option<CapLease>, CheckoutError> {
@@ -207,11 +233,7 @@ impl Pools {
         }
         match self.core.caps.acquire(&submission.key, cap).await {
             Ok(Some(lease)) => Ok(Some(lease)),
-            Ok(None) => {
-                pool.count_as_full(self.core.tuning.full_for);
-                self.core.denied.inc();
-                Err(CheckoutError::Busy)
-            }
+            Ok(None) => Err(CheckoutError::Busy),
             Err(error) => Err(CheckoutError::Failed(Failure::transient(
                 Class::Local,
                 Fault::Us,
@@ -220,6 +242,23 @@ impl Pools {
                 format!("The cap on connections could not be asked: {error}"),
             ))),
         }
+    }
+
+    /// A connection of this worker that comes back soon.
+    async fn own(&self, pool: &AccountPool, version: i64) -> Option<Entry> {
+        let returned = timeout(self.core.tuning.own_wait, pool.next_returned(version));
+        let mut entry = returned.await.ok()??;
+        if !self.core.is_alive(&mut entry).await {
+            return None;
+        }
+        entry.use_now();
+        Some(entry)
+    }
+
+    fn denied(&self, pool: &AccountPool) -> CheckoutError {
+        pool.count_as_full(self.core.tuning.full_for);
+        self.core.denied.inc();
+        CheckoutError::Busy
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<AccountKey, Arc<AccountPool>>> {
@@ -254,6 +293,26 @@ impl Pools {
         max_connections.map_or(own, |most| own.min(most.max(1) as usize))
     }
 
+    /// Closes idle connections that count against a cap and that other workers want. Asks nobody when there are none.
+    async fn give_up_wanted(&self) {
+        let idling: Vec<(AccountKey, Arc<AccountPool>)> = {
+            let accounts = self.lock();
+            let idling = accounts.iter().filter(|(_, pool)| pool.idles_under_cap());
+            idling
+                .map(|(key, pool)| (key.clone(), Arc::clone(pool)))
+                .collect()
+        };
+        if idling.is_empty() {
+            return;
+        }
+        let wanted = self.core.caps.wanted().await;
+        for (_, pool) in idling.into_iter().filter(|(key, _)| wanted.contains(key)) {
+            for entry in pool.drain(Entry::is_capped) {
+                self.core.retire(entry, pool.try_place());
+            }
+        }
+    }
+
     fn look_after_idle(&self) {
         let now = Instant::now();
         let pools: Vec<Arc<AccountPool>> = self.lock().values().cloned().collect();
@@ -276,5 +335,6 @@ async fn sweep(pools: Weak<Pools>, every: Duration) {
             return;
         }
         pools.look_after_idle();
+        pools.give_up_wanted().await;
     }
 }

@@ -9,7 +9,7 @@ const MAX_TEXT: usize = 16 << 10;
 
 /// The latest reply, and the one before.
 #[derive(Debug, Default)]
-pub(super) struct ReplyText {
+pub(crate) struct ReplyText {
     latest: Said,
     before: Said,
     complete: bool,
@@ -24,7 +24,7 @@ struct Said {
 
 impl ReplyText {
     /// Takes a line with its end, and leaves of it what lettre's parser needs.
-    pub(super) fn push(&mut self, line: &mut BytesMut) {
+    pub(crate) fn push(&mut self, line: &mut BytesMut) {
         if self.complete {
             self.before = std::mem::take(&mut self.latest);
             self.complete = false;
@@ -41,12 +41,12 @@ impl ReplyText {
     }
 
     /// The latest reply.
-    pub(super) fn reply(&self) -> Reply {
+    pub(crate) fn reply(&self) -> Reply {
         self.latest.reply()
     }
 
     /// The latest reply if it is negative, else the one before: lettre says QUIT by itself when EHLO is refused.
-    pub(super) fn refusal(&self) -> Reply {
+    pub(crate) fn refusal(&self) -> Reply {
         if self.latest.code >= 400 {
             self.latest.reply()
         } else {
@@ -54,7 +54,12 @@ impl ReplyText {
         }
     }
 
-    pub(super) fn lines(&self) -> std::str::Lines<'_> {
+    /// Whether the latest reply has its last line.
+    pub(super) fn is_complete(&self) -> bool {
+        self.complete
+    }
+
+    pub(crate) fn lines(&self) -> std::str::Lines<'_> {
         self.latest.text.lines()
     }
 }

@@ -4,7 +4,7 @@
 const BLOCK: usize = 64 << 10;
 
 /// The blocks of a mail, made one at a time in the same buffer.
-pub(super) struct Blocks<'a> {
+pub(crate) struct Blocks<'a> {
     rest: &'a [u8],
     at_line_start: bool,
     /// The mail does not end with CRLF; a lone LF is no end of line.
@@ -14,14 +14,14 @@ pub(super) struct Blocks<'a> {
 }
 
 /// Bytes for one write.
-pub(super) struct Block<'b> {
-    pub(super) bytes: &'b [u8],
+pub(crate) struct Block<'b> {
+    pub(crate) bytes: &'b [u8],
     /// Holds the end of the mail.
-    pub(super) is_last: bool,
+    pub(crate) is_last: bool,
 }
 
 impl<'a> Blocks<'a> {
-    pub(super) fn new(message: &'a [u8]) -> Self {
+    pub(crate) fn new(message: &'a [u8]) -> Self {
         Self {
             rest: message,
             at_line_start: true,
@@ -31,7 +31,7 @@ impl<'a> Blocks<'a> {
         }
     }
 
-    pub(super) fn next_block(&mut self) -> Option<Block<'_>> {
+    pub(crate) fn next_block(&mut self) -> Option<Block<'_>> {
         if self.finished {
             return None;
         }

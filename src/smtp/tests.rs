@@ -2,7 +2,9 @@
 
 mod cancel;
 mod data;
+mod deadline;
 mod envelope;
+mod hostile;
 mod login;
 mod pooling;
 mod secure;
@@ -86,6 +88,7 @@ impl Default for Setup {
                     greeting: limit,
                     command: limit,
                     write: limit,
+                    attempt: 60 * SECOND,
                     final_reply: limit,
                 },
             },
@@ -107,6 +110,7 @@ impl Setup {
             greeting: limit,
             command: limit,
             write: limit,
+            attempt: 60 * SECOND,
             final_reply: limit,
         };
         self

@@ -26,6 +26,9 @@ use super::reply::ReplyText;
 /// Longest reply line taken; RFC 5321 §4.5.3.1.5 allows 512 bytes.
 const MAX_LINE: usize = 8192;
 
+/// Lines of one reply. The longest that are known, to EHLO, have about 30; lettre reads all of a reply again for each.
+const MAX_LINES: usize = 500;
+
 #[derive(Debug, Clone)]
 pub(super) struct Wire(Arc<Mutex<Inner>>);
 
@@ -37,6 +40,8 @@ struct Inner {
     /// The line being handed out.
     line: BytesMut,
     reply: ReplyText,
+    /// Lines of the reply that is being read.
+    lines: usize,
     /// The server closed its side.
     ended: bool,
 }
@@ -65,6 +70,7 @@ impl Wire {
             inbound: BytesMut::with_capacity(4096),
             line: BytesMut::new(),
             reply: ReplyText::default(),
+            lines: 0,
             ended: false,
         })))
     }
@@ -182,13 +188,24 @@ impl Inner {
     }
 
     /// Moves the next line, if it is whole, to where it is handed out from.
-    fn next_line(&mut self) -> bool {
+    fn next_line(&mut self) -> io::Result<bool> {
         let Some(end) = self.inbound.iter().position(|b| *b == b'\n') else {
-            return false;
+            return Ok(false);
         };
         self.line = self.inbound.split_to(end + 1);
         self.reply.push(&mut self.line);
-        true
+        self.lines = if self.reply.is_complete() {
+            0
+        } else {
+            self.lines + 1
+        };
+        if self.lines > MAX_LINES {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "reply of too many lines",
+            ));
+        }
+        Ok(true)
     }
 }
 
@@ -221,7 +238,7 @@ impl Socket {
 impl AsyncRead for Wire {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let mut inner = self.lock();
-        while inner.line.is_empty() && !inner.next_line() {
+        while inner.line.is_empty() && !inner.next_line()? {
             if ready!(inner.poll_fill(cx))? == 0 {
                 return Poll::Ready(Ok(()));
             }

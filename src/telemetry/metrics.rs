@@ -84,6 +84,10 @@ metrics! {
     permits_used: IntGaugeVec "postroom_permits_in_use" ["level"];
     /// Jobs between delivery and settlement.
     in_flight: IntGauge "postroom_in_flight_jobs";
+    /// Bytes of jobs in hand, counted against `POSTROOM_MEMORY_BUDGET`.
+    job_bytes: IntGauge "postroom_job_bytes";
+    /// Deliveries given back to their queue because memory was full.
+    beyond_budget: IntCounter "postroom_deliveries_beyond_budget_total";
     /// Waiting jobs of the whole installation by reason: rate, retry, schedule, busy, contract, key; every worker shows it.
     waiting: IntGaugeVec "postroom_waiting_jobs" ["reason"];
     /// Rate slots asked for, by answer: granted, denied, lost (with the lease).
@@ -102,6 +106,8 @@ metrics! {
     dead_lettered: IntCounterVec "postroom_dead_lettered_total" ["reason"];
     /// Publishes by result: confirmed, nacked, returned, timeout, error.
     publishes: IntCounterVec "postroom_publishes_total" ["result"];
+    /// Jobs of the whole installation that owe a report, up to `POSTROOM_OUTBOX_LIMIT`; every worker shows it.
+    outbox_jobs: IntGauge "postroom_outbox_jobs";
     /// Age of the oldest report not yet published.
     outbox_age: IntGauge "postroom_outbox_oldest_seconds";
     /// Attachments fetched, by result: ok, cached, failed.

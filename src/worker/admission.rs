@@ -97,7 +97,7 @@ impl Admission {
     }
 
     async fn admit_what_can_run(&mut self) {
-        loop {
+        while !self.worker.reporter.is_full() {
             // The batch is picked when it can be sent, so that it is as full as the load makes it.
             let Ok(statement) = Arc::clone(&self.statements).acquire_owned().await else {
                 return;
@@ -235,7 +235,7 @@ async fn release_first(
     let request = ReleaseRequest {
         level,
         most: jobs.len(),
-        most_bytes: super::dispatcher::RELEASE_BYTES,
+        most_bytes: worker.releasable_bytes(),
         exclude: Vec::new(),
         only: Some(account),
     };

@@ -244,13 +244,30 @@ pub(super) fn plain(delivery: &Delivery, limits: &crate::config::JobLimits) -> O
 
 fn properties(delivery: &Delivery, job: &MailJob) -> Properties {
     Properties {
-        correlation_id: delivery.correlation_id().map(str::to_owned),
-        traceparent: delivery.header("traceparent").map(str::to_owned),
+        correlation_id: delivery.correlation_id().map(storable),
+        traceparent: delivery.header("traceparent").and_then(trace_parent),
         contract: delivery.header("x-contract").map(str::to_owned),
         recipients: job.recipients().count(),
         tags: job.tags.clone(),
         metadata: job.metadata.clone(),
     }
+}
+
+/// A property as reports and the ledger can hold it: Postgres has no NUL in JSON, and a line no line ends.
+pub(super) fn storable(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .collect()
+}
+
+/// A header `traceparent` that has the form of one (W3C Trace Context §3.2: 55 characters, later versions may be longer).
+fn trace_parent(text: &str) -> Option<String> {
+    const LONGEST: usize = 128;
+    let well_formed = (55..=LONGEST).contains(&text.len())
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_hexdigit() || b.is_ascii_lowercase() || b == b'-');
+    well_formed.then(|| text.to_owned())
 }
 
 /// A decoded job of which nobody knows whether it was sent already.
@@ -289,4 +306,25 @@ fn rejected(job: &MailJob, failure: &Failure) -> Rejection {
 /// The tenant a rejection is told to, if there is one.
 pub(super) fn told(rejection: &Rejection) -> Option<&TenantId> {
     rejection.tenant.as_ref().filter(|tenant| !tenant.is_platform())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_producers_properties_are_bounded_and_can_be_stored() {
+        assert_eq!(storable("a\0b\nc"), "a\u{fffd}b\u{fffd}c");
+        let good = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        assert_eq!(trace_parent(good).as_deref(), Some(good));
+        for bad in [
+            "",
+            "x",
+            "00-\0",
+            &good.to_uppercase().replace('-', " "),
+            &good.repeat(2000),
+        ] {
+            assert_eq!(trace_parent(bad), None, "{} bytes", bad.len());
+        }
+    }
 }

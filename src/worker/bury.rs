@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use super::Worker;
-use super::arrival::{Arrival, incoming, told};
+use super::arrival::{Arrival, incoming, storable, told};
 use crate::broker::{DeadLetter, Delivery, PublishError};
 use crate::directory::overrides;
 use crate::fail_point::{self, Point};
@@ -126,7 +126,9 @@ impl Worker {
         };
         let aad = overrides::aad(tenant, id);
         match decode::seal_override(&plain, |secret| keys.seal(secret, &aad)) {
-            Ok(Cow::Owned(changed)) if matches!(plain, Cow::Borrowed(_)) && !has_password(&changed) => {
+            Ok(Cow::Owned(changed))
+                if matches!(plain, Cow::Borrowed(_)) && !decode::may_hold_other_secret(&changed) =>
+            {
                 (Some(changed), false)
             }
             _ => whole(),
@@ -156,14 +158,6 @@ async fn wait_again(
     }
 }
 
-/// Whether something besides a sealed override may still be a password.
-fn has_password(body: &[u8]) -> bool {
-    let text = String::from_utf8_lossy(body).to_ascii_lowercase();
-    ["password", "passwd", "secret", "token"]
-        .iter()
-        .any(|word| text.contains(word))
-}
-
 fn rejection_report(
     tenant: &crate::id::TenantId,
     id: Option<&crate::id::JobId>,
@@ -180,7 +174,7 @@ fn rejection_report(
     let subject = id.map_or("-", crate::id::JobId::as_str);
     let correlation = delivery
         .correlation_id()
-        .map(str::to_owned)
+        .map(storable)
         .or_else(|| id.map(ToString::to_string));
     Report {
         id: event_id(tenant.as_str(), "job", subject, &number),

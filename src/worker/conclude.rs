@@ -20,6 +20,7 @@ use crate::ledger::admit::{Absorb, Admitted};
 use crate::ledger::release::Released;
 use crate::ledger::settle::{Body, Next, Settled, Settlement};
 use crate::ledger::{Row, WaitReason};
+use crate::memory::{self, Held, Share};
 use crate::pipeline::attempt::panicked;
 use crate::pipeline::task::Task;
 use crate::pipeline::{Attempt, Verdict};
@@ -79,6 +80,18 @@ impl Worker {
 
     /// Runs a job out of the waiting room.
     pub fn run_released(self: &Arc<Self>, released: Released, right: Right) {
+        let weight = memory::weight(released.body.len() as u64);
+        if weight == 0 {
+            return self.begin_released(released, right, None);
+        }
+        let worker = Arc::clone(self);
+        self.tasks.spawn(async move {
+            let held = worker.memory.hold(Share::Room, weight).await;
+            worker.begin_released(released, right, Some(held));
+        });
+    }
+
+    fn begin_released(self: &Arc<Self>, released: Released, right: Right, held: Option<Held>) {
         let properties: Properties = serde_json::from_value(released.properties).unwrap_or_default();
         let incoming = Incoming {
             body: &released.body,
@@ -100,6 +113,7 @@ impl Worker {
             level: released.level,
             body: None,
             new: false,
+            held,
         };
         self.spawn_job(task, None, right);
     }
@@ -126,6 +140,8 @@ impl Worker {
             level: arrival.level,
             body,
             new: true,
+            // The delivery holds it.
+            held: None,
         };
         (task, arrival.delivery)
     }

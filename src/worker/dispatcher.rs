@@ -10,9 +10,10 @@ use super::permits::Permit;
 use crate::db::DbError;
 use crate::ledger::release::ReleaseRequest;
 use crate::level::Level;
+use crate::memory::{FACTOR, Share};
 
-/// Bytes of bodies taken out in one statement.
-pub const RELEASE_BYTES: u64 = 8 << 20;
+/// Most bytes of bodies taken out in one statement.
+const RELEASE_BYTES: u64 = 8 << 20;
 /// How often the waiting room is looked at.
 const TICK: Duration = Duration::from_millis(200);
 /// Most jobs taken out in one statement.
@@ -34,6 +35,9 @@ pub async fn run(worker: Arc<Worker>, stop: CancellationToken) {
             let _taking = worker.tasks.token();
             if stop.is_cancelled() {
                 return;
+            }
+            if worker.reporter.is_full() {
+                break;
             }
             match turn(&worker).await {
                 Ok(0) => break,
@@ -63,7 +67,19 @@ async fn turn(worker: &Arc<Worker>) -> Result<usize, DbError> {
     Ok(taken)
 }
 
+impl Worker {
+    /// Bytes of bodies that one statement may take out of the waiting room now: as many as memory is free for. None while
+    /// what was taken out before still waits for its share.
+    pub(super) fn releasable_bytes(&self) -> u64 {
+        (self.memory.free(Share::Room) / FACTOR).min(RELEASE_BYTES)
+    }
+}
+
 async fn level_turn(worker: &Arc<Worker>, level: Level) -> Result<usize, DbError> {
+    let most_bytes = worker.releasable_bytes();
+    if most_bytes == 0 {
+        return Ok(0);
+    }
     // Permits first: what is leased without one would only sit here. Half of those left at a time: an account that is
     // full after this is passed over next time, and must not have taken the permits of all others by then.
     let most = worker.permits.available(level).div_ceil(2).min(MOST);
@@ -76,7 +92,7 @@ async fn level_turn(worker: &Arc<Worker>, level: Level) -> Result<usize, DbError
     let request = ReleaseRequest {
         level,
         most: permits.len(),
-        most_bytes: RELEASE_BYTES,
+        most_bytes,
         exclude: worker.load.full_accounts(),
         only: None,
     };

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use super::Worker;
+use super::{Worker, reporter};
 use crate::fail_point::{self, Point};
 use crate::ledger::lease::Beat;
 
@@ -19,6 +19,9 @@ pub async fn run(worker: Arc<Worker>, stop: CancellationToken, end: Cancellation
         every(Duration::from_secs(15), stop.clone(), || count_waiting(&worker)),
         every(worker.lease / 3, stop.clone(), || take_over(&worker)),
         every(Duration::from_mins(5), stop.clone(), || forget(&worker)),
+        every(Duration::from_secs(2), stop.clone(), || reporter::measure(
+            &worker
+        )),
         every(Duration::from_mins(1), stop, || find_forgotten(&worker)),
     );
 }

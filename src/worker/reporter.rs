@@ -2,6 +2,7 @@
 //! in the outbox; the sweeper comes for it.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use lapin::types::ShortString;
@@ -30,13 +31,60 @@ const HOLD: Duration = Duration::from_mins(1);
 #[derive(Debug)]
 pub struct Reporter {
     room: Arc<Semaphore>,
+    /// Jobs owing a report above which nothing new is begun.
+    limit: usize,
+    full: AtomicBool,
 }
 
-impl Default for Reporter {
-    fn default() -> Self {
+impl Reporter {
+    /// Nothing on its way. `limit`: jobs owing a report above which the outbox is full.
+    #[must_use]
+    pub fn new(limit: usize) -> Self {
         Self {
             room: Arc::new(Semaphore::new(ON_THEIR_WAY)),
+            limit,
+            full: AtomicBool::new(false),
         }
+    }
+
+    /// Whether so many reports wait that nothing new should be sent: each mail would add one.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.full.load(Ordering::Relaxed)
+    }
+
+    /// Notes how many jobs owe a report. Full from the limit on, until an eighth of it is free again.
+    fn note_owed(&self, owed: usize) {
+        let was_full = self.is_full();
+        let from = if was_full {
+            self.limit - self.limit / 8
+        } else {
+            self.limit
+        };
+        let full = owed >= from.max(1);
+        self.full.store(full, Ordering::Relaxed);
+        match (was_full, full) {
+            (false, true) => tracing::warn!(
+                owed,
+                "reports cannot be published and fill the outbox (POSTROOM_OUTBOX_LIMIT): nothing new is sent until \
+                 the broker takes them; is it blocked by an alarm?"
+            ),
+            (true, false) => tracing::info!(owed, "the outbox has room again; sending goes on"),
+            _ => {}
+        }
+    }
+}
+
+/// Looks how full the outbox is.
+pub async fn measure(worker: &Arc<Worker>) {
+    let limit = worker.reporter.limit;
+    let most = i64::try_from(limit).unwrap_or(i64::MAX).saturating_add(1);
+    match worker.ledger.outbox_size(most).await {
+        Ok(owed) => {
+            worker.metrics.outbox_jobs.set(owed);
+            worker.reporter.note_owed(usize::try_from(owed).unwrap_or(0));
+        }
+        Err(error) => worker.database_trouble("outbox", &error),
     }
 }
 
@@ -82,7 +130,8 @@ pub async fn sweep(worker: Arc<Worker>, stop: CancellationToken) {
 /// One chunk; whether there may be more.
 async fn sweep_once(worker: &Arc<Worker>) -> bool {
     const CHUNK: i32 = 256;
-    if !worker.is_connected() {
+    // Whatever was taken now and not published would rest for a while.
+    if !worker.is_connected() || worker.publisher.is_blocked() {
         return false;
     }
     let owed = match worker.ledger.owed_reports(CHUNK, HOLD).await {
@@ -107,7 +156,13 @@ async fn sweep_once(worker: &Arc<Worker>) -> bool {
                 kind: &kind,
                 correlation: correlation.as_deref(),
             };
-            if let Err(error) = worker.publish_json(&head, json.as_bytes()).await {
+            let mut published = worker.publish_json(&head, json.as_bytes()).await;
+            if published.is_err() {
+                // Nobody else may publish it for a while now: once more if the session has ended under it.
+                worker.wait_connected().await;
+                published = worker.publish_json(&head, json.as_bytes()).await;
+            }
+            if let Err(error) = published {
                 tracing::warn!(%error, "reports stay in the outbox");
                 return false;
             }
@@ -197,4 +252,19 @@ fn head(json: &str) -> Option<(String, Option<String>)> {
         .and_then(|c| c.as_str())
         .map(str::to_owned);
     Some((value.get("type")?.as_str()?.to_owned(), correlation))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_outbox_is_full_from_its_limit_until_an_eighth_is_free() {
+        let reporter = Reporter::new(80);
+        let states = [79, 80, 71, 70, 69, 79].map(|owed| {
+            reporter.note_owed(owed);
+            reporter.is_full()
+        });
+        assert_eq!(states, [false, true, true, true, false, false]);
+    }
 }

@@ -10,12 +10,13 @@ use tokio_util::task::TaskTracker;
 
 use super::admission::Admission;
 use super::arrival::Arrival;
+use super::intake::Intake;
 use super::load::Load;
 use super::permits::Permits;
 use super::reporter::{self, Reporter};
-use super::{Worker, dispatcher, housekeeping};
+use super::{Worker, dispatcher, housekeeping, intake};
 use crate::attachment::{Attachments, StorageError};
-use crate::broker::{BrokerError, Consumer, Session, Subscription, Supervisor};
+use crate::broker::{BrokerError, Delivery, Session, Subscription, Supervisor};
 use crate::cli::{Service, ServiceError};
 use crate::config;
 use crate::db::{Database, DbError};
@@ -26,6 +27,7 @@ use crate::id::AccountKey;
 use crate::ledger::batches::{Batches, pauses};
 use crate::ledger::{Epoch, Ledger};
 use crate::level::Level;
+use crate::memory::Memory;
 use crate::pipeline::attempt::Pipeline;
 use crate::pipeline::task::SharedClock;
 use crate::secret::{Keys, KeysError};
@@ -136,7 +138,7 @@ async fn build(
     supervisor: &Supervisor,
 ) -> Result<(Arc<Worker>, mpsc::Receiver<Arrival>), WorkerError> {
     let metrics = Arc::clone(&service.metrics);
-    let ledger = Ledger::new(database.clone(), Arc::clone(&metrics));
+    let ledger = Ledger::new(database.clone(), Arc::clone(&metrics)).with_vital(database.reserved()?);
     let name = host_name();
     let epoch = ledger.register(&name, settings.worker.lease).await?;
     let guard = Arc::new(EgressGuard::new(settings.egress));
@@ -176,18 +178,20 @@ async fn build(
     let worker = Arc::new(Worker {
         permits: Permits::new(settings.worker.concurrency, Arc::clone(&metrics)),
         permits_total: settings.worker.concurrency.max(8),
+        memory: Memory::new(settings.worker.job_memory, metrics.job_bytes.clone()),
         load: Load::new(settings.worker.concurrency.max(8)),
         pool_size,
         limits: settings.limits,
         retry: settings.worker.retry,
         deferred_report_after: settings.worker.deferred_report_after,
         lease: settings.worker.lease,
-        attempt_deadline: timeouts.final_reply + 5 * timeouts.write,
+        // What comes before the transaction, attachments above all, is part of it.
+        attempt_deadline: timeouts.final_reply + 3 * timeouts.attempt,
         retention: settings.worker.retention,
         publisher: supervisor.publisher(),
         topology: supervisor.topology().clone(),
         connected: supervisor.connected(),
-        reporter: Reporter::default(),
+        reporter: Reporter::new(settings.worker.outbox_limit),
         tasks: TaskTracker::new(),
         nudge: Notify::new(),
         database: ready,
@@ -250,15 +254,18 @@ async fn serve(
 ) -> Result<(), BrokerError> {
     let mut consumers = tokio::task::JoinSet::new();
     for (level, queue) in worker.topology.job_queues() {
-        let prefetch = prefetch(*level, worker.permits_total);
+        let widest = widest(*level, worker.permits_total);
         let subscription = Subscription {
             queue: queue.as_str().into(),
             level: Some(*level),
-            prefetch,
+            prefetch: widest.min(intake::FIRST),
         };
         let consumer = session.consume(subscription).await?;
-        let (worker, ended, soft) = (Arc::clone(&worker), session.ended().clone(), soft.clone());
-        consumers.spawn(consume(worker, consumer, *level, ended, soft));
+        let (kept, taken) = mpsc::channel(widest.into());
+        let ends = (soft.clone(), session.ended().clone());
+        consumers.spawn(Intake::new(Arc::clone(&worker), consumer, widest, kept, ends).run());
+        let (worker, ended) = (Arc::clone(&worker), session.ended().clone());
+        consumers.spawn(decode(worker, taken, *level, ended, soft.clone()));
     }
     while consumers.join_next().await.is_some() {}
     if soft.is_cancelled() && !session.ended().is_cancelled() {
@@ -271,32 +278,26 @@ async fn serve(
 }
 
 /// Deliveries of one queue, decoded in turn.
-async fn consume(
+async fn decode(
     worker: Arc<Worker>,
-    mut consumer: Consumer,
+    mut kept: mpsc::Receiver<Delivery>,
     level: Level,
     ended: CancellationToken,
     soft: CancellationToken,
 ) {
-    loop {
-        let delivery = tokio::select! {
-            biased;
-            () = soft.cancelled() => break,
-            delivery = consumer.next() => delivery,
-        };
-        let Some(delivery) = delivery else { return };
+    while let Some(delivery) = kept.recv().await {
+        // What was not begun goes back, by being dropped.
+        if soft.is_cancelled() {
+            continue;
+        }
         if let Some(arrival) = worker.receive(delivery, level, &ended).await {
             worker.arrive(arrival).await;
         }
     }
-    if consumer.stop().await.is_ok() {
-        // What was delivered but not begun goes back, by being dropped.
-        while consumer.next().await.is_some() {}
-    }
 }
 
 /// Enough in hand to keep the permits busy, little enough not to starve other workers.
-fn prefetch(level: Level, permits: usize) -> u16 {
+fn widest(level: Level, permits: usize) -> u16 {
     let factor = if level <= Level::High { 2 } else { 4 };
     u16::try_from(permits * factor).unwrap_or(u16::MAX).max(32)
 }
@@ -369,6 +370,15 @@ impl ConnectionCaps for Caps {
         Box::pin(async move {
             self.ledger
                 .acquire_connection(&self.epoch(), key)
+                .await
+                .map_err(|error| CapsError(error.to_string()))
+        })
+    }
+
+    fn wanted(&self) -> BoxFuture<'_, Result<Vec<AccountKey>, CapsError>> {
+        Box::pin(async move {
+            self.ledger
+                .wanted_connections(&self.epoch())
                 .await
                 .map_err(|error| CapsError(error.to_string()))
         })

@@ -74,6 +74,22 @@ impl Private {
         self.act("kill", server).await
     }
 
+    /// The broker's memory alarm: it blocks whoever publishes.
+    ///
+    /// # Errors
+    /// If `dev/servers` cannot.
+    pub async fn alarm(&self) -> Result<(), String> {
+        self.act("alarm", RABBITMQ).await
+    }
+
+    /// The end of it.
+    ///
+    /// # Errors
+    /// If `dev/servers` cannot.
+    pub async fn calm(&self) -> Result<(), String> {
+        self.act("calm", RABBITMQ).await
+    }
+
     /// Starts it again with its ports and data.
     ///
     /// # Errors

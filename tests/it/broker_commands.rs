@@ -309,3 +309,19 @@ async fn a_wrong_password_is_reported_without_it() {
     );
     assert!(!error.contains("hunter2"), "{error}");
 }
+
+#[tokio::test]
+async fn definitions_are_printed_for_the_vhost_of_the_url_or_the_default_one() {
+    let mut world = World::new().await;
+    let name = world.scratch().name().to_owned();
+    for vhost in [name.as_str(), "/"] {
+        let printed = world.postroom(&["topology", "print"]).await.success();
+        let definitions: serde_json::Value = serde_json::from_str(&printed).unwrap();
+        let queues = definitions["queues"].as_array().unwrap();
+        assert!(
+            queues.len() >= 8 && queues.iter().all(|queue| queue["vhost"] == vhost),
+            "{printed}"
+        );
+        world.unset("POSTROOM_AMQP_URL");
+    }
+}

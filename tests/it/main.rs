@@ -7,6 +7,7 @@
 
 mod attachments;
 mod bad_input;
+mod bounds;
 mod broker_commands;
 mod broker_restart;
 mod broker_session;
@@ -18,7 +19,10 @@ mod crash;
 mod duplicates;
 mod fairness;
 mod frame;
+mod isolation;
 mod job_commands;
+#[cfg(feature = "fail-points")]
+mod kill_points;
 mod levels;
 mod limits;
 mod lost_connections;

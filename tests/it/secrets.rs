@@ -9,13 +9,16 @@ use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use jiff::{SignedDuration, Timestamp};
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable};
+use postroom::job::decode::{Incoming, decode};
 use postroom::level::Level;
+use postroom_testkit::s3::{S3Server, SECRET_KEY};
 use postroom_testkit::smtp::{Action, Phase, RcptRule, Script, SmtpServer};
 use postroom_testkit::webhook::WebhookReceiver;
+use reqwest::Method;
 use serde_json::{Value, json};
 
 use crate::sends::account_with_password;
-use crate::support::{Received, Reports, World};
+use crate::support::{Finished, Process, Received, Reports, World};
 
 const LIMIT: Duration = Duration::from_mins(1);
 
@@ -214,15 +217,24 @@ async fn dump(world: &World, hay: &mut Haystack) {
     assert!(count > 5, "the dump has found the rows");
 }
 
-/// Everything in the queues that keep things.
+/// Everything in any queue that outlives its connection. Answers how many dead letters there were.
 async fn drain(world: &World, hay: &mut Haystack) -> usize {
     let mut found = 0;
-    for queue in [
-        "mail.jobs.dead",
-        "mail.reports.bridge",
-        "mail.reports.dead",
-        "mail.unroutable",
-    ] {
+    let path = format!(
+        "queues/{}?disable_stats=true&enable_queue_totals=true",
+        world.scratch().name()
+    );
+    let listed = world
+        .scratch()
+        .servers()
+        .management(Method::GET, &path, None)
+        .await
+        .unwrap();
+    let listed: Vec<Value> = serde_json::from_str(&listed).unwrap();
+    let kept = listed.iter().filter(|queue| queue["exclusive"] != true);
+    let names: Vec<&str> = kept.map(|queue| queue["name"].as_str().unwrap()).collect();
+    assert!(names.len() >= 8 && names.contains(&"mail.jobs.dead"), "{names:?}");
+    for queue in names {
         while let Some(message) = world.amqp().await.get(queue).await {
             for (name, value) in message.properties.headers().iter().flat_map(FieldTable::inner) {
                 let bytes = match value {
@@ -313,6 +325,98 @@ async fn publish_bad(world: &World, server: &SmtpServer) -> u32 {
     count
 }
 
+const AMQP: &str = "amqp-Kanarienvogel-5";
+const DATABASE: &str = "database-Kanarienvogel-6";
+const BASIC: &str = "basic-Kanarienvogel-7";
+
+/// A world whose passwords in URLs are canaries, and whose large files go to an object store.
+async fn canary_world(s3: &S3Server) -> World {
+    let mut world = World::new().await;
+    let everything = "trace,lapin=trace,tokio_postgres=trace,rustls=trace,lettre=trace,reqwest=trace,hyper=trace,object_store=trace";
+    world.set("POSTROOM_LOG", everything);
+    world.set("POSTROOM_RETRY_BASE", "200ms");
+    for (name, value) in s3.env() {
+        world.set(&name, value);
+    }
+    world.set("POSTROOM_STORAGE_URL", "s3://mail/files");
+    let name = world.scratch().name().to_owned();
+    let servers = world.scratch().servers().clone();
+    let user = json!({"password": AMQP, "tags": ""}).to_string();
+    let rights = r#"{"configure": ".*", "write": ".*", "read": ".*"}"#;
+    for (path, body) in [
+        (format!("users/{name}"), user.as_str()),
+        (format!("permissions/{name}/{name}"), rights),
+    ] {
+        servers.management(Method::PUT, &path, Some(body)).await.unwrap();
+    }
+    let with = |url: &str, user: Option<&str>, password: &str| {
+        let mut url = url::Url::parse(url).unwrap();
+        if let Some(user) = user {
+            url.set_username(user).unwrap();
+        }
+        url.set_password(Some(password)).unwrap();
+        url.to_string()
+    };
+    world.set("POSTROOM_AMQP_URL", with(world.amqp_url(), Some(&name), AMQP));
+    world.set(
+        "POSTROOM_DATABASE_URL",
+        with(world.database_url(), None, DATABASE),
+    );
+    world.prepare().await;
+    let policy = "tenant set acme --large-file-bytes 1000 --large-file-action rewrite";
+    let policy: Vec<_> = policy.split(' ').collect();
+    world.postroom(&policy).await.success();
+    world
+}
+
+/// The keys themselves, without their ids.
+fn keys_of(world: &World) -> Vec<String> {
+    let of = |name| world.variable(name).split_once(':').unwrap().1.to_owned();
+    ["POSTROOM_ENCRYPTION_KEYS", "POSTROOM_OVERRIDE_KEYS"]
+        .map(of)
+        .to_vec()
+}
+
+/// What others on the machine see of a process, and that it leaves nothing when it crashes.
+fn look_at(process: &Process, hay: &mut Haystack) {
+    let of = |file: &str| std::fs::read(format!("/proc/{}/{file}", process.pid())).unwrap_or_default();
+    hay.add("command line", of("cmdline"));
+    let limits = String::from_utf8_lossy(&of("limits")).into_owned();
+    let core = limits.lines().find(|line| line.starts_with("Max core file size"));
+    // Other systems have no such file.
+    if let Some(core) = core {
+        assert_eq!(core.split_whitespace().nth(4), Some("0"), "{core}");
+    }
+}
+
+/// Values of the library as `{:?}` shows them.
+fn debug_of(world: &World, hay: &mut Haystack, jobs: &[Value]) {
+    hay.add(
+        "Debug of settings",
+        format!("{:?} {:?}", world.broker_config(), world.database_config()),
+    );
+    let keys = postroom::config::Keys {
+        encryption: world.variable("POSTROOM_ENCRYPTION_KEYS").into(),
+        overrides: Some(world.variable("POSTROOM_OVERRIDE_KEYS").into()),
+    };
+    hay.add(
+        "Debug of keys",
+        format!(
+            "{keys:?} {:?}",
+            postroom::secret::Keyring::parse(&keys.encryption)
+        ),
+    );
+    for job in jobs {
+        let body = job.to_string();
+        let incoming = Incoming {
+            body: body.as_bytes(),
+            ..Incoming::default()
+        };
+        let decoded = decode(&incoming, &postroom::config::JobLimits::default()).unwrap();
+        hay.add("Debug of a job", format!("{incoming:?} {decoded:?}"));
+    }
+}
+
 /// What commands print.
 async fn ask(world: &World, hay: &mut Haystack) {
     for line in [
@@ -320,11 +424,25 @@ async fn ask(world: &World, hay: &mut Haystack) {
         "account show acme main --json",
         "account list acme",
         "endpoint show acme --json",
+        "endpoint show acme basic --json",
+        "endpoint list acme",
         "job list --json",
         "job show acme sent --json",
+        "tenant show acme --json",
+        "topology print",
+        "topology check",
+        "migrate",
+        "key rotate",
+        "help",
+        "worker --help",
+        "bridge --help",
+        "account set --help",
+        "endpoint set --help",
     ] {
         let arguments: Vec<_> = line.split_whitespace().collect();
-        hay.add(line, world.postroom(&arguments).await.success());
+        let finished = world.postroom(&arguments).await;
+        hay.add(format!("standard error of {line}"), finished.stderr.clone());
+        hay.add(line, finished.success());
     }
 }
 
@@ -348,16 +466,14 @@ fn assert_complete(hay: &Haystack) {
 
 #[tokio::test]
 async fn no_password_is_in_logs_database_queues_reports_or_metrics() {
-    let mut world = tenant_world().await;
-    let everything =
-        "trace,lapin=trace,tokio_postgres=trace,rustls=trace,lettre=trace,reqwest=trace,hyper=trace";
-    world.set("POSTROOM_LOG", everything);
+    let s3 = S3Server::start("mail").await.unwrap();
+    let world = canary_world(&s3).await;
     let (server, closed) = (open_server().await, closed_server().await);
     account_with_password(&world, "main", &server, ACCOUNT, "").await;
     account_with_password(&world, "closed", &closed, WRONG, "--max-attempts 2").await;
     let receiver = WebhookReceiver::start().await.unwrap();
     let url = receiver.url("/hook");
-    let endpoint = [
+    let set = [
         "endpoint",
         "set",
         "acme",
@@ -366,11 +482,31 @@ async fn no_password_is_in_logs_database_queues_reports_or_metrics() {
         "--bearer-stdin",
         "--generate-secret",
     ];
-    world.postroom_stdin(&endpoint, BEARER.as_bytes()).await.success();
+    let signing = world.postroom_stdin(&set, BEARER.as_bytes()).await.success();
+    let signing = signing
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix("whsec_"))
+        .unwrap()
+        .to_owned();
+    let basic = receiver.url("/basic");
+    let set = [
+        "endpoint",
+        "set",
+        "acme",
+        "basic",
+        "--url",
+        &basic,
+        "--basic-user",
+        "b",
+        "--password-stdin",
+    ];
+    world.postroom_stdin(&set, BASIC.as_bytes()).await.success();
     let mut reports = world.reports().await;
     let (mut worker, mut bridge) = (world.start_worker().await, world.start_bridge().await);
 
-    let jobs = jobs(&server, &closed);
+    let mut jobs = jobs(&server, &closed).to_vec();
+    let file = json!([{"filename": "large.txt", "base64": STANDARD.encode("x".repeat(2000))}]);
+    jobs.insert(0, plain("linked", "attachments", file));
     for job in &jobs {
         world.publish(Level::High, "acme", job).await;
     }
@@ -380,25 +516,177 @@ async fn no_password_is_in_logs_database_queues_reports_or_metrics() {
     closed_told.await;
     let mut hay = Haystack(Vec::new());
     dump(&world, &mut hay).await;
-    for job in &jobs[..7] {
+    for job in &jobs[..8] {
         reports.final_of(job["id"].as_str().unwrap()).await;
     }
-    for request in receiver.wait_for(7, LIMIT).await.unwrap() {
-        assert_eq!(request.header("authorization"), format!("Bearer {BEARER}"));
+    for request in receiver.wait_for(16, LIMIT).await.unwrap() {
+        let authorization = match request.path.as_str() {
+            "/hook" => format!("Bearer {BEARER}"),
+            _ => format!("Basic {}", STANDARD.encode(format!("b:{BASIC}"))),
+        };
+        assert_eq!(request.header("authorization"), authorization);
         hay.add("webhook", request.body.to_vec());
     }
     dump(&world, &mut hay).await;
+    debug_of(&world, &mut hay, &jobs);
     ask(&world, &mut hay).await;
     assert_eq!(drain(&world, &mut hay).await, bad as usize);
     for report in reports.all() {
         hay.add("report", report.json.to_string());
     }
     for (name, process) in [("worker", &mut worker), ("bridge", &mut bridge)] {
+        look_at(process, &mut hay);
         hay.add("metrics", process.get("/metrics").await.unwrap().1);
         process.term().await;
         hay.add(format!("log of the {name}"), process.logs());
     }
     assert!(server.counters().auth_ok >= 2, "the passwords were used");
+    assert!(!s3.objects().is_empty(), "the key of the object store was used");
     assert_complete(&hay);
-    hay.assert_without(&[ACCOUNT, OVERRIDE, WRONG, BEARER]);
+    let keys = keys_of(&world);
+    let mut secrets = vec![
+        ACCOUNT, OVERRIDE, WRONG, BEARER, BASIC, AMQP, DATABASE, SECRET_KEY, &signing,
+    ];
+    secrets.extend(keys.iter().map(String::as_str));
+    hay.assert_without(&secrets);
+    let (servers, name) = (
+        world.scratch().servers().clone(),
+        world.scratch().name().to_owned(),
+    );
+    drop((worker, bridge, reports));
+    servers
+        .management(Method::DELETE, &format!("users/{name}"), None)
+        .await
+        .unwrap();
+}
+
+/// Commands with settings that cannot work: name, value, command.
+fn broken_settings(world: &World) -> Vec<(&'static str, String, &'static str)> {
+    let database = url::Url::parse(world.database_url()).unwrap();
+    let (at, name) = (
+        format!("127.0.0.1:{}", database.port().unwrap()),
+        world.scratch().name(),
+    );
+    let key = STANDARD.encode(CANARY);
+    vec![
+        (
+            "POSTROOM_DATABASE_URL",
+            format!("postgres://u:{CANARY}@127.0.0.1:1/x"),
+            "migrate",
+        ),
+        (
+            "POSTROOM_DATABASE_URL",
+            format!("postgres://nobody:{CANARY}@{at}/{name}"),
+            "migrate",
+        ),
+        (
+            "POSTROOM_DATABASE_URL",
+            format!("postgres://postgres:{CANARY}@{at}/nowhere"),
+            "tenant list",
+        ),
+        (
+            "POSTROOM_DATABASE_URL",
+            format!("postgres://u:{CANARY}@h:port/x"),
+            "migrate",
+        ),
+        (
+            "POSTROOM_DATABASE_URL",
+            format!("postgres://u:{CANARY}@[::1/x"),
+            "migrate",
+        ),
+        (
+            "POSTROOM_DATABASE_URL",
+            format!("postgres//u:{CANARY}@h/x"),
+            "job list",
+        ),
+        (
+            "POSTROOM_DATABASE_URL",
+            format!("host=127.0.0.1 password={CANARY}"),
+            "worker",
+        ),
+        (
+            "POSTROOM_DATABASE_URL",
+            format!("postgres://u:{CANARY}@h/x?sslmode=maybe"),
+            "bridge",
+        ),
+        (
+            "POSTROOM_AMQP_URL",
+            format!("amqp://u:{CANARY}@127.0.0.1:1/x"),
+            "topology apply",
+        ),
+        (
+            "POSTROOM_AMQP_URL",
+            world.amqp_url().replace("guest@", &format!("{CANARY}@")),
+            "topology check",
+        ),
+        (
+            "POSTROOM_AMQP_URL",
+            format!("amqp://u:{CANARY}@h:port/x"),
+            "dead list",
+        ),
+        ("POSTROOM_AMQP_URL", format!("amqp:/u:{CANARY}@h"), "worker"),
+        ("POSTROOM_ENCRYPTION_KEYS", format!("k:{key}"), "key rotate"),
+        ("POSTROOM_ENCRYPTION_KEYS", CANARY.to_owned(), "worker"),
+        ("POSTROOM_OVERRIDE_KEYS", format!("{key}:k"), "worker"),
+        ("POSTROOM_STORAGE_URL", format!("s3//{CANARY}"), "worker"),
+        (
+            "POSTROOM_STORAGE_URL",
+            format!("ftp://u:{CANARY}@bucket"),
+            "worker",
+        ),
+        ("POSTROOM_STORAGE_PUBLIC_URL", format!("{CANARY}?x"), "worker"),
+        ("POSTROOM_EGRESS_ALLOW", "not-a-network".to_owned(), "worker"),
+        (
+            "POSTROOM_DATABASE_URI",
+            format!("postgres://u:{CANARY}@h/x"),
+            "migrate",
+        ),
+    ]
+}
+
+const CANARY: &str = "setting-Kanarienvogel-8";
+
+#[tokio::test]
+async fn no_error_text_shows_a_password_of_the_settings() {
+    let mut world = World::ready().await;
+    world.set("POSTROOM_LOG", "trace,lapin=trace,tokio_postgres=trace");
+    let whole: Vec<(String, String)> = [
+        "POSTROOM_DATABASE_URL",
+        "POSTROOM_AMQP_URL",
+        "POSTROOM_ENCRYPTION_KEYS",
+        "POSTROOM_OVERRIDE_KEYS",
+        "POSTROOM_EGRESS_ALLOW",
+    ]
+    .map(|name| (name.to_owned(), world.variable(name).to_owned()))
+    .into();
+    for (name, value, command) in broken_settings(&world) {
+        world.set(name, value.clone());
+        let arguments: Vec<_> = command.split(' ').collect();
+        let process = world
+            .command(&arguments)
+            .stdin(std::process::Stdio::null())
+            .output();
+        // A worker whose server is away waits for it.
+        let limited = tokio::time::timeout(Duration::from_secs(20), process).await;
+        let finished = Finished::new(
+            &limited
+                .unwrap_or_else(|_| panic!("{command} goes on with {name}"))
+                .unwrap(),
+        );
+        let mut hay = Haystack(Vec::new());
+        hay.add(
+            format!("{command} with a wrong {name}"),
+            format!("{}{}", finished.stdout, finished.stderr),
+        );
+        assert!(
+            finished.code != 0 || name == "POSTROOM_DATABASE_URI",
+            "{command} with {value}: {finished:?}"
+        );
+        assert!(!finished.stderr.is_empty(), "{command} with {name}");
+        hay.assert_without(&[CANARY]);
+        world.unset(name);
+        for (name, value) in &whole {
+            world.set(name, value.clone());
+        }
+    }
 }

@@ -16,7 +16,7 @@ use crate::support::{Amqp, Private, RABBITMQ, World, eventually};
 const LIMIT: Duration = Duration::from_mins(1);
 
 /// Sets an endpoint and gives its signing secret. `input` goes to standard input.
-async fn endpoint(
+pub(crate) async fn endpoint(
     world: &World,
     tenant: &str,
     receiver: &WebhookReceiver,

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::{read, read_value, with};
 use crate::id::TenantId;
 use crate::job::decode::{
-    OverrideError, SealError, SealedBy, may_hold_secret, parse_override, seal_override,
+    OverrideError, SealError, SealedBy, may_hold_other_secret, may_hold_secret, parse_override, seal_override,
 };
 use crate::job::{OverrideServer, SmtpOverride};
 
@@ -178,5 +178,23 @@ fn a_payload_that_is_no_object_is_refused() {
     ] {
         let error = parse_override(bytes, &tenant, Timestamp::UNIX_EPOCH, SealedBy::Us).unwrap_err();
         assert!(!format!("{error} {error:?}").contains("canary"), "{error}");
+    }
+}
+
+#[test]
+fn beside_a_sealed_override_a_secret_is_still_found() {
+    let clean = br#"{"id":"1","tenant":"acme","smtp_override":"v1:k:QUJD","subjekt":"x"}"#;
+    assert!(!may_hold_other_secret(clean));
+    for other in [
+        r#""passphrase":"x""#,
+        r#""credentials":{"u":"x"}"#,
+        r#""Password":"x""#,
+        r#""token":"x""#,
+        r#""smtp_overide":{}"#,
+        r#""smtpOverride":{}"#,
+        r#""p\u0061ssword":"x""#,
+    ] {
+        let body = format!(r#"{{"smtp_override":"v1:k:QUJD",{other}}}"#);
+        assert!(may_hold_other_secret(body.as_bytes()), "{other}");
     }
 }

@@ -234,3 +234,14 @@ async fn no_waiting_job_is_ever_lost_or_miscounted() {
         .await;
     }
 }
+
+#[tokio::test]
+async fn a_job_parked_over_a_limit_that_is_gone_by_then_does_not_wait_for_it() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        world.parked(&epoch, "acme", "1", WaitReason::Rate).await;
+        world.assert_lanes_are_right().await;
+        assert_eq!(world.release(&epoch, Level::Medium, 1).await.len(), 1);
+    })
+    .await;
+}

@@ -197,6 +197,26 @@ async fn two_copies_of_a_settlement_at_once_give_its_slot_back_once() {
 }
 
 #[tokio::test]
+async fn a_slot_goes_back_once_though_a_cancel_refuses_the_first_settlement() {
+    in_world(|world| async move {
+        world.limit("acme/main", &[(5, 3_600_000_000, "messages")]).await;
+        let epoch = world.epoch().await;
+        world.go(request(&epoch, "acme", "sent")).await;
+        let row = world.go(request(&epoch, "acme", "1")).await;
+        world.ledger.cancel(&row.tenant, &row.id).await.unwrap();
+        let mut back = settlement(&row, Next::GiveBack);
+        back.refund = true;
+        assert_eq!(world.settle_one(back).await, Settled::Cancelled);
+        assert_eq!(world.used("acme/main").await, 2);
+        let mut cancelled = done(&row, ReportType::Cancelled);
+        cancelled.refund = true;
+        assert_eq!(world.settle_one(cancelled).await, Settled::Written);
+        assert_eq!(world.used("acme/main").await, 1);
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn whoever_lost_the_lease_writes_nothing() {
     in_world(|world| async move {
         let (old, new) = (world.epoch().await, world.steady_epoch().await);

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use super::core::Entry;
 
@@ -29,6 +29,8 @@ impl Capacity {
 #[derive(Debug)]
 pub(super) struct AccountPool {
     places: Arc<Semaphore>,
+    /// A connection came back.
+    returned: Notify,
     state: Mutex<State>,
 }
 
@@ -54,6 +56,7 @@ impl AccountPool {
     pub(super) fn new(version: i64, bound: usize) -> Self {
         Self {
             places: Arc::new(Semaphore::new(bound)),
+            returned: Notify::new(),
             state: Mutex::new(State {
                 version,
                 permits: bound,
@@ -147,7 +150,27 @@ impl AccountPool {
             return Some(entry);
         }
         state.idle.push(entry);
+        drop(state);
+        self.returned.notify_one();
         None
+    }
+
+    /// The next connection of this version that comes back. Never, if there is no other one: then `None` at once.
+    pub(super) async fn next_returned(&self, version: i64) -> Option<Entry> {
+        // One place is the caller's own.
+        while self.checked_out() > 1 {
+            let returned = self.returned.notified();
+            if let Some(entry) = self.take_idle(version) {
+                return Some(entry);
+            }
+            returned.await;
+        }
+        self.take_idle(version)
+    }
+
+    /// Whether a connection that counts against a shared cap is idle.
+    pub(super) fn idles_under_cap(&self) -> bool {
+        self.lock().idle.iter().any(Entry::is_capped)
     }
 
     /// Takes out idle connections.

@@ -7,14 +7,17 @@ use std::time::{Duration, Instant};
 
 use prometheus::{Histogram, IntCounter, IntGauge};
 use tokio::runtime::Handle;
+use tokio::time::timeout_at;
 use tokio_util::task::TaskTracker;
 
 use crate::config;
+use crate::failure::{Failure, Stage};
 use crate::smtp::caps::{CapLease, Caps, ConnectionCaps};
 use crate::smtp::connection::Connection;
 use crate::smtp::dial::Dialer;
-use crate::smtp::server::Resolver;
+use crate::smtp::server::{Resolver, Server};
 use crate::smtp::tls::{Tls, TlsSetupError};
+use crate::smtp::trouble::Trouble;
 use crate::telemetry::metrics::Metrics;
 
 use super::Tuning;
@@ -117,6 +120,14 @@ impl Core {
         self.closed.store(true, Ordering::Release);
     }
 
+    /// Connects, secures and logs in, by then.
+    pub(super) async fn connect(&self, server: &Server, deadline: Instant) -> Result<Connection, Failure> {
+        match timeout_at(deadline.into(), self.dialer.connect(server)).await {
+            Ok(connected) => connected,
+            Err(_) => Err(Trouble::TimedOut(self.config.timeouts.attempt).failure(Stage::Connect)),
+        }
+    }
+
     /// Wraps a fresh connection.
     pub(super) fn entry(&self, connection: Connection, version: i64, cap: Option<CapLease>) -> Entry {
         self.busy.inc();
@@ -185,6 +196,11 @@ impl Entry {
     pub(super) fn rest(&mut self) {
         self.idle_since = Instant::now();
         self.counted.set_idle(true);
+    }
+
+    /// Whether it counts against a cap shared with other workers.
+    pub(super) fn is_capped(&self) -> bool {
+        self.cap.is_some()
     }
 
     /// Counts as busy.

@@ -25,6 +25,8 @@ pub struct Lease {
     home: Option<Home>,
     /// It carried mails, or idled, before.
     reused: bool,
+    /// When the mail must be written.
+    deadline: Instant,
 }
 
 /// Where a lease came from.
@@ -43,8 +45,16 @@ impl fmt::Debug for Lease {
 }
 
 impl Lease {
-    pub(super) fn new(core: Arc<Core>, entry: Entry, home: Option<Home>, reused: bool) -> Self {
+    /// `begun`: when somebody began to wait for it.
+    pub(super) fn new(
+        core: Arc<Core>,
+        entry: Entry,
+        home: Option<Home>,
+        reused: bool,
+        begun: Instant,
+    ) -> Self {
         Self {
+            deadline: begun + core.config.timeouts.attempt,
             core,
             entry: Some(entry),
             home,
@@ -83,6 +93,7 @@ impl Lease {
             let Some(entry) = &mut self.entry else {
                 return Err(closed(envelope));
             };
+            entry.connection.hurry(self.deadline);
             match open::open(&mut entry.connection, mail).await {
                 Ok(results) => {
                     self.core.envelope_time.observe(begun.elapsed().as_secs_f64());
@@ -103,7 +114,7 @@ impl Lease {
         };
         let cap = old.into_cap();
         let submission = &home.submission;
-        match self.core.dialer.connect(&submission.server).await {
+        match self.core.connect(&submission.server, self.deadline).await {
             Ok(connection) => {
                 self.entry = Some(self.core.entry(connection, submission.version, cap));
                 self.reused = false;
@@ -139,6 +150,7 @@ impl Drop for Lease {
             self.core.retire(entry, Some(place));
             return;
         }
+        entry.connection.take_time();
         entry.rest();
         let pool = Arc::clone(place.pool());
         if let Some(outdated) = pool.put_back(entry) {

@@ -9,6 +9,7 @@ use super::*;
 struct Ledger {
     held: Mutex<u32>,
     asked: Mutex<u32>,
+    wanted: Mutex<bool>,
 }
 
 impl Ledger {
@@ -30,6 +31,12 @@ impl ConnectionCaps for Ledger {
             *held += u32::from(granted);
             Ok(granted)
         })
+    }
+
+    fn wanted(&self) -> BoxFuture<'_, Result<Vec<AccountKey>, CapsError>> {
+        let wanted = *self.wanted.lock().unwrap();
+        let accounts = wanted.then(|| AccountKey::from_stored("acme/main"));
+        Box::pin(async move { Ok(accounts.into_iter().collect()) })
     }
 
     fn release<'a>(&'a self, _: &'a AccountKey) -> BoxFuture<'a, ()> {
@@ -96,6 +103,38 @@ async fn a_denial_is_busy_and_the_account_counts_as_full_for_a_moment() {
     until("room again", || room() == 2).await;
     send(&pools, &account).await;
     assert_eq!(smtp.counters().connections, 1);
+}
+
+#[tokio::test]
+async fn a_denied_checkout_gets_the_workers_own_connection_that_comes_back_soon() {
+    let smtp = scripted(Script::new()).await;
+    let (ledger, mut setup) = shared();
+    setup.tuning.own_wait = 5 * SECOND;
+    let pools = setup.pools();
+    let account = capped(&smtp, 2);
+    let held = lease(&pools, &account).await;
+    // The other one is another worker's.
+    *ledger.held.lock().unwrap() = 2;
+    let second = tokio::spawn({
+        let (pools, account) = (Arc::clone(&pools), Arc::clone(&account));
+        async move { pools.checkout(&account).await.is_ok() }
+    });
+    until("denied", || ledger.asked() == 2).await;
+    drop(held);
+    assert!(second.await.unwrap());
+    assert_eq!((smtp.counters().connections, ledger.asked()), (1, 2));
+}
+
+#[tokio::test]
+async fn idle_connections_that_another_worker_wants_are_given_up_before_their_time() {
+    let smtp = scripted(Script::new()).await;
+    let (ledger, setup) = shared();
+    let pools = setup.pools();
+    let account = capped(&smtp, 1);
+    send(&pools, &account).await;
+    assert_eq!(ledger.held(), 1);
+    *ledger.wanted.lock().unwrap() = true;
+    until("given up", || ledger.held() == 0).await;
 }
 
 #[tokio::test]

@@ -332,6 +332,7 @@ fn variables(
         ("POSTROOM_SMTP_COMMAND_TIMEOUT", "3s".to_owned()),
         ("POSTROOM_SMTP_WRITE_TIMEOUT", "3s".to_owned()),
         ("POSTROOM_SMTP_FINAL_TIMEOUT", millis(FINAL_TIMEOUT)),
+        ("POSTROOM_SMTP_ATTEMPT_TIMEOUT", "5s".to_owned()),
         ("POSTROOM_ATTACHMENT_TIMEOUT", "5s".to_owned()),
         ("POSTROOM_WEBHOOK_TIMEOUT", "2s".to_owned()),
         ("POSTROOM_WEBHOOK_PER_ENDPOINT", "32".to_owned()),

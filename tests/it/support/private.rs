@@ -29,6 +29,16 @@ impl Private {
         self.0.kill(server).await.unwrap();
     }
 
+    /// The broker's memory alarm: it blocks whoever publishes.
+    pub(crate) async fn alarm(&self) {
+        self.0.alarm().await.unwrap();
+    }
+
+    /// The end of it.
+    pub(crate) async fn calm(&self) {
+        self.0.calm().await.unwrap();
+    }
+
     /// Starts it again with its ports and data.
     pub(crate) async fn start_again(&self, server: &str) {
         self.0.start_again(server).await.unwrap();

@@ -1,0 +1,191 @@
+//! Proof that the walk can fail: faults put into the SQL, or into what the workers do, each of which it must find.
+
+use super::super::world::{World, in_world};
+use super::{Rule, walk};
+
+/// Bad habits of workers; all of them off in the real walk.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Habits {
+    /// Acknowledges before the settlement is written.
+    pub(super) acks_first: bool,
+    /// Writes without asking whether it may still.
+    pub(super) never_asks: bool,
+    /// Does not mark the final write of jobs that are to be held.
+    pub(super) never_marks: bool,
+    /// Clears the outbox, then publishes.
+    pub(super) clears_first: bool,
+}
+
+/// Walks tried until one finds the fault.
+const TRIES: u64 = 8;
+const STEPS: usize = 300;
+
+/// Puts `to` in the place of `from` in one of the functions.
+async fn mutate(world: &World, function: &str, changes: &[(&str, &str)]) {
+    let sql = "SELECT pg_get_functiondef(p.oid) FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+               WHERE p.proname = $1 AND n.nspname = $2";
+    let client = world.db.client().await.unwrap();
+    let schema = world.db.sql("{s}");
+    let schema = schema.trim_matches('"');
+    let row = client.query_one(sql, &[&function, &schema]).await.unwrap();
+    let mut text: String = row.get(0);
+    for (from, to) in changes {
+        assert!(
+            text.contains(from),
+            "{function} says no longer: {from}\nAdapt the mutation to the present text:\n{text}"
+        );
+        text = text.replace(from, to);
+    }
+    let text = format!("SET search_path TO {schema}; {text}; RESET search_path");
+    client.batch_execute(&text).await.unwrap();
+}
+
+/// The first rule that a walk with this fault breaks.
+async fn found(function: &str, changes: &[(&str, &str)], habits: Habits) -> Option<Rule> {
+    for seed in 0..TRIES {
+        let mut rule = None;
+        in_world(async |world| {
+            if !function.is_empty() {
+                mutate(&world, function, changes).await;
+            }
+            if let Err((broken, trace)) = walk(world, 100 + seed, STEPS, habits).await {
+                std::fs::write(format!("/tmp/trace-{seed}"), &trace).unwrap();
+                eprintln!("{trace}\n{broken}");
+                rule = Some(broken.rule);
+            }
+        })
+        .await;
+        if rule.is_some() {
+            return rule;
+        }
+    }
+    None
+}
+
+macro_rules! mutants {
+    ($($name:ident: $function:literal [$($from:literal => $to:literal),+] breaks $($rule:ident)|+;)+) => {$(
+        #[tokio::test]
+        async fn $name() {
+            let found = found($function, &[$(($from, $to)),+], Habits::default()).await;
+            assert!(matches!(found, Some($(Rule::$rule)|+)), "{found:?}");
+        }
+    )+};
+}
+
+mutants! {
+    takeover_keeps_the_claim:
+        "takeover_v1" ["claim = NULL, " => ""]
+        breaks LeaseGuards | AcceptedStays | NothingLost;
+    takeover_takes_from_the_living:
+        "takeover_v1" ["w.heartbeat_at < v_now - p_lease" => "true", "z.heartbeat_at < v_now - p_lease" => "true"]
+        breaks DeadStayDead;
+    takeover_by_those_who_are_silent_themselves:
+        "takeover_v1" ["w.heartbeat_at > v_now - p_lease" => "true", "NOT w.dead AND true" => "true"]
+        breaks DeadStayDead;
+    takeover_leaves_bodies_to_the_broker:
+        "takeover_v1" ["CASE WHEN x.body IS NULL THEN 0 ELSE 2 END" => "0"]
+        breaks NothingLost;
+    takeover_moves_what_may_have_been_sent:
+        "takeover_v1" [" AND x.phase = 0\n" => "\n"]
+        breaks SentOnce;
+    heartbeats_revive_the_dead:
+        "heartbeat_v1" [" AND NOT dead" => "", "UPDATE worker SET" => "UPDATE worker SET dead = false,"]
+        breaks DeadStayDead;
+    settling_without_the_lease:
+        "settle_v1" ["AND x.epoch IS NOT DISTINCT FROM p_epoch AND x.claim = u.c AND NOT x.merged" => "AND NOT x.merged"]
+        breaks LeaseGuards;
+    settling_forgets_who_was_accepted:
+        "settle_v1" ["coalesce(u.rc::jsonb, x.recipients)" => "u.rc::jsonb"]
+        breaks AcceptedStays;
+    settling_over_a_merged_acceptance:
+        "settle_v1" [" AND NOT x.merged" => ""]
+        breaks AcceptedStays;
+    settling_over_a_cancel:
+        "settle_v1" [" AND NOT (x.cancel AND u.k IN (2, 3))" => ""]
+        breaks CancelStands | SlotsCounted;
+    settling_keeps_the_slot:
+        "settle_v1" ["phase = 0, slot_at = NULL, slot_cost = NULL,\n            attempt" => "phase = 0,\n            attempt"]
+        breaks SlotsCounted;
+    settling_replaces_the_outbox:
+        "settle_v1" ["coalesce(x.outbox, '{}') || u.rp" => "ARRAY[u.rp]",
+                     "coalesce(x.outbox_seq, '{}') || u.sq" => "ARRAY[u.sq]"]
+        breaks ReportsOwed;
+    the_outbox_is_cleared_whole:
+        "clear_outbox_v1" ["CASE WHEN x.outbox_seq <@ u.s THEN" => "CASE WHEN true THEN"]
+        breaks ReportsOwed;
+    absorbing_stores_nothing:
+        "absorb_v1" ["j.state IN (1, 4) AND j.empty" => "false"]
+        breaks NothingLost;
+    absorbing_what_was_given_back:
+        "absorb_v1" ["IF j.state = 0 THEN" => "IF false THEN"]
+        breaks NothingLost;
+    admitting_what_is_leased:
+        "admit_v1" ["v_own OR j.state IN (0, 5)" => "v_own OR j.state IN (0, 1, 5)"]
+        breaks OneOwner | LeaseGuards;
+    admitting_what_waits:
+        "admit_v1" ["v_own OR j.state IN (0, 5)" => "v_own OR j.state IN (0, 2, 5)"]
+        breaks LanesRight;
+    admitting_what_is_final:
+        "admit_v1" ["v_own OR j.state IN (0, 5)" => "v_own OR j.state IN (0, 3, 5)"]
+        breaks FinalStays;
+    marking_without_the_lease:
+        "mark_data_v1" ["AND x.epoch IS NOT DISTINCT FROM p_epoch AND x.claim = u.c" => ""]
+        breaks LeaseGuards;
+    slots_without_the_lease:
+        "slots_v1" ["x.state = 1 AND x.epoch = p_epoch AND x.claim = u.c" => "true"]
+        breaks SlotsCounted;
+    slots_beyond_a_limit_of_recipients:
+        "take_slots" ["v_m[p] < 1 OR v_r[p] < c" => "v_m[p] < 1"]
+        breaks WithinLimits;
+    slots_given_back_to_nobody:
+        "refund_slots" ["r.used[l] := r.used[l] - c" => "c := 0"]
+        breaks SlotsCounted;
+    slots_given_back_twice:
+        "refund_slots" ["r.used[l] := r.used[l] - c" => "r.used[l] := r.used[l] - 2 * c"]
+        breaks SlotsCounted;
+    releasing_without_counting:
+        "release_v1" ["fifo = greatest(z.fifo - u.fifo, 0)" => "fifo = z.fifo"]
+        breaks LanesRight;
+    parking_without_a_lane:
+        "touch_lanes" ["fifo = l.fifo + excluded.fifo" => "fifo = excluded.fifo"]
+        breaks LanesRight;
+    parking_in_a_lane_that_sleeps:
+        "touch_lanes" ["next_at = least(l.next_at, excluded.next_at)" => "next_at = l.next_at + interval '1 hour'"]
+        breaks LanesRight;
+}
+
+#[tokio::test]
+async fn acknowledging_before_the_commit() {
+    let habits = Habits {
+        acks_first: true,
+        ..Habits::default()
+    };
+    assert_eq!(found("", &[], habits).await, Some(Rule::NothingLost));
+}
+
+#[tokio::test]
+async fn writing_without_asking() {
+    let habits = Habits {
+        never_asks: true,
+        ..Habits::default()
+    };
+    assert_eq!(found("", &[], habits).await, Some(Rule::SentOnce));
+}
+
+#[tokio::test]
+async fn holding_without_a_mark() {
+    let habits = Habits {
+        never_marks: true,
+        ..Habits::default()
+    };
+    assert_eq!(found("", &[], habits).await, Some(Rule::SentOnce));
+}
+
+#[tokio::test]
+async fn clearing_before_publishing() {
+    let habits = Habits {
+        clears_first: true,
+        ..Habits::default()
+    };
+    assert_eq!(found("", &[], habits).await, Some(Rule::ReportsOwed));
+}

@@ -1,0 +1,96 @@
+//! Reports: published by who wrote them or by the sweeper, and cleared by their numbers.
+
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::jobs::Key;
+use super::{Model, Rule, Step, holds};
+use crate::ledger::outbox::ReportKey;
+use crate::report::Report;
+
+/// A report that its worker is about to publish.
+pub(super) struct Unpublished {
+    pub(super) key: Key,
+    pub(super) report: Report,
+}
+
+impl Model {
+    /// A worker publishes one of its reports; the confirm may get lost, and the clearing come late.
+    pub(super) async fn publish(&mut self, w: usize) -> Step {
+        if self.workers[w].unpublished.is_empty() {
+            return Ok(());
+        }
+        let n = self.pick(self.workers[w].unpublished.len());
+        let Unpublished { key, report } = self.workers[w].unpublished.swap_remove(n);
+        let sequence = report.data.sequence;
+        if self.habits.clears_first {
+            self.clear(&key, sequence).await?;
+        }
+        if self.chance(4) {
+            return Ok(()); // It crashed over it.
+        }
+        self.published(&key, sequence, serde_json::to_value(report).unwrap())?;
+        if !self.chance(4) {
+            self.clear(&key, sequence).await?;
+        }
+        Ok(())
+    }
+
+    fn published(&mut self, key: &Key, sequence: i64, report: Value) -> Step {
+        self.note(|| format!("{key}: {} {sequence} is published", report["type"]));
+        let job = self.job(key);
+        if report["data"]["final"].as_bool().unwrap() {
+            job.finals.insert(sequence);
+        }
+        let (ids, earlier) = (job.finals.len(), job.published.get(&sequence).cloned());
+        job.published.insert(sequence, report.clone());
+        holds(ids < 2, Rule::OneFinal, || {
+            format!("{key} has {ids} final reports")
+        })?;
+        let same = earlier.is_none_or(|earlier| earlier["type"] == report["type"]);
+        holds(same, Rule::OneFinal, || {
+            format!("{key} has two reports of the number {sequence}")
+        })
+    }
+
+    async fn clear(&mut self, key: &Key, sequence: i64) -> Step {
+        let report = ReportKey {
+            tenant: key.tenant.clone(),
+            id: key.id.clone(),
+            sequence,
+        };
+        for _ in 0..=usize::from(self.chance(5)) {
+            self.cleared.insert((key.clone(), sequence));
+            self.world
+                .ledger
+                .clear_outbox(std::slice::from_ref(&report))
+                .await
+                .unwrap();
+            self.note(|| format!("{key}: {sequence} is cleared"));
+            self.look().await?;
+        }
+        Ok(())
+    }
+
+    /// Publishes what is owed for too long.
+    pub(super) async fn sweep(&mut self) -> Step {
+        self.world
+            .run("UPDATE {s}.job SET outbox_at = clock_timestamp() WHERE outbox IS NOT NULL")
+            .await;
+        let owed = self.world.ledger.owed_reports(100, Duration::ZERO).await.unwrap();
+        for owed in owed {
+            let key = Key {
+                tenant: owed.tenant,
+                id: owed.id,
+            };
+            for (sequence, text) in owed.reports {
+                self.published(&key, sequence, serde_json::from_str(&text).unwrap())?;
+                if !self.chance(8) {
+                    self.clear(&key, sequence).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+}

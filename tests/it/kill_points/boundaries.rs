@@ -1,0 +1,89 @@
+//! Workers killed at each boundary of a job's life, from its delivery to its acknowledgement.
+
+use std::time::Duration;
+
+use postroom_testkit::smtp::Script;
+use serde_json::json;
+
+use super::{Scene, job};
+
+/// Where a worker dies while it handles a job of that name; how often that is sent in the end, and how many of its
+/// leases ended in the dark.
+const BOUNDARIES: [(&str, usize, u64); 8] = [
+    ("admitted", 1, 1),
+    ("leased", 1, 1),
+    ("envelope_accepted", 1, 1),
+    ("before_final_write", 1, 1),
+    // The server has said yes and nobody wrote it down: the one window in which a mail goes out twice.
+    ("replied", 2, 1),
+    ("settled", 1, 0),
+    ("before_ack", 1, 0),
+    // The last one: the next to be killed would get it, and lease it.
+    ("delivered", 1, 0),
+];
+
+#[tokio::test]
+async fn a_worker_killed_at_any_boundary_loses_nothing_and_repeats_only_after_the_final_write() {
+    let mut scene = Scene::new(Script::new()).await;
+    for (point, ..) in BOUNDARIES {
+        scene
+            .dies(&format!("{point}=kill@job={point}"), &job(point))
+            .await;
+    }
+    scene.outbox_is_due().await;
+    let _survivor = scene.worker("").await;
+    scene
+        .reports
+        .finals(BOUNDARIES.len(), Duration::from_mins(1))
+        .await;
+    scene.over().await;
+    for (point, mails, uncertain) in BOUNDARIES {
+        scene.was_sent(point, mails, uncertain);
+    }
+}
+
+#[tokio::test]
+async fn a_worker_killed_in_the_middle_of_a_mail_leaves_half_a_mail_that_nobody_takes() {
+    let mut scene = Scene::new(Script::new()).await;
+    let mut long = job("long");
+    long["text"] = json!("A line of some words.\n".repeat(20_000));
+    scene.dies("mail_half_written=kill", &long).await;
+    assert_eq!(scene.mails("long"), 0);
+    let _survivor = scene.worker("").await;
+    scene.reports.final_of("long").await;
+    scene.over().await;
+    scene.was_sent("long", 1, 1);
+}
+
+#[tokio::test]
+async fn a_worker_killed_between_the_final_dot_and_the_reply_leads_to_the_same_mail_once_more() {
+    let mut scene = Scene::new(Script::new()).await;
+    scene.dies("mail_written=kill", &job("twice")).await;
+    scene.server.wait_for(1, Duration::from_secs(20)).await;
+    let _survivor = scene.worker("").await;
+    scene.reports.final_of("twice").await;
+    scene.over().await;
+    scene.was_sent("twice", 2, 1);
+    let mails = scene.server.received();
+    for name in ["Message-ID", "Date"] {
+        assert_eq!(
+            crate::support::header(&mails[0], name),
+            crate::support::header(&mails[1], name)
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_job_at_which_a_worker_panics_is_tried_again_and_the_worker_goes_on() {
+    let mut scene = Scene::new(Script::new()).await;
+    let worker = scene.worker("leased=panic@1@job=poison").await;
+    scene.publish(&job("poison")).await;
+    scene.publish(&job("other")).await;
+    scene.reports.finals(2, Duration::from_secs(30)).await;
+    scene.over().await;
+    assert!(worker.logs().contains("fail point leased"));
+    for id in ["poison", "other"] {
+        assert_eq!((scene.mails(id), scene.the_final(id).kind()), (1, "mail.sent"));
+    }
+    assert!(worker.ready().await);
+}

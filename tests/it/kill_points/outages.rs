@@ -1,0 +1,111 @@
+//! Postgres or RabbitMQ out of reach at the worst moment.
+
+use std::time::Duration;
+
+use postroom::level::Level;
+use postroom_testkit::proxy::{Proxy, Weather};
+use postroom_testkit::smtp::{Phase, Script};
+use url::Url;
+
+use super::{LEASE, LONG_LEASE, Scene, job, was_killed};
+use crate::support::{eventually, mails, taken};
+
+/// A proxy in front of the server in this URL, and the URL through it.
+async fn proxied(url: &str) -> (Proxy, String) {
+    let mut url: Url = url.parse().unwrap();
+    let port = url.port().unwrap();
+    let proxy = Proxy::start(format!("{}:{port}", url.host_str().unwrap())).await;
+    url.set_host(Some("127.0.0.1")).unwrap();
+    url.set_port(Some(proxy.port())).unwrap();
+    (proxy, url.to_string())
+}
+
+/// Waits until every worker has been silent for twice its lease, on the database's clock.
+async fn lease_is_over(scene: &Scene) {
+    let sql = scene.world.sql().await;
+    let silent = format!(
+        "SELECT max(heartbeat_at) < clock_timestamp() - interval '{} seconds' FROM worker",
+        2 * LEASE.as_secs()
+    );
+    eventually(Duration::from_secs(30), || async {
+        sql.query_one(&silent, &[]).await.unwrap().get(0)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_outage_of_postgres_longer_than_the_lease_repeats_no_mail_whose_reply_waits_in_memory() {
+    const JOBS: usize = 12;
+    let script = Script::new().delay(Phase::FinalDot, Duration::from_millis(1500));
+    let mut scene = Scene::new(script).await;
+    let (proxy, url) = proxied(scene.world.database_url()).await;
+    let through = [("POSTROOM_DATABASE_URL", url.as_str())];
+    let first = scene.worker_with("", &through).await;
+    let second = scene.worker_with("", &through).await;
+    let jobs = mails("acme", "job", JOBS);
+    scene.world.publish_all(Level::High, &jobs).await;
+    eventually(Duration::from_secs(20), || async {
+        scene.server.counters().command("DATA") > 0
+    })
+    .await;
+    proxy.set(Weather::Stall);
+    lease_is_over(&scene).await;
+    // Nothing is acknowledged and nothing reported that Postgres does not know.
+    assert!(scene.reports.none_for(Duration::from_millis(200)).await);
+    proxy.heal();
+    scene.reports.finals(JOBS, Duration::from_mins(1)).await;
+    scene.over().await;
+    for (_, job) in &jobs {
+        scene.was_sent(job["id"].as_str().unwrap(), 1, 0);
+    }
+    for worker in [&first, &second] {
+        assert!(!worker.logs().contains("took over"), "{}", worker.logs());
+    }
+}
+
+#[tokio::test]
+async fn a_worker_killed_during_an_outage_of_postgres_leaves_the_reply_unknown() {
+    let script = Script::new().delay(Phase::FinalDot, Duration::from_secs(1));
+    let mut scene = Scene::new(script).await;
+    let (proxy, url) = proxied(scene.world.database_url()).await;
+    let plan = "mail_written=pause(500ms);replied=kill";
+    let mut doomed = scene
+        .worker_with(plan, &[("POSTROOM_DATABASE_URL", url.as_str())])
+        .await;
+    scene.publish(&job("unknown")).await;
+    doomed.wait_log("fail point mail_written").await;
+    proxy.set(Weather::Stall);
+    was_killed(&mut doomed).await;
+    assert_eq!(scene.mails("unknown"), 1);
+    let _survivor = scene.worker("").await;
+    scene.reports.final_of("unknown").await;
+    scene.over().await;
+    scene.was_sent("unknown", 2, 1);
+}
+
+#[tokio::test]
+async fn a_job_delivered_again_to_the_worker_that_is_sending_it_is_not_sent_beside_itself() {
+    let script = Script::new().delay(Phase::FinalDot, Duration::from_secs(4));
+    let mut scene = Scene::new(script).await;
+    let (proxy, url) = proxied(scene.world.amqp_url()).await;
+    let worker = scene
+        .worker_with("", &[LONG_LEASE, ("POSTROOM_AMQP_URL", &url)])
+        .await;
+    scene.publish(&job("one")).await;
+    eventually(Duration::from_secs(20), || async {
+        scene.server.counters().command("DATA") == 1
+    })
+    .await;
+    proxy.reset();
+    // It comes back to the only worker there is, while that waits for the reply.
+    let absorbed = r#"postroom_jobs_total{outcome="duplicate"}"#;
+    eventually(Duration::from_secs(20), || async {
+        worker.count(absorbed).await == 1
+    })
+    .await;
+    scene.reports.final_of("one").await;
+    scene.over().await;
+    scene.was_sent("one", 1, 0);
+    assert_eq!(taken(&scene.server).len(), 1);
+    assert!(worker.logs().contains("generation=2"));
+}
