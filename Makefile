@@ -3,6 +3,7 @@
 # make demo        a thousand mails through release binaries, accounted for; KEEP=1 leaves it running
 # make lint        formatting, clippy, documentation
 # make fuzz        each fuzz target for a while (TARGET, SECONDS); needs nightly and cargo-fuzz
+# make chart       what is generated for helm/postroom, and its checks
 # make servers     RabbitMQ and Postgres for development; prints their variables. make servers-down stops them
 
 SHELL = /bin/bash
@@ -10,7 +11,7 @@ CARGO ?= cargo
 export POSTROOM_DEV_SERVERS
 NEXTEST := $(shell $(CARGO) nextest --version >/dev/null 2>&1 && echo yes)
 
-.PHONY: test test-trixie demo lint fuzz servers servers-down
+.PHONY: test test-trixie demo lint fuzz chart servers servers-down
 
 # The tests kill and stop the binary at named places (src/fail_point.rs), which a release does not have.
 TESTED = --workspace --locked --features fail-points
@@ -50,6 +51,10 @@ fuzz:
 	  $(CARGO) +nightly fuzz run -s none $$target fuzz/target/found/$$target fuzz/corpus/$$target -- \
 	    -max_total_time=$(SECONDS) -max_len=65536 -timeout=20 -rss_limit_mb=2048; \
 	done
+
+chart:
+	$(CARGO) build --locked --bin postroom
+	tests/helm/run --update
 
 servers:
 	@dev/servers up

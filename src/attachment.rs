@@ -50,7 +50,7 @@ enum Outcome {
 }
 
 impl Attachments {
-    /// Opens the object store, if one is configured (nothing is sent to it yet).
+    /// Opens the object store, if one is configured (nothing is sent to it yet), and warns if its links will not last.
     ///
     /// # Errors
     /// If the storage settings cannot be used.
@@ -61,6 +61,12 @@ impl Attachments {
         metrics: Arc<Metrics>,
     ) -> Result<Self, StorageError> {
         let store = storage.map(Store::open).transpose()?;
+        if store.as_ref().is_some_and(Store::links_die_early) {
+            tracing::warn!(
+                "links to attachments will stop working when the credentials that sign them expire, after hours rather \
+                 than POSTROOM_LINK_LIFETIME: give a long-lived access key, or set POSTROOM_STORAGE_PUBLIC_URL"
+            );
+        }
         Self::with_store(limits, store, guard, metrics)
     }
 

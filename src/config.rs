@@ -218,6 +218,9 @@ pub struct Worker {
     /// The schedule of accounts that set none (`POSTROOM_RETRY_BASE`, default 15 s; `POSTROOM_RETRY_CAP`, default
     /// 4 hours).
     pub retry: crate::retry::RetryPolicy,
+    /// When circuit breakers of accounts open (`POSTROOM_BREAKER_FAULTS`, default 5; `POSTROOM_BREAKER_COOLDOWN`, default
+    /// 60 s; `POSTROOM_BREAKER_COOLDOWN_CAP`, default 15 min).
+    pub breaker: crate::retry::Breaker,
 }
 
 /// `POSTROOM_UNKNOWN_TENANT`.

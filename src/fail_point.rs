@@ -48,6 +48,8 @@ points! {
     Admitted = "admitted", true;
     /// The attempt begins.
     Leased = "leased", false;
+    /// The mail is about to be composed: of a suspect twice, the first time while it is watched.
+    Composing = "composing", false;
     /// MAIL, RCPT and DATA are accepted; the lease is not looked at yet.
     EnvelopeAccepted = "envelope_accepted", false;
     /// The beginning of the final write of a job that is to be held is committed.

@@ -278,6 +278,24 @@ impl Failure {
         self.reason == KEY_UNKNOWN
     }
 
+    /// Whether it says that the account or its server does not work, rather than something about one mail: no connection,
+    /// no TLS, no login; a conversation that breaks off, or is ended with 421. Replies about a recipient or a mail, and
+    /// requests to go slower, say that the server works. What will not pass by itself ends its mail, and is no matter of
+    /// waiting.
+    #[must_use]
+    pub fn is_of_account(&self) -> bool {
+        let of_account = matches!(self.fault, Fault::Provider | Fault::Sender);
+        match self.class {
+            _ if !self.is_transient() => false,
+            Class::Auth | Class::Tls => of_account,
+            Class::Infrastructure if self.fault == Fault::Provider => {
+                matches!(self.stage, Stage::Connect | Stage::Auth)
+                    || self.reply.as_ref().is_none_or(|reply| reply.code == 421)
+            }
+            _ => false,
+        }
+    }
+
     /// Whether trying again later can help.
     #[must_use]
     pub fn is_transient(&self) -> bool {

@@ -7,6 +7,7 @@ pub mod admit;
 pub mod batches;
 pub mod caps;
 pub mod coalesce;
+pub mod health;
 pub mod lease;
 pub mod odd;
 pub mod outbox;
@@ -25,8 +26,10 @@ use jiff::Timestamp;
 use crate::db::{Database, DbError};
 use crate::id::{AccountKey, JobId, TenantId};
 use crate::report::RecipientResult;
+use crate::retry::Breaker;
 use crate::telemetry::metrics::Metrics;
 
+pub use health::Known;
 pub use lease::{Epoch, Lease};
 pub use slots::Slot;
 
@@ -46,17 +49,20 @@ pub enum WaitReason {
     Contract = 5,
     /// A key that this worker does not have.
     Key = 6,
+    /// Its account's circuit breaker is open.
+    Unhealthy = 7,
 }
 
 impl WaitReason {
     /// Every reason.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Rate,
         Self::Retry,
         Self::Schedule,
         Self::Busy,
         Self::Contract,
         Self::Key,
+        Self::Unhealthy,
     ];
 
     /// The name in reports, metrics and listings.
@@ -69,6 +75,7 @@ impl WaitReason {
             Self::Busy => "busy",
             Self::Contract => "contract",
             Self::Key => "key",
+            Self::Unhealthy => "unhealthy",
         }
     }
 
@@ -102,10 +109,41 @@ pub struct Row {
     pub recipients: Vec<RecipientResult>,
     /// Message-ID of earlier attempts.
     pub message_id: Option<String>,
-    /// Leases that ended without an outcome.
+    /// Attempts and leases of which nobody knows the outcome.
     pub uncertain: u32,
+    /// Suspicion that it crashes whoever works on it: see [`Row::is_poison`].
+    pub crashes: u32,
+    /// Workers that died with it in their hands.
+    pub deaths: u32,
+    /// It is the one job that may try an account in trouble.
+    pub probe: bool,
     /// The slot granted with the lease, if one was.
     pub slot: Option<Slot>,
+}
+
+/// Crashes that a job is convicted by.
+const CRASH_LOOP: u32 = 3;
+/// Deaths of workers with it in their hands, whatever they died of, after which it goes to the dead letters all the same.
+const DEADLY: u32 = 20;
+
+impl Row {
+    /// Whether a worker died over it, or a panic was caught: what it does to us is watched.
+    #[must_use]
+    pub fn is_suspect(&self) -> bool {
+        self.crashes > 0
+    }
+
+    /// Whether it is watched alone, since one more crash convicts it.
+    #[must_use]
+    pub fn is_prime_suspect(&self) -> bool {
+        self.crashes + 1 >= CRASH_LOOP
+    }
+
+    /// Whether it is to be buried rather than tried again.
+    #[must_use]
+    pub fn is_poison(&self) -> bool {
+        self.crashes >= CRASH_LOOP || self.deaths >= DEADLY
+    }
 }
 
 /// Calls the ledger's functions. Cheap to clone.
@@ -116,6 +154,8 @@ pub struct Ledger {
     vital: Database,
     metrics: Arc<Metrics>,
     sql: Arc<Statements>,
+    health: Arc<Known>,
+    breaker: Breaker,
 }
 
 /// The statements of the hot path, with the schema's name put in once.
@@ -135,11 +175,12 @@ impl Ledger {
     #[must_use]
     pub fn new(db: Database, metrics: Arc<Metrics>) -> Self {
         let sql = Arc::new(Statements {
-            admit: db.sql("SELECT * FROM {s}.admit_v1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"),
+            admit: db.sql("SELECT * FROM {s}.admit_v1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)"),
             settle: db.sql(
-                "SELECT * FROM {s}.settle_v1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)",
+                "SELECT * FROM {s}.settle_v1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17,
+                    $18, $19, $20, $21, $22, $23, $24, $25, $26, $27, $28, $29)",
             ),
-            release: db.sql("SELECT * FROM {s}.release_v1($1, $2, $3, $4, $5, $6, $7)"),
+            release: db.sql("SELECT * FROM {s}.release_v1($1, $2, $3, $4, $5, $6, $7, $8)"),
             slots: db.sql("SELECT * FROM {s}.slots_v1($1, $2, $3, $4, $5, $6, $7)"),
             absorb: db.sql("SELECT idx FROM {s}.absorb_v1($1, $2, $3, $4)"),
             clear: db.sql("SELECT {s}.clear_outbox_v1($1, $2, $3)"),
@@ -150,7 +191,15 @@ impl Ledger {
             db,
             metrics,
             sql,
+            health: Arc::default(),
+            breaker: Breaker::default(),
         }
+    }
+
+    /// The same with breakers that open as told.
+    #[must_use]
+    pub fn with_breaker(self, breaker: Breaker) -> Self {
+        Self { breaker, ..self }
     }
 
     /// The same with heartbeats through another pool, see [`Database::reserved`].

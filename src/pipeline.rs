@@ -2,12 +2,15 @@
 //! decided in [`crate::settlement`].
 
 pub mod attempt;
+pub mod evidence;
 pub mod task;
 
 use std::time::Duration;
 
 use crate::failure::Failure;
+use crate::id::AccountKey;
 use crate::job::OnUncertain;
+use crate::ledger::health::Evidence;
 use crate::ledger::{Row, WaitReason};
 use crate::report::{LinkedFile, RecipientResult, Sender};
 use crate::retry::RetryPolicy;
@@ -39,6 +42,12 @@ pub struct Attempt {
     pub retry: Option<RetryPolicy>,
     /// What to do if nobody knows the outcome.
     pub on_uncertain: OnUncertain,
+    /// The account that it waits for, if not the one it is counted under.
+    pub waits_for: Option<AccountKey>,
+    /// What it found out about the accounts it used.
+    pub evidence: Vec<Evidence>,
+    /// A panic ended it.
+    pub crashed: bool,
 }
 
 /// What an attempt concluded.
@@ -82,7 +91,16 @@ impl Attempt {
             reached_mail_from: false,
             retry: None,
             on_uncertain: OnUncertain::default(),
+            waits_for: None,
+            evidence: Vec::new(),
+            crashed: false,
         }
+    }
+
+    /// Whether nobody knows its outcome.
+    #[must_use]
+    pub fn is_uncertain(&self) -> bool {
+        matches!(self.verdict, Verdict::Uncertain(_))
     }
 
     /// The number of this attempt.

@@ -1,4 +1,4 @@
-//! When to try again: exponential with jitter, bounded by number and age.
+//! When to try again: a job exponentially with jitter, bounded by number and age; an account in trouble by its breaker.
 
 use std::time::Duration;
 
@@ -68,6 +68,27 @@ impl RetryPolicy {
     fn scheduled(&self, attempt: u32) -> Duration {
         let factor = FACTOR.saturating_pow(attempt.saturating_sub(1));
         self.base.saturating_mul(factor).min(self.cap)
+    }
+}
+
+/// When the circuit breaker of an account opens, and for how long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Breaker {
+    /// Faults in a row that open it.
+    pub faults: u32,
+    /// The first cooldown; doubled each time a probe fails.
+    pub cooldown: Duration,
+    /// The longest one.
+    pub cap: Duration,
+}
+
+impl Default for Breaker {
+    fn default() -> Self {
+        Self {
+            faults: 5,
+            cooldown: Duration::from_mins(1),
+            cap: Duration::from_mins(15),
+        }
     }
 }
 

@@ -44,6 +44,10 @@ pub fn plan(at: &Circumstances<'_>, attempt: Attempt, body: Option<Body>) -> Set
         Verdict::Expired => finish(at, &attempt, ReportType::Expired, Some("expires_at has passed")),
         Verdict::Cancelled => finish(at, &attempt, ReportType::Cancelled, None),
         Verdict::GiveBack => settlement(at, &attempt, Next::GiveBack, None),
+        Verdict::Wait {
+            reason: WaitReason::Unhealthy,
+            ..
+        } if is_too_old(at, &attempt) => fail(at, attempt, &unhealthy()),
         Verdict::Wait { reason, delay } => {
             let (reason, delay) = (*reason, *delay);
             wait(at, &attempt, reason, delay, body)
@@ -59,6 +63,22 @@ pub fn plan(at: &Circumstances<'_>, attempt: Attempt, body: Option<Body>) -> Set
         }
         Verdict::Attempted => attempted(at, attempt, body),
     }
+}
+
+/// Whether it has waited for as long as retries may take.
+fn is_too_old(at: &Circumstances<'_>, attempt: &Attempt) -> bool {
+    let age = Duration::try_from(at.now.duration_since(at.row.created)).unwrap_or_default();
+    age >= attempt.retry.unwrap_or(at.retry).max_age
+}
+
+fn unhealthy() -> Failure {
+    Failure::permanent(
+        Class::Infrastructure,
+        Fault::Provider,
+        Stage::Resolve,
+        "sender_unhealthy",
+        "given up: the sending account or its server has not worked since, see `postroom account show`",
+    )
 }
 
 /// The server spoke: final if nobody is left, else the rest is tried again.
@@ -184,8 +204,7 @@ fn hold(at: &Circumstances<'_>, mut attempt: Attempt, body: Option<Body>) -> Set
     if let Verdict::Uncertain(failure) = &attempt.verdict {
         attempt.failure = Some(failure.clone());
     }
-    let mut report = report(at, &attempt, ReportType::Uncertain);
-    report.data.uncertain_attempts = at.row.uncertain + 1;
+    let report = report(at, &attempt, ReportType::Uncertain);
     settlement(at, &attempt, Next::Hold { body }, Some(report))
 }
 
@@ -217,7 +236,9 @@ fn is_reported(at: &Circumstances<'_>, attempt: &Attempt, reason: WaitReason, de
     match reason {
         WaitReason::Retry => attempt.number(at.row) == 1,
         WaitReason::Key => at.new,
-        WaitReason::Rate | WaitReason::Schedule => at.new && delay >= at.deferred_report_after,
+        WaitReason::Rate | WaitReason::Schedule | WaitReason::Unhealthy => {
+            at.new && delay >= at.deferred_report_after
+        }
         WaitReason::Busy | WaitReason::Contract => false,
     }
 }
@@ -237,6 +258,10 @@ fn settlement(at: &Circumstances<'_>, attempt: &Attempt, next: Next, report: Opt
         report,
         refund: !attempt.reached_mail_from,
         error: attempt.failure.as_ref().map(ToString::to_string),
+        uncertain: attempt.is_uncertain(),
+        crashed: attempt.crashed,
+        account: attempt.waits_for.clone(),
+        evidence: attempt.evidence.clone(),
     }
 }
 
@@ -265,7 +290,7 @@ fn report(at: &Circumstances<'_>, attempt: &Attempt, kind: ReportType) -> Report
         sequence,
         correlation_id: Some(at.correlation_id.to_owned()),
         next_attempt_at: None,
-        uncertain_attempts: at.row.uncertain,
+        uncertain_attempts: at.row.uncertain + u32::from(attempt.is_uncertain()),
         timings: timings(at, attempt),
         batch: at.job.batch.clone(),
         tags: at.job.tags.clone(),

@@ -1,8 +1,8 @@
 -- The ledger: one row per job, the waiting room, the rolling limits, the workers and their leases.
 -- Life of a job and the reasons behind each rule: docs/guarantees.md.
--- Lock order everywhere: rate rows, connection caps, jobs, lanes; each by key, bytewise (COLLATE "C": arguments have the
--- database's collation). A release takes lanes first, but waits
--- for no lock at all. What is left (a limit created in that very moment) ends as 40P01, which callers repeat.
+-- Lock order everywhere: rate rows, connection caps, jobs, lanes, health; each by key, bytewise (COLLATE "C": arguments have
+-- the database's collation). A release takes lanes first, but waits for no lock at all; nor does whoever takes a probe, or
+-- wakes lanes behind the lock of an account's health. What is left (a limit created in that very moment) ends as 40P01, which callers repeat.
 -- The functions of the hot path fix their plans: with the statistics of an empty table, or of one that has just grown,
 -- the planner would walk all leased or all waiting jobs for every batch. IS NOT DISTINCT FROM keeps it off the partial
 -- indexes on job for the same reason: rows named by their key are to be found by their key.
@@ -22,7 +22,8 @@ CREATE TABLE worker (
 CREATE TABLE job (
     tenant          text COLLATE "C" NOT NULL,
     id              text COLLATE "C" NOT NULL,
-    -- 0 open: RabbitMQ owns the body; 1 leased; 2 waiting; 3 done; 4 uncertain, held; 5 cancelled before it came
+    -- 0 open: RabbitMQ owns the body; 1 leased; 2 waiting; 3 done; 4 uncertain, held; 5 cancelled before it came;
+    -- 6 in the dead letters: it begins anew if an operator replays it
     state           smallint NOT NULL,
     level           smallint NOT NULL,
     account         text COLLATE "C" NOT NULL,
@@ -40,7 +41,14 @@ CREATE TABLE job (
     slot_at         bigint,
     slot_cost       integer,
     attempt         integer NOT NULL DEFAULT 0,
+    -- Attempts and leases of which nobody knows the outcome.
     uncertain       integer NOT NULL DEFAULT 0,
+    -- Suspicion that the job crashes whoever works on it: panics, and deaths of workers while "marked" (our own code was at
+    -- work on its content, and on no other suspect's). A death beside it suspects it once, and never convicts it.
+    crashes         smallint NOT NULL DEFAULT 0,
+    marked          boolean NOT NULL DEFAULT false,
+    -- Workers that died with it in their hands, for whatever reason.
+    deaths          smallint NOT NULL DEFAULT 0,
     -- Asked for while it could not be granted: the job ends as cancelled unless its attempt succeeds.
     cancel          boolean NOT NULL DEFAULT false,
     -- An earlier owner's acceptance was written into the row under the present lease: its owner knows too little.
@@ -60,6 +68,10 @@ CREATE TABLE job (
     finished_at     timestamptz,
     outcome         text,
     last_error      text,
+    -- What somebody decided about a held job: sent, not_sent, failed; who, and when.
+    resolved        text,
+    resolved_by     text,
+    resolved_at     timestamptz,
     -- Reports owed to the exchange, each removed by its own number once confirmed.
     outbox          text[],
     outbox_seq      bigint[],
@@ -123,6 +135,34 @@ CREATE TABLE connection_lease (
     epoch   bigint NOT NULL,
     held    integer NOT NULL,
     PRIMARY KEY (account, epoch)
+);
+
+-- Circuit breakers: one row per account with recent trouble; where all is well there is none.
+CREATE TABLE account_health (
+    account    text COLLATE "C" PRIMARY KEY,
+    state      smallint NOT NULL DEFAULT 0,             -- 0 closed, 1 open, 2 half-open: a probe is under way
+    faults     integer NOT NULL DEFAULT 0,              -- since the server last worked
+    openings   integer NOT NULL DEFAULT 0,              -- in a row
+    opened_at  timestamptz,                             -- the first of them
+    -- The last transition: what was leased before says nothing about the time after it.
+    changed_at timestamptz NOT NULL DEFAULT '-infinity',
+    noted_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    until      timestamptz,                             -- open: end of the cooldown; half-open: deadline of the probe
+    epoch      bigint,                                  -- who probes
+    claim      bigint,
+    class      text,                                    -- the latest fault
+    reason     text,
+    detail     text,
+    event      bigint NOT NULL DEFAULT 0                -- number of the latest event
+);
+-- Events of accounts, owed to the reports exchange; each goes when its publish is confirmed.
+CREATE TABLE account_event (
+    event_id   text COLLATE "C" PRIMARY KEY,
+    tenant     text COLLATE "C" NOT NULL,
+    type       text COLLATE "C" NOT NULL,
+    body       text NOT NULL,
+    next_at    timestamptz NOT NULL DEFAULT clock_timestamp(),
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 
 CREATE FUNCTION micros(t timestamptz) RETURNS bigint LANGUAGE sql IMMUTABLE PARALLEL SAFE
@@ -426,19 +466,179 @@ BEGIN
     RETURN v_open;
 END $$;
 
+-- ── Health ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+-- Whether one job may try an open account: the cooldown is over, or whoever tried last is dead or too late.
+CREATE FUNCTION probe_due(h account_health) RETURNS boolean LANGUAGE sql VOLATILE AS $$
+    SELECT h.state = 1 AND h.until <= clock_timestamp()
+        OR h.state = 2 AND (h.until <= clock_timestamp()
+                            OR NOT EXISTS (SELECT FROM worker w WHERE w.epoch = h.epoch AND NOT w.dead))
+$$;
+
+-- When lanes of an account in trouble are looked at again. While a probe is under way every second: who is just looking
+-- at a lane when the probe succeeds is passed over by the wake-up.
+CREATE FUNCTION ill_until(h account_health) RETURNS timestamptz LANGUAGE sql VOLATILE AS $$
+    SELECT CASE h.state WHEN 2 THEN least(h.until, clock_timestamp() + interval '1 second') ELSE h.until END
+$$;
+
+-- Makes the job under this claim the one probe of an account, if one is due. Waits for no lock.
+CREATE FUNCTION take_probe(p_account text, p_epoch bigint, p_claim bigint) RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    UPDATE account_health x SET state = 2, epoch = p_epoch, claim = p_claim, until = clock_timestamp() + interval '5 minutes'
+        FROM (SELECT h.account FROM account_health h WHERE h.account = p_account AND probe_due(h)
+              FOR UPDATE SKIP LOCKED) d
+        WHERE x.account = d.account;
+    RETURN FOUND;
+END $$;
+
+CREATE FUNCTION iso(t timestamptz) RETURNS text LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    AS $$ SELECT to_char(t AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') $$;
+
+-- Owes an event about an account. Its id is that of report::event_id in the worker: a hash of tenant, kind, subject and
+-- number, each behind its length.
+CREATE FUNCTION owe_account_event(h account_health, p_type text, p_now timestamptz) RETURNS void LANGUAGE sql AS $$
+    INSERT INTO account_event (event_id, tenant, type, body)
+    SELECT 'evt_' || encode(substr(sha256(string_agg(int8send(octet_length(b.part)::bigint) || b.part, '' ORDER BY b.o)), 1, 16),
+                            'hex'),
+           split_part(h.account, '/', 1), p_type,
+           json_build_object('type', p_type, 'timestamp', iso(p_now), 'data', json_strip_nulls(json_build_object(
+               'tenant', split_part(h.account, '/', 1), 'account', split_part(h.account, '/', 2), 'since', iso(h.opened_at),
+               'reason', CASE WHEN h.state > 0 THEN h.reason END, 'class', CASE WHEN h.state > 0 THEN h.class END,
+               'detail', CASE WHEN h.state > 0 THEN h.detail END, 'faults', CASE WHEN h.state > 0 THEN h.faults END,
+               'next_attempt_at', CASE WHEN h.state > 0 THEN iso(h.until) END)))::text
+    FROM (SELECT convert_to(u.part, 'UTF8') AS part, u.o
+          FROM unnest(ARRAY[split_part(h.account, '/', 1), 'account', split_part(h.account, '/', 2), h.event::text])
+               WITH ORDINALITY u(part, o)) b
+    ON CONFLICT (event_id) DO NOTHING
+$$;
+
+-- What settled attempts say about their accounts: kind 1 the server works, 2 a fault of the account or its server, 0 nothing
+-- (but the claim may have been a probe). While an account is open only its probe counts: what was under way when it opened
+-- must neither prolong the cooldown nor end it. change: 1 opened, 2 recovered, 3 opened again, 4 a probe came to nothing.
+CREATE FUNCTION note_health(p_epoch bigint, p_claims bigint[], p_leased timestamptz[], p_accounts text[], p_kinds smallint[],
+                            p_classes text[], p_reasons text[], p_details text[], p_faults integer, p_cooldown bigint, p_cap bigint)
+RETURNS TABLE (account text, change smallint, until_us bigint)
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_account text; h account_health; v_before account_health; e record; v_now timestamptz; v_probe boolean;
+    v_wake text[] := '{}';
+BEGIN
+    FOR v_account IN
+        SELECT q.k FROM (
+            SELECT u.a AS k FROM unnest(p_accounts, p_kinds) u(a, k) WHERE u.k = 2
+            UNION SELECT y.account FROM account_health y WHERE y.account = ANY (p_accounts) AND (y.state > 0 OR y.faults > 0)
+            UNION SELECT y.account FROM account_health y WHERE y.state = 2 AND y.epoch = p_epoch AND y.claim = ANY (p_claims)) q
+        ORDER BY q.k COLLATE "C"
+    LOOP
+        INSERT INTO account_health AS y (account) SELECT v_account
+            WHERE EXISTS (SELECT FROM unnest(p_accounts, p_kinds) u(a, k) WHERE u.a = v_account AND u.k = 2)
+            ON CONFLICT ON CONSTRAINT account_health_pkey DO NOTHING;
+        SELECT * INTO h FROM account_health y WHERE y.account = v_account FOR UPDATE;
+        CONTINUE WHEN NOT FOUND;
+        v_before := h; v_now := clock_timestamp(); account := v_account;
+        v_probe := h.state = 2 AND h.epoch = p_epoch AND h.claim = ANY (p_claims);
+        FOR e IN SELECT * FROM unnest(p_claims, p_leased, p_accounts, p_kinds, p_classes, p_reasons, p_details)
+                 WITH ORDINALITY u(claim, leased, acc, kind, class, reason, detail, o)
+                 WHERE u.acc = v_account AND u.kind > 0 ORDER BY u.o LOOP
+            IF h.state = 0 THEN
+                CONTINUE WHEN e.kind = 2 AND e.leased < h.changed_at;
+                h.faults := CASE e.kind WHEN 1 THEN 0 ELSE h.faults + 1 END;
+            ELSIF h.state = 2 AND h.epoch = p_epoch AND h.claim = e.claim
+                  OR h.state = 1 AND h.until <= v_now AND e.leased >= h.changed_at THEN
+                h.faults := CASE e.kind WHEN 1 THEN 0 ELSE h.faults + 1 END;
+                h.state := CASE e.kind WHEN 1 THEN 0 ELSE 2 END;
+            ELSE
+                CONTINUE;
+            END IF;
+            IF e.kind = 2 THEN
+                h.class := e.class; h.reason := e.reason; h.detail := e.detail;
+            END IF;
+            IF h.faults > 0 AND (h.state = 2 OR h.faults >= p_faults) THEN
+                h.openings := h.openings + 1;
+                h.opened_at := coalesce(h.opened_at, v_now);
+                -- 30: far above any cap, and no overflow
+                h.until := v_now + least(p_cooldown * 2 ^ least(h.openings - 1, 30), p_cap) * (0.9 + 0.2 * random())
+                                   * interval '1 microsecond';
+                h.state := 1; h.epoch := NULL; h.claim := NULL; h.changed_at := v_now;
+            ELSIF v_before.state > 0 AND h.state = 0 THEN
+                h.openings := 0; h.epoch := NULL; h.claim := NULL; h.until := NULL; h.changed_at := v_now;
+            END IF;
+        END LOOP;
+        IF v_probe AND h.state = 2 THEN
+            -- It never came to the server: the next one may try.
+            h.state := 1; h.until := v_now; h.epoch := NULL; h.claim := NULL;
+        END IF;
+        IF h.state = 0 AND h.faults = 0 AND h.changed_at = '-infinity' THEN
+            DELETE FROM account_health y WHERE y.account = v_account;
+            CONTINUE;
+        END IF;
+        CONTINUE WHEN h = v_before;
+        change := CASE WHEN v_before.state = 0 AND h.state > 0 THEN 1 WHEN v_before.state > 0 AND h.state = 0 THEN 2
+                       WHEN h.openings > v_before.openings THEN 3 WHEN v_before.state <> h.state THEN 4 ELSE 0 END;
+        IF change IN (1, 2) THEN
+            h.event := greatest(h.event + 1, micros(v_now));
+            PERFORM owe_account_event(h, CASE change WHEN 1 THEN 'account.unhealthy' ELSE 'account.recovered' END, v_now);
+        END IF;
+        IF h.state = 0 THEN
+            h.opened_at := NULL;
+        END IF;
+        UPDATE account_health y SET state = h.state, faults = h.faults, openings = h.openings, opened_at = h.opened_at,
+            changed_at = h.changed_at, noted_at = v_now, until = h.until, epoch = h.epoch, claim = h.claim,
+            class = h.class, reason = h.reason, detail = h.detail, event = h.event WHERE y.account = v_account;
+        IF change > 0 THEN
+            until_us := greatest(micros(h.until) - micros(v_now), 0);
+            IF change IN (2, 4) THEN
+                v_wake := v_wake || v_account;
+            END IF;
+            RETURN NEXT;
+        END IF;
+    END LOOP;
+    PERFORM wake_lanes(v_wake, false);
+END $$;
+
+-- The account was changed: what is known of its health no longer holds. An open one is tried by the next job, at once.
+CREATE FUNCTION reset_health_v1(p_account text) RETURNS void
+LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM account_health h WHERE h.account = p_account) THEN
+        RETURN;
+    END IF;
+    PERFORM wake_lanes(ARRAY[p_account], true);
+    DELETE FROM account_health h WHERE h.account = p_account AND h.state = 0;
+    UPDATE account_health h SET state = 1, openings = 0, until = clock_timestamp(), changed_at = clock_timestamp(),
+        epoch = NULL, claim = NULL WHERE h.account = p_account;
+END $$;
+
+-- Events that are owed, leased to the caller for a while.
+CREATE FUNCTION owed_account_events_v1(p_max integer, p_hold interval)
+RETURNS TABLE (event_id text, tenant text, type text, body text)
+LANGUAGE sql SET search_path FROM CURRENT AS $$
+    WITH mine AS (
+        UPDATE account_event x SET next_at = clock_timestamp() + p_hold
+        FROM (SELECT y.event_id FROM account_event y WHERE y.next_at <= clock_timestamp()
+              ORDER BY y.created_at LIMIT p_max FOR UPDATE SKIP LOCKED) o
+        WHERE x.event_id = o.event_id
+        RETURNING x.*)
+    SELECT m.event_id, m.tenant, m.type, m.body FROM mine m ORDER BY m.created_at
+$$;
+
 -- ── Admission ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 -- verdict: 1 go, 2 wait (leased, to be parked with its body), 3 in flight elsewhere, 4 waiting already, 5 done,
 --          6 other content under this id, 7 held as uncertain, 8 go, but others wait in front, 9 expired, 10 cancelled
 -- granted = 0 with verdict 1 or 8: the slot is still to be taken.
 -- p_want: 0 claim only, 1 with a slot, 2 to be parked because its account is busy
+-- p_detour: it need not wait for an account in trouble: the platform may send it
+-- p_replay: an operator took it out of the dead letters
+-- ill_us: its account is in trouble, for so long; probe: it is the one that may try it all the same
 CREATE FUNCTION admit_v1(
     p_epoch bigint, p_claims bigint[], p_tenants text[], p_ids text[], p_levels smallint[], p_accounts text[],
     p_costs integer[], p_digests bytea[], p_send_at timestamptz[], p_expires_at timestamptz[], p_want smallint[],
-    p_batches text[])
+    p_batches text[], p_detour boolean[], p_replay boolean[])
 RETURNS TABLE (idx integer, verdict smallint, born bigint, seq bigint, attempt integer, created_us bigint,
                granted integer, slot_us bigint, valid_us bigint, wait_us bigint, reason smallint,
-               recipients jsonb, message_id text, uncertain integer, owed boolean)
+               recipients jsonb, message_id text, uncertain integer, owed boolean, crashes integer, deaths integer,
+               ill_us bigint, probe boolean)
 LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
 SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
 DECLARE
@@ -449,7 +649,13 @@ DECLARE
     v_valid bigint[] := array_fill(NULL::bigint, ARRAY[n]); v_wait bigint[] := array_fill(NULL::bigint, ARRAY[n]);
     v_verdict smallint[] := array_fill(1::smallint, ARRAY[n]); v_reason smallint[] := array_fill(NULL::smallint, ARRAY[n]);
     v_new boolean[]; s record; j record; i integer; k integer; lost integer[]; v_own boolean;
+    v_ill bigint[] := array_fill(NULL::bigint, ARRAY[n]);
 BEGIN
+    IF EXISTS (SELECT FROM account_health h WHERE h.state > 0) THEN
+        SELECT array_agg((SELECT greatest(micros(ill_until(h)) - micros(v_now), 0) FROM account_health h
+                          WHERE h.account = u.a AND h.state > 0) ORDER BY u.o)
+            INTO v_ill FROM unnest(p_accounts) WITH ORDINALITY u(a, o);
+    END IF;
     SELECT array_agg(e.known ORDER BY e.o), array_agg(e.behind ORDER BY e.o), array_agg(e.shut ORDER BY e.o)
         INTO v_known, v_behind, v_shut
     FROM (SELECT u.o,
@@ -463,6 +669,11 @@ BEGIN
             v_verdict[i] := 9;
         ELSIF p_send_at[i] > v_now THEN
             v_verdict[i] := 2; v_reason[i] := 3; v_wait[i] := micros(p_send_at[i]) - micros(v_now);
+        ELSIF v_ill[i] IS NOT NULL THEN
+            -- Go, if it becomes the probe or may take a detour; without a slot.
+            IF p_want[i] = 2 THEN
+                v_verdict[i] := 2; v_reason[i] := 7; v_wait[i] := v_ill[i];
+            END IF;
         ELSIF v_shut[i] > micros(v_now) THEN
             v_verdict[i] := 2; v_reason[i] := 1; v_wait[i] := v_shut[i] - micros(v_now);
         ELSIF p_want[i] = 2 THEN
@@ -519,37 +730,38 @@ BEGIN
                                         (SELECT array_agg(v_granted[l]) FROM unnest(lost) l),
                                         (SELECT array_agg(v_slot[l]) FROM unnest(lost) l)), false);
     END IF;
-    FOR i IN 1 .. n LOOP
-        CONTINUE WHEN NOT v_new[i];
-        idx := i - 1; verdict := v_verdict[i]; born := v_born; seq := born;
-        attempt := 0; created_us := micros(v_now); granted := v_granted[i]; slot_us := v_slot[i];
-        valid_us := v_valid[i]; wait_us := v_wait[i]; reason := v_reason[i]; recipients := NULL; message_id := NULL;
-        uncertain := 0; owed := false;
-        RETURN NEXT;
-    END LOOP;
     FOR j IN
         SELECT x.tenant, x.id, x.state, x.epoch, x.claim, x.digest, x.cancel, x.born, x.seq, x.attempt, x.created_at,
-               x.recipients, x.message_id, x.uncertain, x.outbox IS NOT NULL AS owed0, (u.o - 1)::integer AS idx0,
-               u.c AS my_claim, u.d AS my_digest, u.sa, u.ea, u.wa
-        FROM job x JOIN unnest(p_tenants, p_ids, p_claims, p_digests, v_new, p_send_at, p_expires_at, p_want)
-             WITH ORDINALITY u(t, id, c, d, w, sa, ea, wa, o) ON x.tenant = u.t AND x.id = u.id
+               x.recipients, x.message_id, x.uncertain, x.crashes, x.deaths, x.outbox IS NOT NULL AS owed0,
+               (u.o - 1)::integer AS idx0, u.c AS my_claim, u.d AS my_digest, u.sa, u.ea, u.wa,
+               x.state = 6 AND u.re AS anew
+        FROM job x JOIN unnest(p_tenants, p_ids, p_claims, p_digests, v_new, p_send_at, p_expires_at, p_want, p_replay)
+             WITH ORDINALITY u(t, id, c, d, w, sa, ea, wa, re, o) ON x.tenant = u.t AND x.id = u.id
         WHERE NOT u.w
         ORDER BY x.tenant, x.id
         FOR UPDATE OF x
     LOOP
         idx := j.idx0; born := j.born; seq := j.seq; attempt := j.attempt; created_us := micros(j.created_at);
         granted := 0; slot_us := NULL; valid_us := NULL; wait_us := NULL; reason := NULL; recipients := j.recipients;
-        message_id := j.message_id; uncertain := j.uncertain; owed := j.owed0;
+        message_id := j.message_id; uncertain := j.uncertain; owed := j.owed0; crashes := j.crashes; deaths := j.deaths;
+        ill_us := v_ill[j.idx0 + 1]; probe := false;
         -- this very statement, repeated after a lost COMMIT; a slot that it was granted goes back when one is taken
         v_own := j.state = 1 AND j.epoch = p_epoch AND j.claim = j.my_claim;
         IF j.digest <> j.my_digest AND j.state <> 5 AND NOT coalesce(v_own, false) THEN
             verdict := 6;
-        ELSIF v_own OR j.state IN (0, 5) THEN
+        ELSIF v_own OR j.state IN (0, 5) OR j.anew THEN
             verdict := CASE WHEN j.cancel OR j.state = 5 THEN 10 WHEN j.ea <= v_now THEN 9 WHEN j.sa > v_now THEN 2
                             WHEN j.wa = 2 THEN 2 ELSE 1 END;
             IF verdict = 2 THEN
-                reason := CASE WHEN j.sa > v_now THEN 3 ELSE 4 END;
-                wait_us := greatest(micros(j.sa) - micros(v_now), 0);
+                reason := CASE WHEN j.sa > v_now THEN 3 WHEN ill_us IS NOT NULL THEN 7 ELSE 4 END;
+                wait_us := CASE reason WHEN 7 THEN ill_us ELSE greatest(micros(j.sa) - micros(v_now), 0) END;
+            ELSIF verdict = 1 AND ill_us IS NOT NULL AND NOT p_detour[j.idx0 + 1] THEN
+                verdict := 2; reason := 7; wait_us := ill_us;
+            END IF;
+            IF j.anew THEN
+                attempt := 0; crashes := 0; deaths := 0; uncertain := 0; created_us := micros(v_now);
+                UPDATE job x SET attempt = 0, crashes = 0, deaths = 0, uncertain = 0, created_at = v_now, outcome = NULL,
+                    finished_at = NULL WHERE x.tenant = j.tenant AND x.id = j.id;
             END IF;
             IF NOT coalesce(v_own, false) THEN
                 UPDATE job x SET state = 1, epoch = p_epoch, claim = j.my_claim, leased_at = v_now, phase = 0,
@@ -559,7 +771,22 @@ BEGIN
                     WHERE x.tenant = j.tenant AND x.id = j.id;
             END IF;
         ELSE
-            verdict := CASE j.state WHEN 1 THEN 3 WHEN 2 THEN 4 WHEN 3 THEN 5 ELSE 7 END;
+            verdict := CASE j.state WHEN 1 THEN 3 WHEN 2 THEN 4 WHEN 3 THEN 5 WHEN 6 THEN 5 ELSE 7 END;
+        END IF;
+        RETURN NEXT;
+    END LOOP;
+    -- Last, behind all locks that are waited for: probes.
+    FOR i IN 1 .. n LOOP
+        CONTINUE WHEN NOT v_new[i];
+        idx := i - 1; verdict := v_verdict[i]; born := v_born; seq := born;
+        attempt := 0; created_us := micros(v_now); granted := v_granted[i]; slot_us := v_slot[i];
+        valid_us := v_valid[i]; wait_us := v_wait[i]; reason := v_reason[i]; recipients := NULL; message_id := NULL;
+        uncertain := 0; owed := false; crashes := 0; deaths := 0; ill_us := v_ill[i]; probe := false;
+        IF verdict = 1 AND ill_us IS NOT NULL THEN
+            probe := take_probe(p_accounts[i], p_epoch, p_claims[i]);
+            IF NOT probe AND NOT p_detour[i] THEN
+                verdict := 2; reason := 7; wait_us := ill_us;
+            END IF;
         END IF;
         RETURN NEXT;
     END LOOP;
@@ -638,6 +865,16 @@ SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
     RETURNING (u.o - 1)::integer
 $$;
 
+-- Says that work on the content of a suspect begins (or is over): a worker that dies in between died of it. Whether its
+-- lease still stands.
+CREATE FUNCTION mark_suspect_v1(p_epoch bigint, p_tenant text, p_id text, p_claim bigint, p_marked boolean) RETURNS boolean
+LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+BEGIN
+    UPDATE job x SET marked = p_marked WHERE x.tenant = p_tenant AND x.id = p_id AND x.state IS NOT DISTINCT FROM 1
+        AND x.epoch IS NOT DISTINCT FROM p_epoch AND x.claim = p_claim;
+    RETURN FOUND;
+END $$;
+
 -- Stores the body of jobs that are in flight elsewhere, so that their delivery can be acknowledged. Fills only what
 -- is missing; a row that went on meanwhile needs nothing. Returns the jobs whose body is now safe (or not needed).
 CREATE FUNCTION absorb_v1(p_tenants text[], p_ids text[], p_bodies bytea[], p_properties text[])
@@ -669,18 +906,24 @@ END $$;
 
 -- kind: 1 done, 2 park, 3 give back, 4 hold as uncertain
 -- answer: 1 written, 2 lease lost, 3 a cancel came in between: settle it as cancelled
--- p_reason: 1 rate, 2 retry, 3 schedule, 4 busy, 5 contract (a newer one), 6 key
+-- p_reason: 1 rate, 2 retry, 3 schedule, 4 busy, 5 contract (a newer one), 6 key, 7 unhealthy
+-- p_accounts: the account it waits for, where that is another than before
+-- p_h_*: what attempts say about the health of accounts, each with the place of its job; see note_health. Its changes come
+-- as rows with idx -1. p_faults faults in a row open an account, for p_cooldown µs, doubling up to p_cap.
 CREATE FUNCTION settle_v1(
     p_epoch bigint, p_tenants text[], p_ids text[], p_claims bigint[], p_kinds smallint[], p_outcomes text[],
     p_attempts integer[], p_recipients text[], p_message_ids text[], p_reports text[], p_seqs bigint[],
     p_refund boolean[], p_delay_us bigint[], p_reasons smallint[], p_bodies bytea[], p_properties text[],
-    p_errors text[])
-RETURNS TABLE (idx integer, answer smallint)
+    p_errors text[], p_uncertain smallint[], p_crashed smallint[], p_accounts text[],
+    p_h_places integer[], p_h_accounts text[], p_h_kinds smallint[], p_h_classes text[], p_h_reasons text[],
+    p_h_details text[], p_faults integer, p_cooldown bigint, p_cap bigint)
+RETURNS TABLE (idx integer, answer smallint, account text, change smallint, until_us bigint)
 LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
 SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
 DECLARE
     v_now timestamptz; o record; v_hit boolean[] := array_fill(false, ARRAY[array_length(p_ids, 1)]); j record;
     i integer; v_t text[] := '{}'; v_i text[] := '{}'; v_open text[] := '{}';
+    v_leased timestamptz[] := array_fill(NULL::timestamptz, ARRAY[array_length(p_ids, 1)]);
 BEGIN
     IF true = ANY (p_refund) THEN
         PERFORM 1 FROM rate WHERE key IN (
@@ -710,14 +953,18 @@ BEGIN
                              ELSE CASE WHEN coalesce(x.body, u.body) IS NULL THEN 0 ELSE 2 END END,
             phase = 0, slot_at = NULL, slot_cost = NULL,
             attempt = coalesce(u.at, x.attempt),
+            marked = false,
+            account = coalesce(u.ac, x.account),
+            uncertain = x.uncertain + coalesce(u.un, 0),
+            crashes = x.crashes + coalesce(u.cr, 0),
             seq = coalesce(u.sq, x.seq),
             recipients = coalesce(u.rc::jsonb, x.recipients),
             message_id = coalesce(u.mid, x.message_id),
             body = CASE WHEN u.k = 1 THEN NULL ELSE coalesce(x.body, u.body) END,
             body_size = CASE WHEN u.k = 1 THEN NULL ELSE coalesce(x.body_size, octet_length(u.body)) END,
             properties = coalesce(x.properties, u.pr::jsonb),
-            -- Over a limit it may go at any time, in its old place: the lane knows when to look.
-            due_at = CASE WHEN u.k = 1 THEN NULL WHEN u.k = 3 OR u.rs = 1 THEN least(x.due_at, v_now)
+            -- Over a limit, or behind an open account, it may go at any time, in its old place: the lane knows when to look.
+            due_at = CASE WHEN u.k = 1 THEN NULL WHEN u.k = 3 OR u.rs IN (1, 7) THEN least(x.due_at, v_now)
                           ELSE v_now + coalesce(u.dl, 0) * interval '1 microsecond' END,
             reason = CASE WHEN u.k = 2 THEN u.rs WHEN u.k = 3 THEN coalesce(x.reason, 4::smallint) END,
             outcome = CASE WHEN u.k = 1 THEN u.oc END,
@@ -728,14 +975,15 @@ BEGIN
             outbox_seq = CASE WHEN u.rp IS NULL THEN x.outbox_seq ELSE coalesce(x.outbox_seq, '{}') || u.sq END,
             outbox_at = CASE WHEN u.rp IS NULL THEN x.outbox_at ELSE v_now + interval '30 seconds' END
         FROM (SELECT * FROM unnest(p_tenants, p_ids, p_claims, p_kinds, p_outcomes, p_attempts, p_recipients,
-                    p_message_ids, p_reports, p_seqs, p_delay_us, p_reasons, p_bodies, p_properties, p_errors)
-                  WITH ORDINALITY q(t, id, c, k, oc, at, rc, mid, rp, sq, dl, rs, body, pr, er, o)
+                    p_message_ids, p_reports, p_seqs, p_delay_us, p_reasons, p_bodies, p_properties, p_errors,
+                    p_uncertain, p_crashed, p_accounts)
+                  WITH ORDINALITY q(t, id, c, k, oc, at, rc, mid, rp, sq, dl, rs, body, pr, er, un, cr, ac, o)
               ORDER BY q.t COLLATE "C", q.id COLLATE "C") u
         WHERE x.tenant = u.t AND x.id = u.id AND x.state IS NOT DISTINCT FROM 1
           AND x.epoch IS NOT DISTINCT FROM p_epoch AND x.claim = u.c AND NOT x.merged AND NOT (x.cancel AND u.k IN (2, 3))
-        RETURNING u.o::integer AS o, x.tenant, x.id, x.state
+        RETURNING u.o::integer AS o, x.tenant, x.id, x.state, x.leased_at
     LOOP
-        v_hit[j.o] := true;
+        v_hit[j.o] := true; v_leased[j.o] := j.leased_at;
         IF j.state = 2 THEN
             v_t := v_t || j.tenant; v_i := v_i || j.id;
         END IF;
@@ -747,7 +995,7 @@ BEGIN
         -- Decided without knowing what an earlier owner had brought about: nobody is sending now, so it begins anew
         -- with what is still open.
         UPDATE job x SET state = CASE WHEN x.body IS NULL THEN 0 ELSE 2 END, claim = NULL, phase = 0, merged = false,
-            due_at = v_now, reason = 2, slot_at = NULL, slot_cost = NULL, updated_at = v_now
+            marked = false, due_at = v_now, reason = 2, slot_at = NULL, slot_cost = NULL, updated_at = v_now
             WHERE x.tenant = p_tenants[i] AND x.id = p_ids[i] AND x.state IS NOT DISTINCT FROM 1
               AND x.epoch IS NOT DISTINCT FROM p_epoch AND x.claim = p_claims[i] AND x.merged;
         IF FOUND THEN
@@ -767,6 +1015,27 @@ BEGIN
         PERFORM touch_lanes(v_t, v_i);
     END IF;
     PERFORM wake_lanes(v_open, false);
+    IF 2 = ANY (p_h_kinds) OR EXISTS (SELECT FROM account_health) THEN
+        FOR j IN
+            SELECT n.* FROM (
+                SELECT array_agg(p_claims[q.p] ORDER BY q.p, q.o) AS c, array_agg(v_leased[q.p] ORDER BY q.p, q.o) AS l,
+                       array_agg(q.a ORDER BY q.p, q.o) AS a, array_agg(q.k ORDER BY q.p, q.o) AS k,
+                       array_agg(q.cl ORDER BY q.p, q.o) AS cl, array_agg(q.r ORDER BY q.p, q.o) AS r,
+                       array_agg(q.d ORDER BY q.p, q.o) AS d
+                -- What this call has written, and only that: a statement that comes twice counts once.
+                FROM (SELECT u.p + 1 AS p, u.a, u.k, u.cl, u.r, u.d, u.o
+                      FROM unnest(p_h_places, p_h_accounts, p_h_kinds, p_h_classes, p_h_reasons, p_h_details)
+                           WITH ORDINALITY u(p, a, k, cl, r, d, o)
+                      UNION ALL
+                      SELECT u.p, NULL, 0::smallint, NULL, NULL, NULL, 0 FROM generate_subscripts(p_ids, 1) u(p)) q
+                WHERE v_hit[q.p]) f,
+                note_health(p_epoch, f.c, f.l, f.a, f.k, f.cl, f.r, f.d, p_faults, p_cooldown, p_cap) n
+            WHERE f.c IS NOT NULL
+        LOOP
+            idx := -1; answer := 0; account := j.account; change := j.change; until_us := j.until_us;
+            RETURN NEXT;
+        END LOOP;
+    END IF;
 END $$;
 
 -- Enters jobs that have just become waiting into their lanes. Where a limit is known to be shut, the lane is not
@@ -782,10 +1051,14 @@ SET enable_bitmapscan = off SET jit = off AS $$
     SELECT g.account, g.level, g.tenant,
            least(g.soonest, CASE WHEN g.limited THEN greatest(blocked_until(
                (SELECT max(r.next_at) FROM rate r WHERE r.key = ANY (charged_keys(g.tenant, g.account)))),
+               clock_timestamp()) END,
+               CASE WHEN g.ill THEN greatest(blocked_until(
+               coalesce((SELECT micros(ill_until(h)) FROM account_health h WHERE h.account = g.account AND h.state > 0), 0)),
                clock_timestamp()) END),
            g.fifo, g.oldest
-    FROM (SELECT x.account, x.level, x.tenant, min(x.due_at) AS oldest, min(x.due_at) FILTER (WHERE x.reason <> 1) AS soonest,
-                 bool_or(x.reason = 1) AS limited, count(*) FILTER (WHERE x.reason IN (1, 4)) AS fifo
+    FROM (SELECT x.account, x.level, x.tenant, min(x.due_at) AS oldest,
+                 min(x.due_at) FILTER (WHERE x.reason NOT IN (1, 7)) AS soonest, bool_or(x.reason = 1) AS limited,
+                 bool_or(x.reason = 7) AS ill, count(*) FILTER (WHERE x.reason IN (1, 4, 7)) AS fifo
           FROM j x WHERE x.state = 2
           GROUP BY x.account, x.level, x.tenant) g
     ORDER BY g.account, g.level, g.tenant
@@ -799,22 +1072,28 @@ $$;
 
 -- Leases up to p_max due jobs of a level to a worker that has permits for them, lanes in turn, oldest first, with their
 -- slots. Skips what others are working on; never waits for a lock. p_account: only this account, at this level and the
--- more urgent ones.
+-- more urgent ones. Of an account in trouble (ill_us) one goes as its probe when that is due; else only what has waited for
+-- longer than p_max_age µs (or its account's own), to be given up or to take a detour.
 CREATE FUNCTION release_v1(p_epoch bigint, p_level smallint, p_max integer, p_max_bytes bigint, p_claim_base bigint,
-                           p_exclude text[], p_account text)
+                           p_exclude text[], p_account text, p_max_age bigint)
 RETURNS TABLE (tenant text, id text, level smallint, account text, claim bigint, born bigint, seq bigint,
                attempt integer, created_us bigint, granted integer, valid_us bigint, reason smallint,
-               recipients jsonb, message_id text, uncertain integer, body bytea, properties jsonb)
+               recipients jsonb, message_id text, uncertain integer, body bytea, properties jsonb,
+               crashes integer, deaths integer, ill_us bigint, probe boolean)
 LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
 SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
 DECLARE
     v_now timestamptz := clock_timestamp(); v_us bigint; v_held text[]; v_quantum integer; v_limited boolean;
-    -- lanes in the order of their turn; what: 0 shut, 1 passed over, 2 behind a more urgent one, 3 ready, 4 ready and unlimited
+    -- lanes in the order of their turn; what: 0 shut, 1 passed over, 2 behind a more urgent one, 3 ready, 4 ready and
+    -- unlimited, 5 in trouble
     l_a text[]; l_l smallint[]; l_t text[]; l_from timestamptz[]; l_what integer[]; l_shut bigint[]; l_ready integer;
     -- chosen jobs
     j_o integer[]; j_t text[]; j_a text[]; j_id text[]; j_cost integer[]; j_reason smallint[];
     j_granted integer[]; j_valid bigint[]; j_next bigint[]; v_slot bigint; s record;
+    -- of lanes whose account is in trouble: until when (µs), whether it is the one that may send the probe, and what is too old
+    v_ill boolean; l_ill bigint[]; l_probe boolean[]; l_to timestamptz[]; v_probes text[];
 BEGIN
+    v_ill := EXISTS (SELECT FROM account_health h WHERE h.state > 0);
     FOR round IN 1 .. 16 LOOP
         -- The lanes whose turn it is.
         IF p_account IS NULL THEN
@@ -836,15 +1115,30 @@ BEGIN
         IF l_a IS NULL THEN
             RETURN;
         END IF;
+        l_ill := NULL; l_probe := NULL; l_to := NULL;
+        IF v_ill THEN
+            SELECT coalesce(array_agg(q.account), '{}') INTO v_probes FROM (
+                SELECT h.account FROM account_health h WHERE h.account = ANY (l_a) AND probe_due(h) FOR UPDATE SKIP LOCKED) q;
+            SELECT array_agg(CASE WHEN h.account IS NOT NULL THEN micros(ill_until(h)) END ORDER BY u.o),
+                   array_agg(u.a = ANY (v_probes) AND u.place = 1 ORDER BY u.o),
+                   array_agg(CASE WHEN h.account IS NOT NULL AND NOT (u.a = ANY (v_probes) AND u.place = 1)
+                                  THEN v_now - coalesce(o.max_age_seconds * 1000000, p_max_age) * interval '1 microsecond'
+                             END ORDER BY u.o)
+                INTO l_ill, l_probe, l_to
+            FROM (SELECT q.a, q.o, row_number() OVER (PARTITION BY q.a ORDER BY q.o) AS place
+                  FROM unnest(l_a) WITH ORDINALITY q(a, o)) u
+            LEFT JOIN account_health h ON h.account = u.a AND h.state > 0
+            LEFT JOIN account o ON o.tenant = split_part(u.a, '/', 1) AND o.id = split_part(u.a, '/', 2);
+        END IF;
         -- Their limits, read behind the lanes' locks: whoever opens a limit wakes its lanes afterwards.
         v_us := micros(clock_timestamp());
         SELECT coalesce(array_agg(q.key), '{}') INTO v_held
         FROM (SELECT r.key FROM rate r
               WHERE r.key IN (SELECT unnest(charged_keys(u.t, u.a)) FROM unnest(l_t, l_a) u(t, a)) AND r.next_at <= v_us
               FOR UPDATE SKIP LOCKED) q;
-        SELECT array_agg(CASE WHEN q.n = 0 THEN 4 WHEN q.shut > v_us THEN 0 WHEN NOT q.held THEN 1
+        SELECT array_agg(CASE WHEN l_to[q.o] IS NOT NULL THEN 5 WHEN q.n = 0 THEN 4 WHEN q.shut > v_us THEN 0 WHEN NOT q.held THEN 1
                               WHEN q.urgent THEN 2 ELSE 3 END ORDER BY q.o),
-               array_agg(q.shut ORDER BY q.o)
+               array_agg(CASE WHEN l_to[q.o] IS NOT NULL THEN l_ill[q.o] ELSE q.shut END ORDER BY q.o)
             INTO l_what, l_shut
         FROM (SELECT u.o, count(r.key) AS n, max(r.next_at) AS shut, bool_and(r.key = ANY (v_held)) AS held,
                      p_account IS NULL AND EXISTS (SELECT FROM lane y WHERE y.account = u.a AND y.level < u.l
@@ -862,7 +1156,8 @@ BEGIN
         FROM (SELECT w.*, row_number() OVER turns AS n, sum(w.size) OVER turns - w.size AS before
               FROM (SELECT u.o, u.l, x.tenant, x.account, x.id, x.reason, x.cost, x.size,
                            row_number() OVER (PARTITION BY u.o ORDER BY x.due_at) AS place
-                    FROM unnest(l_t, l_a, l_l, l_from, l_what) WITH ORDINALITY u(t, a, l, since, what, o)
+                    FROM unnest(l_t, l_a, l_l, l_from, l_what, l_to, l_probe) WITH ORDINALITY
+                         u(t, a, l, since, what, before, probe, o)
                     CROSS JOIN LATERAL (
                         SELECT y.tenant, y.account, y.id, y.reason, y.due_at, coalesce(y.body_size, 0) AS size,
                                greatest(coalesce(jsonb_array_length(jsonb_path_query_array(y.recipients,
@@ -870,8 +1165,8 @@ BEGIN
                                    (y.properties ->> 'recipients')::integer, 1), 1) AS cost
                         FROM job y
                         WHERE y.account = u.a AND y.level = u.l AND y.tenant = u.t AND y.state = 2
-                          AND y.due_at BETWEEN u.since AND v_now AND NOT y.cancel
-                        ORDER BY y.due_at LIMIT v_quantum FOR UPDATE SKIP LOCKED) x
+                          AND y.due_at BETWEEN u.since AND coalesce(u.before, v_now) AND NOT y.cancel
+                        ORDER BY y.due_at LIMIT CASE WHEN u.probe THEN 1 ELSE v_quantum END FOR UPDATE SKIP LOCKED) x
                     WHERE u.what >= 3) w
               WINDOW turns AS (ORDER BY CASE WHEN p_account IS NULL THEN 0 ELSE w.l END, w.place, w.o)) q
         WHERE q.n <= p_max AND (q.before < p_max_bytes);
@@ -887,13 +1182,20 @@ BEGIN
             WHERE x.tenant = u.t AND x.id = u.id AND u.g > 0;
         -- Turns are over. Who got something goes behind all that are due; who did not come to its turn keeps its place;
         -- those stopped by a limit come back in the order of their turns.
+        IF v_ill THEN
+            -- Whose lane sends the probe, and has something to send.
+            UPDATE account_health h SET state = 2, epoch = p_epoch, claim = p_claim_base + u.n - 1,
+                until = clock_timestamp() + interval '5 minutes'
+                FROM unnest(j_o, j_granted) WITH ORDINALITY u(o, g, n)
+                WHERE l_probe[u.o] AND u.g > 0 AND h.account = l_a[u.o];
+        END IF;
         WITH turn AS (
             SELECT u.a, u.l, u.t, u.o, u.what, u.shut, coalesce(g.fifo, 0) AS fifo, g.stopped, g.got,
                    CASE WHEN u.what >= 3 THEN
                        (SELECT min(x.due_at) FROM job x WHERE x.account = u.a AND x.level = u.l AND x.tenant = u.t
                                          AND x.due_at >= u.since AND x.state = 2 AND NOT x.cancel) END AS more
             FROM unnest(l_a, l_l, l_t, l_from, l_what, l_shut) WITH ORDINALITY u(a, l, t, since, what, shut, o)
-            LEFT JOIN (SELECT q.o, count(*) FILTER (WHERE q.g > 0 AND q.r IN (1, 4)) AS fifo,
+            LEFT JOIN (SELECT q.o, count(*) FILTER (WHERE q.g > 0 AND q.r IN (1, 4, 7)) AS fifo,
                               max(coalesce(q.x, v_us)) FILTER (WHERE q.g = 0) AS stopped, bool_or(q.g > 0) AS got
                        FROM unnest(j_o, j_granted, j_reason, j_next) q(o, g, r, x) GROUP BY q.o) g ON g.o = u.o
         ), gone AS (
@@ -903,7 +1205,8 @@ BEGIN
         UPDATE lane z SET fifo = greatest(z.fifo - u.fifo, 0),
             served_at = CASE WHEN u.got THEN clock_timestamp() ELSE z.served_at END,
             oldest_at = coalesce(u.more, z.oldest_at),
-            next_at = CASE WHEN u.what = 0 THEN blocked_until(u.shut) + u.o * interval '1 microsecond'
+            next_at = CASE WHEN u.what = 0 OR u.what = 5 AND u.got IS NOT TRUE
+                               THEN greatest(blocked_until(u.shut), v_now) + u.o * interval '1 microsecond'
                            WHEN u.what = 2 THEN clock_timestamp() + interval '50 milliseconds'
                            WHEN u.stopped IS NOT NULL
                                THEN greatest(blocked_until(u.stopped), v_now) + u.o * interval '1 microsecond'
@@ -916,8 +1219,10 @@ BEGIN
     END LOOP;
     RETURN QUERY
         SELECT x.tenant, x.id, x.level, x.account, x.claim, x.born, x.seq, x.attempt, micros(x.created_at),
-               u.g, u.v, x.reason, x.recipients, x.message_id, x.uncertain, x.body, x.properties
-        FROM unnest(j_t, j_id, j_granted, j_valid) u(t, id, g, v) JOIN job x ON x.tenant = u.t AND x.id = u.id
+               u.g, u.v, x.reason, x.recipients, x.message_id, x.uncertain, x.body, x.properties,
+               x.crashes::integer, x.deaths::integer,
+               CASE WHEN l_ill[u.o] IS NOT NULL THEN greatest(l_ill[u.o] - micros(v_now), 0) END, coalesce(l_probe[u.o], false)
+        FROM unnest(j_t, j_id, j_granted, j_valid, j_o) u(t, id, g, v, o) JOIN job x ON x.tenant = u.t AND x.id = u.id
         WHERE u.g > 0;
 END $$;
 
@@ -967,17 +1272,26 @@ CREATE FUNCTION takeover_v1(p_epoch bigint, p_lease interval, p_deadline interva
 RETURNS TABLE (moved integer, opened integer, tenant text, id text)
 LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 DECLARE
-    v_now timestamptz := clock_timestamp(); v_t text[]; v_i text[]; v_s smallint[]; d bigint[];
+    v_now timestamptz := clock_timestamp(); v_t text[]; v_i text[]; v_s smallint[]; d bigint[]; v_new bigint[];
 BEGIN
     PERFORM 1 FROM worker w WHERE w.epoch = p_epoch AND NOT w.dead AND w.heartbeat_at > v_now - p_lease
         AND w.steady_since <= v_now - p_lease;
     IF NOT FOUND THEN
         RETURN;
     END IF;
-    UPDATE worker w SET dead = true
+    WITH died AS (
+        UPDATE worker w SET dead = true
         WHERE w.epoch IN (SELECT z.epoch FROM worker z WHERE z.epoch <> p_epoch AND NOT z.dead
                           AND z.heartbeat_at < v_now - p_lease ORDER BY z.epoch FOR UPDATE SKIP LOCKED)
-          AND w.heartbeat_at < v_now - p_lease;
+          AND w.heartbeat_at < v_now - p_lease
+        RETURNING w.epoch)
+    SELECT array_agg(z.epoch) INTO v_new FROM died z;
+    IF v_new IS NOT NULL THEN
+        -- Their reports need not wait until a living worker would surely have published them.
+        UPDATE job x SET outbox_at = v_now
+            WHERE (x.tenant, x.id) IN (SELECT y.tenant, y.id FROM job y WHERE y.outbox IS NOT NULL AND y.outbox_at > v_now
+                                       AND y.epoch = ANY (v_new) LIMIT 10000 FOR UPDATE SKIP LOCKED);
+    END IF;
     -- An epoch without a row is dead as well: a worker may have slept for longer than its row was kept.
     SELECT array_agg(q.epoch) INTO d FROM (SELECT w.epoch FROM worker w WHERE w.dead UNION
         SELECT x.epoch FROM job x WHERE x.state = 1 AND NOT EXISTS (SELECT FROM worker w WHERE w.epoch = x.epoch)) q;
@@ -990,7 +1304,9 @@ BEGIN
         ), done AS (
             -- The claim goes too: its late owner must not take the row for settled by itself.
             UPDATE job x SET state = CASE WHEN x.body IS NULL THEN 0 ELSE 2 END, claim = NULL, due_at = v_now, reason = 2,
-                uncertain = x.uncertain + 1, slot_at = NULL, slot_cost = NULL, updated_at = v_now
+                uncertain = x.uncertain + 1, slot_at = NULL, slot_cost = NULL, updated_at = v_now, marked = false,
+                crashes = CASE WHEN x.marked THEN x.crashes + 1 ELSE greatest(x.crashes, 1) END,
+                deaths = least(x.deaths + 1, 1000)
             FROM gone g WHERE x.tenant = g.tenant AND x.id = g.id
             RETURNING x.tenant, x.id, x.state
         )
@@ -1060,7 +1376,41 @@ LANGUAGE sql STABLE SET search_path FROM CURRENT AS $$
     WHERE l.epoch = p_epoch AND c.wanted_at > clock_timestamp() - interval '3 seconds'
 $$;
 
--- Waiting jobs that could run now, for autoscaling and dashboards.
-CREATE VIEW runnable_jobs AS
-    SELECT l.level, count(*) AS lanes, sum(l.fifo) AS fifo FROM lane l
-    WHERE l.next_at <= clock_timestamp() GROUP BY l.level;
+-- Waiting jobs that could run now, for autoscaling and dashboards, one row per level: lanes that are due, and of their due
+-- jobs as many as limits leave room for at this moment, at most 1000 per lane. Levels that share a limit count its room
+-- each: an estimate, as all such numbers are. The view is stable; others may build on it.
+CREATE FUNCTION runnable_jobs_v1() RETURNS TABLE (level text, lanes bigint, jobs bigint)
+LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
+DECLARE
+    v_now timestamptz := clock_timestamp();
+BEGIN
+    RETURN QUERY
+    WITH due AS (
+        SELECT l.account, l.level AS lev, l.tenant,
+               (SELECT count(*) FROM (SELECT FROM job x
+                    WHERE x.account = l.account AND x.level = l.level AND x.tenant = l.tenant AND x.state = 2
+                      AND x.due_at BETWEEN l.oldest_at AND v_now LIMIT 1000) q) AS n
+        FROM lane l WHERE l.next_at <= v_now
+    ), fitting AS (
+        SELECT d.account, d.lev, least(d.n, runnable_room(charged_keys(d.tenant, d.account), v_now)) AS n FROM due d
+    ), per_account AS (
+        SELECT f.lev, count(*) AS lanes,
+               least(sum(f.n)::bigint, runnable_room(ARRAY[split_part(f.account, '/', 1) || '/', f.account], v_now)) AS n
+        FROM fitting f GROUP BY f.account, f.lev
+    )
+    SELECT names.name, coalesce(sum(p.lanes), 0)::bigint, coalesce(sum(p.n), 0)::bigint
+    FROM unnest(ARRAY['immediate', 'high', 'medium', 'low']) WITH ORDINALITY names(name, place)
+    LEFT JOIN per_account p ON p.lev = names.place - 1
+    GROUP BY names.name, names.place ORDER BY names.place;
+END $$;
+
+-- Sends that the tightest of these limits still allows; null without a limit.
+CREATE FUNCTION runnable_room(p_keys text[], p_at timestamptz) RETURNS bigint
+LANGUAGE sql STABLE SET search_path FROM CURRENT AS $$
+    SELECT min(CASE WHEN r.next_at > micros(p_at) THEN 0 ELSE greatest(least(f.messages, f.recipients), 0) END)::bigint
+    FROM rate r CROSS JOIN LATERAL rate_room(r, greatest(micros(p_at), r.last)) f
+    WHERE r.key = ANY (p_keys) AND r.lim <> '{}'
+$$;
+
+CREATE VIEW runnable_jobs AS SELECT level, lanes, jobs FROM runnable_jobs_v1();

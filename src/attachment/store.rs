@@ -55,6 +55,8 @@ pub struct Store {
     prefix: Path,
     public_url: Option<Url>,
     link_lifetime: Duration,
+    /// Whether presigned links are signed with credentials that expire by themselves.
+    temporary_credentials: bool,
 }
 
 /// A file to upload.
@@ -173,6 +175,12 @@ impl Store {
         };
         let url = url.map_err(|error| unavailable("sign", &error))?;
         Ok((url.into(), Some(expires_at)))
+    }
+
+    /// Whether links stop working before their time: a presigned link dies with the session that signed it.
+    #[must_use]
+    pub fn links_die_early(&self) -> bool {
+        self.temporary_credentials && self.public_url.is_none()
     }
 
     /// Whether files can be written, by writing a small one.

@@ -594,6 +594,36 @@ fn storage_settings_that_cannot_work_say_what_to_do() {
     }
 }
 
+#[test]
+fn links_signed_with_temporary_credentials_are_known_to_die_early() {
+    let region = ("AWS_REGION", "eu-central-1");
+    let key = ("AWS_ACCESS_KEY_ID", "key");
+    let secret = ("AWS_SECRET_ACCESS_KEY", "secret");
+    let token = ("AWS_SESSION_TOKEN", "token");
+    let role = ("AWS_ROLE_ARN", "arn:aws:iam::1:role/mail");
+    let file = ("AWS_WEB_IDENTITY_TOKEN_FILE", "/var/run/token");
+    let public = Some("https://files.example");
+    let cases = [
+        (vec![region, key, secret], None, false),
+        (vec![region, key, secret, token], None, true),
+        (vec![region, role, file], None, true),
+        (vec![region], None, true),
+        (vec![region, key, secret, token], public, false),
+        (vec![region], public, false),
+    ];
+    for (variables, public_url, early) in cases {
+        let config = config::Storage {
+            public_url: public_url.map(str::to_owned),
+            ..storage("s3://files/mail")
+        };
+        let variables = variables
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        let store = Store::open_with(&config, variables).unwrap();
+        assert_eq!(store.links_die_early(), early, "{config:?}");
+    }
+}
+
 #[tokio::test]
 async fn a_redirect_to_a_name_that_has_turned_inside_is_refused() {
     use crate::egress::rebinding::{INSIDE, OUTSIDE, Sites, guard};

@@ -126,10 +126,20 @@ pub(super) async fn run(
                 .account(&args.tenant, &args.account)
                 .await
                 .map_err(of_directory)?;
+            let health = store.health(&account.key()).await.map_err(of_directory)?;
             if args.json {
-                return table::json(out, &as_json(&account));
+                let mut shown = as_json(&account);
+                if let Some(health) = health {
+                    shown["health"] = health;
+                }
+                return table::json(out, &shown);
             }
-            table::pairs(out, as_pairs(&account))
+            let mut pairs = as_pairs(&account);
+            pairs.push((
+                "health",
+                health.as_ref().map_or_else(|| "good".to_owned(), in_words),
+            ));
+            table::pairs(out, pairs)
         }
         Command::List { tenant, json } => {
             let accounts = store.accounts(&tenant).await.map_err(of_directory)?;
@@ -255,6 +265,17 @@ fn as_json(account: &StoredAccount) -> Value {
         "default": account.is_default,
         "version": account.version,
     })
+}
+
+/// The state of the breaker, in a line.
+fn in_words(health: &Value) -> String {
+    let text = |name: &str| health[name].as_str().unwrap_or("-").to_owned();
+    let (state, until) = match health["state"].as_str() {
+        Some("half_open") => ("unhealthy, being probed", "probe due back"),
+        _ => ("unhealthy", "next probe"),
+    };
+    let (since, until_at, detail) = (text("since"), text("until"), text("detail"));
+    format!("{state} since {since}, {until} {until_at}: {detail}")
 }
 
 fn as_pairs(account: &StoredAccount) -> Vec<(&'static str, String)> {

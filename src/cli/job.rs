@@ -9,8 +9,9 @@ use serde_json::{Value, json};
 use super::{CliError, table};
 use crate::config;
 use crate::db::Database;
-use crate::id::{JobId, TenantId};
-use crate::ledger::odd::{Cancel, ManualRelease};
+use crate::id::{AccountKey, JobId, TenantId};
+use crate::ledger::health;
+use crate::ledger::odd::{Cancel, Decision, ManualRelease, Resolved};
 use crate::ledger::{Ledger, WaitReason};
 use crate::telemetry::metrics::Metrics;
 
@@ -25,6 +26,8 @@ pub enum JobCommand {
     Cancel(NameArgs),
     /// Let a waiting job run now (its account's limits still hold)
     Release(NameArgs),
+    /// Decide about a job that is held because nobody knows whether it was sent
+    Resolve(ResolveArgs),
 }
 
 /// Which jobs.
@@ -33,8 +36,8 @@ pub struct ListArgs {
     /// Only jobs of this tenant
     #[arg(long)]
     pub tenant: Option<TenantId>,
-    /// Only jobs in this state: open, sending, waiting, done, uncertain
-    #[arg(long, value_parser = ["open", "sending", "waiting", "done", "uncertain"])]
+    /// Only jobs in this state: open, sending, waiting, done, uncertain, dead
+    #[arg(long, value_parser = ["open", "sending", "waiting", "done", "uncertain", "dead"])]
     pub state: Option<String>,
     /// At most this many
     #[arg(long, default_value_t = 50)]
@@ -53,6 +56,27 @@ pub struct NameArgs {
     pub id: JobId,
 }
 
+/// What became of a held job.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false, id = "decision", args = ["sent", "not_sent", "failed"])]
+pub struct ResolveArgs {
+    /// Which
+    #[command(flatten)]
+    pub name: NameArgs,
+    /// The server took it: it ends as sent
+    #[arg(long)]
+    pub sent: bool,
+    /// The server did not take it: it is sent again
+    #[arg(long)]
+    pub not_sent: bool,
+    /// Whatever became of it, it ends as failed
+    #[arg(long)]
+    pub failed: bool,
+    /// Who decides, for the record; by default $USER
+    #[arg(long, value_name = "NAME")]
+    pub by: Option<String>,
+}
+
 /// One job, to be shown.
 #[derive(Debug, Args)]
 pub struct OneArgs {
@@ -64,7 +88,15 @@ pub struct OneArgs {
     pub json: bool,
 }
 
-const STATES: [&str; 6] = ["open", "sending", "waiting", "done", "uncertain", "cancelled"];
+const STATES: [&str; 7] = [
+    "open",
+    "sending",
+    "waiting",
+    "done",
+    "uncertain",
+    "cancelled",
+    "dead",
+];
 
 /// Runs the command.
 ///
@@ -81,6 +113,7 @@ pub async fn run(
         JobCommand::Show(args) => show(&database, &args, out).await,
         JobCommand::Cancel(name) => cancel(&ledger(database)?, &name, out).await,
         JobCommand::Release(name) => release(&ledger(database)?, &name, out).await,
+        JobCommand::Resolve(args) => resolve(&ledger(database)?, &args, out).await,
     }
 }
 
@@ -162,7 +195,13 @@ async fn show(database: &Database, args: &OneArgs, out: &mut (dyn Write + Send))
         .query_opt(&sql, &[&key.tenant.as_str(), &key.id.as_str()])
         .await?;
     let Some(row) = row else { return Err(unknown(key)) };
-    let job = object(&row)?;
+    let mut job = object(&row)?;
+    if let Some(account) = job["account"].as_str() {
+        let health = health::read(database, &AccountKey::from_stored(account)).await?;
+        if let Some(health) = health {
+            job["account_health"] = health.to_json();
+        }
+    }
     if args.json {
         writeln!(out, "{job}")?;
         return Ok(());
@@ -182,6 +221,12 @@ async fn show(database: &Database, args: &OneArgs, out: &mut (dyn Write + Send))
                         of("status"),
                         of("text")
                     )?;
+                }
+            }
+            Value::Object(health) => {
+                for (key, value) in health {
+                    let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+                    writeln!(out, "{:<16} {key}: {text}", "account health")?;
                 }
             }
             other => writeln!(out, "{name:<16} {other}")?,
@@ -213,6 +258,37 @@ async fn release(ledger: &Ledger, key: &NameArgs, out: &mut (dyn Write + Send)) 
     }
 }
 
+async fn resolve(ledger: &Ledger, args: &ResolveArgs, out: &mut (dyn Write + Send)) -> Result<(), CliError> {
+    let (decision, said) = match (args.sent, args.not_sent) {
+        (true, _) => (Decision::Sent, "settled as sent"),
+        (_, true) => (Decision::NotSent, "released: it is sent again"),
+        _ => (Decision::Failed, "settled as failed"),
+    };
+    let by = args.by.clone().or_else(|| std::env::var("USER").ok());
+    let by: String = by
+        .unwrap_or_else(|| "unknown".to_owned())
+        .chars()
+        .take(100)
+        .collect();
+    let key = &args.name;
+    match ledger.resolve(&key.tenant, &key.id, decision, &by).await? {
+        Resolved::Done => Ok(writeln!(out, "{said}")?),
+        Resolved::Unknown => Err(unknown(key)),
+        Resolved::NotHeld(state) => Err(refused(
+            key,
+            match state {
+                1 => "is being sent: there is nothing to decide unless its outcome turns out uncertain",
+                2 => "waits: `postroom job release` lets it run now, `postroom job cancel` ends it",
+                6 => {
+                    "is in the dead letters: `postroom dead replay` sends it, `postroom dead drop` forgets it"
+                }
+                3 | 5 => "is over already; `postroom job show` tells how it ended",
+                _ => "is on its way to a worker: there is nothing to decide",
+            },
+        )),
+    }
+}
+
 /// The command cannot do this to this job.
 #[derive(Debug, thiserror::Error)]
 #[error("job `{id}` of tenant `{tenant}` {why}")]
@@ -237,7 +313,7 @@ fn unknown(key: &NameArgs) -> CliError {
 
 const SELECT: &str = "SELECT tenant, id, level, state, account, attempt, uncertain, cancel, reason, due_at, outcome,
     last_error, message_id, batch, created_at, updated_at, finished_at, recipients, outbox IS NOT NULL AS owed,
-    body_size FROM {s}.job";
+    body_size, crashes, resolved, resolved_by, resolved_at FROM {s}.job";
 
 fn object(row: &tokio_postgres::Row) -> Result<Value, tokio_postgres::Error> {
     let time = |name: &str| {
@@ -271,5 +347,9 @@ fn object(row: &tokio_postgres::Row) -> Result<Value, tokio_postgres::Error> {
         "recipients": row.try_get::<_, Option<Value>>("recipients")?,
         "report_owed": row.try_get::<_, bool>("owed")?,
         "body_bytes": row.try_get::<_, Option<i32>>("body_size")?,
+        "crashes": row.try_get::<_, i16>("crashes")?,
+        "resolved": row.try_get::<_, Option<&str>>("resolved")?,
+        "resolved_by": row.try_get::<_, Option<&str>>("resolved_by")?,
+        "resolved_at": time("resolved_at")?,
     }))
 }

@@ -288,3 +288,29 @@ async fn a_service_is_not_ready_while_it_ends_and_tells_a_crash() {
     assert!(matches!(error, ServiceError::Crashed));
     assert!(readiness.to_string().contains("shutting down") && !hard.is_cancelled());
 }
+
+#[tokio::test]
+async fn definitions_are_printed_for_the_virtual_host_of_the_url_or_else_the_default_one() {
+    for (env, vhost) in [
+        (&[][..], "/"),
+        (
+            &[("POSTROOM_AMQP_URL", "amqp://user:password@host/mail")][..],
+            "mail",
+        ),
+        (
+            &[("POSTROOM_AMQP_URL", "amqp://user:password@host:5672/")][..],
+            "/",
+        ),
+    ] {
+        let (result, out) = run(&["topology", "print"], env).await;
+        result.unwrap();
+        let definitions: serde_json::Value = serde_json::from_str(&out).unwrap();
+        assert_eq!(definitions["queues"][0]["vhost"], vhost);
+        assert!(!out.contains("password"));
+    }
+    for command in ["print", "check"] {
+        let (result, _) = run(&["topology", command], &[("POSTROOM_AMQP_URL", "host")]).await;
+        let error = result.unwrap_err().to_string();
+        assert_eq!(error.matches("POSTROOM_AMQP_URL").count(), 1, "{error}");
+    }
+}

@@ -9,7 +9,7 @@ use super::{
 };
 
 use crate::memory::least_budget;
-use crate::retry::RetryPolicy;
+use crate::retry::{Breaker, RetryPolicy};
 use crate::secret::Keyring;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -35,23 +35,9 @@ impl Reader<'_> {
 impl FromSettings for BrokerNames {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let url = r.optional_secret("POSTROOM_AMQP_URL", parse::amqp_url);
-        let ca_file = r.file("POSTROOM_AMQP_CA_FILE");
-        let prefix = r.get("POSTROOM_PREFIX", parse::prefix);
-        let topology = r.get("POSTROOM_TOPOLOGY", |text| {
-            let modes = [
-                ("apply", TopologyMode::Apply),
-                ("check", TopologyMode::Check),
-                ("off", TopologyMode::Off),
-            ];
-            parse::one_of(text, &modes)
-        });
-        let extra_queues = r.optional("POSTROOM_QUEUES", parse::queues);
         Some(Self(Broker {
-            url: url.unwrap_or_else(|| String::new().into()),
-            ca_file,
-            prefix: prefix?,
-            topology: topology?,
-            extra_queues: extra_queues.unwrap_or_default(),
+            url: url.unwrap_or_default(),
+            ..broker_names(r)?
         }))
     }
 }
@@ -59,12 +45,31 @@ impl FromSettings for BrokerNames {
 impl FromSettings for Broker {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let url = r.secret("POSTROOM_AMQP_URL", parse::amqp_url);
-        let names = BrokerNames::read(r);
-        Some(Self {
-            url: url?,
-            ..names?.0
-        })
+        let names = broker_names(r);
+        Some(Self { url: url?, ..names? })
     }
+}
+
+/// All but the URL.
+fn broker_names(r: &mut Reader<'_>) -> Option<Broker> {
+    let ca_file = r.file("POSTROOM_AMQP_CA_FILE");
+    let prefix = r.get("POSTROOM_PREFIX", parse::prefix);
+    let topology = r.get("POSTROOM_TOPOLOGY", |text| {
+        let modes = [
+            ("apply", TopologyMode::Apply),
+            ("check", TopologyMode::Check),
+            ("off", TopologyMode::Off),
+        ];
+        parse::one_of(text, &modes)
+    });
+    let extra_queues = r.optional("POSTROOM_QUEUES", parse::queues);
+    Some(Broker {
+        url: String::new().into(),
+        ca_file,
+        prefix: prefix?,
+        topology: topology?,
+        extra_queues: extra_queues.unwrap_or_default(),
+    })
 }
 
 impl FromSettings for Database {
@@ -242,6 +247,9 @@ impl FromSettings for Worker {
         let deferred_report_after = r.duration("POSTROOM_DEFERRED_REPORT_AFTER", Duration::ZERO, 30 * DAY);
         let base = r.duration("POSTROOM_RETRY_BASE", Duration::from_millis(10), DAY);
         let cap = r.duration("POSTROOM_RETRY_CAP", Duration::from_millis(10), 7 * DAY);
+        let faults = r.count("POSTROOM_BREAKER_FAULTS", 10_000);
+        let cooldown = r.duration("POSTROOM_BREAKER_COOLDOWN", Duration::from_millis(100), DAY);
+        let longest = r.duration("POSTROOM_BREAKER_COOLDOWN_CAP", Duration::from_millis(100), DAY);
         Some(Self {
             concurrency: concurrency?,
             job_memory: job_memory?,
@@ -255,6 +263,11 @@ impl FromSettings for Worker {
                 base: base?,
                 cap: cap?,
                 ..RetryPolicy::default()
+            },
+            breaker: Breaker {
+                faults: u32::try_from(faults?).unwrap_or(u32::MAX),
+                cooldown: cooldown?,
+                cap: longest?,
             },
         })
     }

@@ -287,6 +287,27 @@ pub const SETTINGS: &[Setting] = &[
         "Longest wait between attempts.",
     ),
     plain(
+        "POSTROOM_BREAKER_FAULTS",
+        "NUMBER",
+        Some("5"),
+        &[Worker],
+        "Faults of an account or its server in a row after which its mail waits for a probe.",
+    ),
+    plain(
+        "POSTROOM_BREAKER_COOLDOWN",
+        "DURATION",
+        Some("60s"),
+        &[Worker],
+        "Time until the first probe; twice as long after each that fails.",
+    ),
+    plain(
+        "POSTROOM_BREAKER_COOLDOWN_CAP",
+        "DURATION",
+        Some("15m"),
+        &[Worker],
+        "Longest time between probes.",
+    ),
+    plain(
         "POSTROOM_SMTP_CA_FILE",
         "FILE",
         None,

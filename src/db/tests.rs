@@ -334,32 +334,6 @@ async fn a_database_that_is_away_is_waited_for_and_an_old_schema_is_not() {
 }
 
 #[tokio::test]
-async fn a_database_that_is_watched_shows_in_the_metrics() {
-    let scratch = Scratch::new();
-    migrate(&scratch.config).await.unwrap();
-    let database = scratch.database();
-    let readiness = crate::health::Readiness::default();
-    let metrics = std::sync::Arc::new(crate::telemetry::metrics::Metrics::new().unwrap());
-    let soft = tokio_util::sync::CancellationToken::new();
-    let held = database.client().await.unwrap();
-    let watching = database.clone().watch(
-        readiness.component("database"),
-        std::sync::Arc::clone(&metrics),
-        soft.clone(),
-    );
-    let watching = tokio::spawn(watching);
-    let connections = |state: &str| metrics.database_connections.with_label_values(&[state]).get();
-    while (connections("busy"), connections("idle")) != (1, 1) {
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-    }
-    assert_eq!(metrics.connected.with_label_values(&["database"]).get(), 1);
-    soft.cancel();
-    watching.await.unwrap();
-    drop(held);
-    scratch.drop_schema().await;
-}
-
-#[tokio::test]
 async fn a_connection_that_never_answers_is_dropped_and_the_next_one_works() {
     use postroom_testkit::proxy::{Proxy, Weather};
     let scratch = Scratch::new();
@@ -396,4 +370,30 @@ async fn a_connection_that_never_answers_is_dropped_and_the_next_one_works() {
         .unwrap();
     soft.cancel();
     watching.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_database_that_is_watched_shows_in_the_metrics() {
+    let scratch = Scratch::new();
+    migrate(&scratch.config).await.unwrap();
+    let database = scratch.database();
+    let readiness = crate::health::Readiness::default();
+    let metrics = std::sync::Arc::new(crate::telemetry::metrics::Metrics::new().unwrap());
+    let soft = tokio_util::sync::CancellationToken::new();
+    let held = database.client().await.unwrap();
+    let watching = database.clone().watch(
+        readiness.component("database"),
+        std::sync::Arc::clone(&metrics),
+        soft.clone(),
+    );
+    let watching = tokio::spawn(watching);
+    let connections = |state: &str| metrics.database_connections.with_label_values(&[state]).get();
+    while (connections("busy"), connections("idle")) != (1, 1) {
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    assert_eq!(metrics.connected.with_label_values(&["database"]).get(), 1);
+    soft.cancel();
+    watching.await.unwrap();
+    drop(held);
+    scratch.drop_schema().await;
 }

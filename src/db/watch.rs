@@ -55,7 +55,7 @@ impl Database {
     /// is usable. Never gives up: whatever is wrong may be put right.
     pub async fn watch(self, handle: Handle, metrics: Arc<Metrics>, soft: CancellationToken) {
         tokio::select! {
-            () = self.follow(handle, &metrics, soft) => {}
+            () = self.follow(handle, metrics, soft) => {}
             () = self.sever_stuck() => {}
         }
     }
@@ -68,7 +68,7 @@ impl Database {
         }
     }
 
-    async fn follow(&self, handle: Handle, metrics: &Metrics, soft: CancellationToken) {
+    async fn follow(&self, handle: Handle, metrics: Arc<Metrics>, soft: CancellationToken) {
         let connected = metrics.connected.with_label_values(&["database"]);
         connected.set(1);
         let mut pause = INTERVAL;
@@ -80,7 +80,7 @@ impl Database {
             let Some(checked) = soft.run_until_cancelled(self.check()).await else {
                 return;
             };
-            self.show(metrics);
+            self.show(&metrics);
             match checked {
                 Ok(()) => {
                     handle.ready();

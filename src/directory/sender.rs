@@ -171,6 +171,17 @@ pub fn while_unhealthy(
     instead_of(chosen, job, entry, platform, UNHEALTHY)
 }
 
+/// Whether [`while_unhealthy`] would name somebody. Cheap.
+#[must_use]
+pub fn may_detour(
+    chosen: &Chosen,
+    job: &MailJob,
+    entry: &TenantEntry,
+    platform: Option<&TenantEntry>,
+) -> bool {
+    chosen.via == Via::Account && allows_platform(job, entry) && platform.and_then(default_account).is_some()
+}
+
 fn instead_of(
     chosen: &Chosen,
     job: &MailJob,

@@ -37,6 +37,10 @@ pub struct AdmitRequest {
     pub batch: Option<String>,
     /// What to ask for.
     pub want: Want,
+    /// It need not wait for an account in trouble: the platform may send it.
+    pub detour: bool,
+    /// An operator took it out of the dead letters: it begins anew.
+    pub replay: bool,
 }
 
 impl AdmitRequest {
@@ -55,6 +59,8 @@ impl AdmitRequest {
             expires_at: job.expires_at,
             batch: job.batch.clone(),
             want,
+            detour: false,
+            replay: false,
         }
     }
 }
@@ -135,6 +141,8 @@ impl Ledger {
                     &columns.expires_at,
                     &columns.wants,
                     &columns.batches,
+                    &columns.detours,
+                    &columns.replays,
                 ],
             )
             .await?;
@@ -143,6 +151,8 @@ impl Ledger {
         for row in &rows {
             let index = row.try_get::<_, i32>("idx")? as usize;
             if let (Some(place), Some(request)) = (answers.get_mut(index), batch.get(index)) {
+                let ill = row.try_get::<_, Option<i64>>("ill_us")?.map(|us| wait(Some(us)));
+                self.health.note(&request.account, ill, sent);
                 *place = Some(read(row, request, sent)?);
             }
         }
@@ -220,6 +230,8 @@ struct Columns<'a> {
     expires_at: Vec<Option<Timestamp>>,
     wants: Vec<i16>,
     batches: Vec<Option<&'a str>>,
+    detours: Vec<bool>,
+    replays: Vec<bool>,
 }
 
 impl<'a> Columns<'a> {
@@ -236,6 +248,8 @@ impl<'a> Columns<'a> {
             expires_at: batch.iter().map(|r| r.expires_at).collect(),
             wants: batch.iter().map(|r| r.want as i16).collect(),
             batches: batch.iter().map(|r| r.batch.as_deref()).collect(),
+            detours: batch.iter().map(|r| r.detour).collect(),
+            replays: batch.iter().map(|r| r.replay).collect(),
         }
     }
 }
@@ -271,6 +285,9 @@ fn read(row: &tokio_postgres::Row, request: &AdmitRequest, sent: Instant) -> Res
             recipients: recipients(row.try_get("recipients")?),
             message_id: row.try_get("message_id")?,
             uncertain: row.try_get::<_, i32>("uncertain")?.max(0) as u32,
+            crashes: row.try_get::<_, i32>("crashes")?.max(0) as u32,
+            deaths: row.try_get::<_, i32>("deaths")?.max(0) as u32,
+            probe: row.try_get("probe")?,
             slot: Slot::new(row.try_get("granted")?, row.try_get("valid_us")?, sent),
         }))
     };

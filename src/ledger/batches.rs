@@ -16,6 +16,7 @@ use crate::fail_point::{self, Point};
 /// Coalesced calls of the ledger. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Batches {
+    ledger: Ledger,
     settle: Coalescer<Settlement, Settled>,
     slots: Coalescer<SlotRequest, Option<SlotAnswer>>,
     absorb: Coalescer<Absorb, bool>,
@@ -42,6 +43,7 @@ impl Batches {
             parallel,
         };
         Self {
+            ledger: ledger.clone(),
             settle: Coalescer::spawn(rows(2), with(ledger, settle)),
             slots: Coalescer::spawn(rows(1), with(ledger, slots)),
             absorb: Coalescer::spawn(rows(1), with(ledger, absorb)),
@@ -79,6 +81,25 @@ impl Batches {
     /// Marks the beginning of the final write. `false`: it must not begin.
     pub async fn mark_data(&self, row: Row) -> bool {
         self.mark.call(row, 64).await.unwrap_or(false)
+    }
+}
+
+impl Batches {
+    /// Accounts in trouble, as far as is known here.
+    #[must_use]
+    pub fn health(&self) -> &super::Known {
+        self.ledger.health()
+    }
+
+    /// Says that work on the content of a suspect begins, or is over. `false`: it must not begin. Rare, so by itself.
+    pub async fn mark_suspect(&self, row: &Row, marked: bool) -> bool {
+        match self.ledger.mark_suspect(row, marked).await {
+            Ok(stands) => stands,
+            Err(error) => {
+                trouble(&self.ledger, "suspect", &error);
+                false
+            }
+        }
     }
 }
 
@@ -124,6 +145,7 @@ fn reduce(batch: &mut [Settlement]) {
     for settlement in batch {
         settlement.recipients = None;
         settlement.error = None;
+        settlement.evidence.clear();
         if let Some(report) = &mut settlement.report {
             report.data.metadata = None;
             report.data.detail = None;

@@ -5,7 +5,7 @@ use deadpool_postgres::Transaction;
 use jiff::Timestamp;
 use serde_json::Value;
 
-use super::{Ledger, recipients};
+use super::{Ledger, Row, recipients};
 use crate::db::DbError;
 use crate::id::{JobId, TenantId};
 use crate::report::{RecipientResult, RecipientStatus, Report, ReportData, ReportType, event_id};
@@ -34,9 +34,48 @@ pub enum ManualRelease {
     Unknown,
 }
 
+/// What somebody found out about a held job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Decision {
+    /// The server took it: it is over, as sent.
+    Sent,
+    /// The server did not take it: it is tried again.
+    NotSent,
+    /// It is over, as failed, whatever became of it.
+    Failed,
+}
+
+impl Decision {
+    /// The word in the ledger and in reports.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Sent => "sent",
+            Self::NotSent => "not_sent",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// What became of a decision.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Resolved {
+    /// It is carried out.
+    Done,
+    /// The job is not held; its state instead: 0 open, 1 sending, 2 waiting, 3 done, 5 cancelled, 6 dead.
+    NotHeld(i16),
+    /// There is no such job.
+    Unknown,
+}
+
+/// What is told about a job that is buried.
+pub const CRASH_LOOP: &str = "workers crashed over this job again and again; it is in the dead letters";
+
 /// A locked row, as far as these ways need it.
 struct Locked {
     state: i16,
+    /// Epoch and claim.
+    lease: (Option<i64>, Option<i64>),
     sequence: i64,
     attempts: i32,
     account: String,
@@ -106,6 +145,19 @@ impl Ledger {
         if row.state != 2 && row.state != 4 {
             return Ok(ManualRelease::NotWaiting);
         }
+        self.let_go(&transaction, &row, tenant, id).await?;
+        transaction.commit().await?;
+        Ok(ManualRelease::Released)
+    }
+
+    /// Makes a locked job that waits or is held run now.
+    async fn let_go(
+        &self,
+        transaction: &Transaction<'_>,
+        row: &Locked,
+        tenant: &TenantId,
+        id: &JobId,
+    ) -> Result<(), DbError> {
         // A held job enters its lane anew; a waiting one keeps its place in it, and how it is counted there. An earlier
         // cancel is overruled.
         let sql = self.db.sql(
@@ -129,8 +181,87 @@ impl Ledger {
                 .execute(&enter, &[&tenant.as_str(), &id.as_str()])
                 .await?;
         }
+        Ok(())
+    }
+
+    /// Decides about a job that is held because nobody knows whether it was sent. Noted with who decided.
+    ///
+    /// # Errors
+    /// If the database cannot be asked.
+    pub async fn resolve(
+        &self,
+        tenant: &TenantId,
+        id: &JobId,
+        decision: Decision,
+        by: &str,
+    ) -> Result<Resolved, DbError> {
+        let mut client = self.db.client().await?;
+        let transaction = client.transaction().await?;
+        let Some(mut row) = self.lock(&transaction, tenant, id).await? else {
+            return Ok(Resolved::Unknown);
+        };
+        if row.state != 4 {
+            return Ok(Resolved::NotHeld(row.state));
+        }
+        let (kind, status) = match decision {
+            Decision::Sent => (ReportType::Sent, RecipientStatus::Accepted),
+            Decision::Failed => (ReportType::Failed, RecipientStatus::Refused),
+            Decision::NotSent => (ReportType::Deferred, RecipientStatus::Pending),
+        };
+        if decision == Decision::NotSent {
+            self.let_go(&transaction, &row, tenant, id).await?;
+        } else {
+            for open in row.recipients.iter_mut().filter(|r| r.is_open()) {
+                open.record(status, None);
+            }
+            let mut report = manual_report(&row, tenant, id, kind, "resolved_by_hand");
+            report.data.detail = Some(format!("decided by hand: {}", decision.as_str()));
+            self.finish(&transaction, tenant, id, &report).await?;
+        }
+        let sql = self.db.sql(
+            "UPDATE {s}.job SET resolved = $3, resolved_by = $4, resolved_at = clock_timestamp()
+             WHERE tenant = $1 AND id = $2",
+        );
+        transaction
+            .execute(&sql, &[&tenant.as_str(), &id.as_str(), &decision.as_str(), &by])
+            .await?;
         transaction.commit().await?;
-        Ok(ManualRelease::Released)
+        Ok(Resolved::Done)
+    }
+
+    /// Ends a leased job whose dead letter has just been confirmed: it stays known, and begins anew only when it is
+    /// replayed. `complete` adds to the report what only the job itself tells. `None`: the lease is lost.
+    ///
+    /// # Errors
+    /// If the database cannot be asked. Repeating the call changes nothing.
+    pub async fn dead_letter(
+        &self,
+        leased: &Row,
+        complete: impl FnOnce(&mut ReportData) + Send,
+    ) -> Result<Option<Report>, DbError> {
+        let (tenant, id) = (&leased.tenant, &leased.id);
+        let mut client = self.db.client().await?;
+        let transaction = client.transaction().await?;
+        let Some(row) = self.lock(&transaction, tenant, id).await? else {
+            return Ok(None);
+        };
+        if row.state != 1 || row.lease != (Some(leased.lease.epoch.number()), Some(leased.lease.claim)) {
+            return Ok(None);
+        }
+        let mut report = manual_report(&row, tenant, id, ReportType::Failed, "crash_loop");
+        report.data.detail = Some(CRASH_LOOP.to_owned());
+        complete(&mut report.data);
+        self.finish(&transaction, tenant, id, &report).await?;
+        let sql = self.db.sql(
+            "UPDATE {s}.job SET state = 6, marked = false, last_error = $3, outbox_at = clock_timestamp() + interval '30 seconds'
+             WHERE tenant = $1 AND id = $2",
+        );
+        let error = format!("crash_loop: {CRASH_LOOP}");
+        transaction
+            .execute(&sql, &[&tenant.as_str(), &id.as_str(), &error])
+            .await?;
+        transaction.commit().await?;
+        Ok(Some(report))
     }
 
     /// A worker lost its lease, but the server took the mail for some recipients: that is true whoever holds the lease.
@@ -180,6 +311,16 @@ impl Ledger {
     /// # Errors
     /// If the database cannot be asked.
     pub async fn hold_uncertain(&self, tenant: &TenantId, id: &JobId) -> Result<(), DbError> {
+        self.hold_marked(tenant, id, None).await
+    }
+
+    /// Holds a job that is marked in its final write, if its epoch is dead or this (epoch, claim) is its lease.
+    pub(super) async fn hold_marked(
+        &self,
+        tenant: &TenantId,
+        id: &JobId,
+        lease: Option<(i64, i64)>,
+    ) -> Result<(), DbError> {
         let mut client = self.db.client().await?;
         let transaction = client.transaction().await?;
         let Some(row) = self.lock(&transaction, tenant, id).await? else {
@@ -197,17 +338,26 @@ impl Ledger {
         );
         report.data.uncertain_attempts += 1;
         let sql = self.db.sql(
-            "UPDATE {s}.job SET state = 4, claim = NULL, phase = 0, slot_at = NULL, slot_cost = NULL, merged = false,
+            "UPDATE {s}.job SET state = 4, claim = NULL, phase = 0, marked = false, slot_at = NULL, slot_cost = NULL, merged = false,
                  reason = NULL, uncertain = uncertain + 1, seq = $3, updated_at = clock_timestamp(), outbox = coalesce(outbox, '{}') || $4::text,
                  outbox_seq = coalesce(outbox_seq, '{}') || $3::bigint, outbox_at = clock_timestamp()
              WHERE tenant = $1 AND id = $2 AND phase = 1
-                 AND NOT EXISTS (SELECT FROM {s}.worker w WHERE w.epoch = job.epoch AND NOT w.dead)",
+                 AND ((epoch = $5 AND claim = $6)
+                      OR NOT EXISTS (SELECT FROM {s}.worker w WHERE w.epoch = job.epoch AND NOT w.dead))",
         );
+        let (epoch, claim) = lease.unzip();
         let json = serde_json::to_string(&report).unwrap_or_default();
         transaction
             .execute(
                 &sql,
-                &[&tenant.as_str(), &id.as_str(), &report.data.sequence, &json],
+                &[
+                    &tenant.as_str(),
+                    &id.as_str(),
+                    &report.data.sequence,
+                    &json,
+                    &epoch,
+                    &claim,
+                ],
             )
             .await?;
         transaction.commit().await?;
@@ -221,8 +371,8 @@ impl Ledger {
         id: &JobId,
     ) -> Result<Option<Locked>, DbError> {
         let sql = self.db.sql(
-            "SELECT state, seq, attempt, account, level, coalesce(reason IN (1, 4), false) AS in_order, message_id,
-                    batch, recipients, properties, uncertain
+            "SELECT state, epoch, claim, seq, attempt, account, level, coalesce(reason IN (1, 4, 7), false) AS in_order,
+                    message_id, batch, recipients, properties, uncertain
              FROM {s}.job WHERE tenant = $1 AND id = $2 FOR UPDATE",
         );
         let Some(row) = transaction
@@ -233,6 +383,7 @@ impl Ledger {
         };
         Ok(Some(Locked {
             state: row.try_get("state")?,
+            lease: (row.try_get("epoch")?, row.try_get("claim")?),
             sequence: row.try_get("seq")?,
             attempts: row.try_get("attempt")?,
             account: row.try_get("account")?,
@@ -353,7 +504,7 @@ fn manual_report(row: &Locked, tenant: &TenantId, id: &JobId, kind: ReportType, 
         .iter()
         .any(|r| r.status == RecipientStatus::Accepted);
     // Somebody has it already: whatever ends the job, that is what is true.
-    let kind = if accepted && kind == ReportType::Cancelled {
+    let kind = if accepted && matches!(kind, ReportType::Cancelled | ReportType::Failed) {
         ReportType::Sent
     } else {
         kind

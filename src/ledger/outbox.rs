@@ -98,7 +98,7 @@ impl Ledger {
     pub async fn forget_old(&self, retention: Duration, most: i64) -> Result<u64, DbError> {
         let sql = self.db.sql(
             "DELETE FROM {s}.job WHERE ctid = ANY (ARRAY(
-                 SELECT ctid FROM {s}.job WHERE state IN (3, 5) AND outbox IS NULL
+                 SELECT ctid FROM {s}.job WHERE state IN (3, 5, 6) AND outbox IS NULL
                      AND finished_at < clock_timestamp() - $1::bigint * interval '1 microsecond' LIMIT $2
                  FOR UPDATE SKIP LOCKED))",
         );

@@ -1,10 +1,11 @@
 //! Release: waiting jobs that may run now, leased to a worker that has room for them.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use super::{Epoch, Ledger, Row, Slot, WaitReason, recipients, timestamp};
+use super::slots::wait;
+use super::{Epoch, Ledger, Row, Slot, WaitReason, micros, recipients, timestamp};
 use crate::db::DbError;
 use crate::fail_point::{self, Point};
 use crate::id::AccountKey;
@@ -24,6 +25,8 @@ pub struct ReleaseRequest {
     pub exclude: Vec<AccountKey>,
     /// Only this account, at this level and the more urgent ones.
     pub only: Option<AccountKey>,
+    /// Age at which jobs of accounts in trouble are given up, unless the account says otherwise.
+    pub max_age: Duration,
 }
 
 /// A job out of the waiting room.
@@ -86,10 +89,16 @@ impl Ledger {
                     &base,
                     &exclude,
                     &request.only.as_ref().map(AccountKey::as_str),
+                    &micros(request.max_age),
                 ],
             )
             .await?;
         self.observe("release", rows.len(), sent.elapsed());
+        for row in &rows {
+            let account = AccountKey::from_stored(row.try_get("account")?);
+            let ill = row.try_get::<_, Option<i64>>("ill_us")?;
+            self.health.note(&account, ill.map(|us| wait(Some(us))), sent);
+        }
         let released = rows.iter().map(|row| read(row, epoch, sent));
         let released: Vec<Released> = released.filter_map(Result::transpose).collect::<Result<_, _>>()?;
         for _ in released.iter().filter(|job| job.row.slot.is_some()) {
@@ -103,7 +112,7 @@ impl Ledger {
     }
 
     /// Jobs that this epoch has leased under old claims nobody works on: a statement leased them and its answer never
-    /// came. They wait again; how many is returned. To be called at intervals longer than any statement may take.
+    /// came. They wait again, or are held if they were marked in their final write; how many is returned. To be called at intervals longer than any statement may take.
     ///
     /// # Errors
     /// If the database cannot be asked.
@@ -112,8 +121,10 @@ impl Ledger {
         let sql = self.db.sql(
             "WITH lost AS (
                  UPDATE {s}.job SET state = CASE WHEN body IS NULL THEN 0 ELSE 2 END, claim = NULL, phase = 0,
-                     merged = false, due_at = clock_timestamp(), reason = 2, slot_at = NULL, slot_cost = NULL, updated_at = clock_timestamp()
-                 WHERE state = 1 AND epoch = $1 AND claim < $3 AND claim <> ALL ($2) RETURNING tenant, id, state)
+                     merged = false, marked = false, due_at = clock_timestamp(), reason = 2, slot_at = NULL, slot_cost = NULL,
+                     updated_at = clock_timestamp()
+                 WHERE state = 1 AND epoch = $1 AND claim < $3 AND claim <> ALL ($2) AND phase = 0
+                 RETURNING tenant, id, state)
              SELECT {s}.touch_lanes(array_agg(tenant), array_agg(id)), count(*)
              FROM lost HAVING count(*) > 0",
         );
@@ -121,7 +132,21 @@ impl Ledger {
         let row = client
             .query_opt(&sql, &[&epoch.number(), &known, &before])
             .await?;
-        Ok(row.map_or(Ok(0), |row| row.try_get::<_, i64>(1))?.max(0) as u64)
+        let marked = self.db.sql(
+            "SELECT tenant, id, claim FROM {s}.job
+             WHERE state = 1 AND epoch = $1 AND claim < $3 AND claim <> ALL ($2) AND phase = 1",
+        );
+        let marked = client.query(&marked, &[&epoch.number(), &known, &before]).await?;
+        drop(client);
+        for row in &marked {
+            let (tenant, id): (&str, &str) = (row.try_get(0)?, row.try_get(1)?);
+            if let (Ok(tenant), Ok(id)) = (tenant.parse(), id.parse()) {
+                let lease = (epoch.number(), row.try_get(2)?);
+                self.hold_marked(&tenant, &id, Some(lease)).await?;
+            }
+        }
+        let waiting = row.map_or(Ok(0), |row| row.try_get::<_, i64>(1))?.max(0) as u64;
+        Ok(waiting + marked.len() as u64)
     }
 }
 
@@ -143,6 +168,9 @@ fn read(row: &tokio_postgres::Row, epoch: &Arc<Epoch>, sent: Instant) -> Result<
             recipients: recipients(row.try_get("recipients")?),
             message_id: row.try_get("message_id")?,
             uncertain: row.try_get::<_, i32>("uncertain")?.max(0) as u32,
+            crashes: row.try_get::<_, i32>("crashes")?.max(0) as u32,
+            deaths: row.try_get::<_, i32>("deaths")?.max(0) as u32,
+            probe: row.try_get("probe")?,
             slot: Slot::new(row.try_get("granted")?, row.try_get("valid_us")?, sent),
         },
         level: Level::from_index(row.try_get("level")?).unwrap_or(Level::Medium),

@@ -3,10 +3,13 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use tokio_postgres::types::ToSql;
 
+use super::health::Evidence;
 use super::{Ledger, Row, WaitReason, micros};
 use crate::db::DbError;
 use crate::fail_point::{self, Point};
+use crate::id::AccountKey;
 use crate::report::{RecipientResult, Report, ReportType};
 
 /// What is to be written about a job that this worker has leased.
@@ -28,6 +31,14 @@ pub struct Settlement {
     pub refund: bool,
     /// What went wrong, for listings.
     pub error: Option<String>,
+    /// Nobody knows the outcome of this attempt.
+    pub uncertain: bool,
+    /// A panic ended this attempt.
+    pub crashed: bool,
+    /// The account it waits for, if that is another than the row's.
+    pub account: Option<AccountKey>,
+    /// What the attempt says about the accounts it used.
+    pub evidence: Vec<Evidence>,
 }
 
 /// What becomes of a job.
@@ -106,57 +117,22 @@ impl Ledger {
         let Some(epoch) = batch.first().map(|s| s.row.lease.epoch.number()) else {
             return Ok(Vec::new());
         };
-        let texts = Texts::new(batch);
-        let tenants: Vec<&str> = batch.iter().map(|s| s.row.tenant.as_str()).collect();
-        let ids: Vec<&str> = batch.iter().map(|s| s.row.id.as_str()).collect();
-        let claims: Vec<i64> = batch.iter().map(|s| s.row.lease.claim).collect();
-        let kinds: Vec<i16> = batch.iter().map(Settlement::kind).collect();
-        let outcomes: Vec<Option<&str>> = batch.iter().map(outcome).collect();
-        let attempts: Vec<i32> = batch.iter().map(|s| s.attempts as i32).collect();
-        let message_ids: Vec<Option<&str>> = batch.iter().map(|s| s.message_id.as_deref()).collect();
-        let sequences: Vec<Option<i64>> = batch
-            .iter()
-            .map(|s| s.report.as_ref().map(|r| r.data.sequence))
-            .collect();
-        let refunds: Vec<bool> = batch.iter().map(|s| s.refund).collect();
-        let delays: Vec<Option<i64>> = batch.iter().map(delay).collect();
-        let reasons: Vec<Option<i16>> = batch.iter().map(reason).collect();
-        let bodies: Vec<Option<&[u8]>> = batch
-            .iter()
-            .map(|s| s.body().map(|body| body.bytes.as_ref()))
-            .collect();
-        let properties: Vec<Option<&str>> = batch
-            .iter()
-            .map(|s| s.body().map(|body| body.properties.as_str()))
-            .collect();
-        let errors: Vec<Option<&str>> = batch.iter().map(|s| s.error.as_deref()).collect();
+        let columns = Columns::new(batch);
+        let health = HealthColumns::new(batch);
+        let breaker = self.breaker;
+        let faults = breaker.faults.max(1) as i32;
+        let (cooldown, cap) = (
+            micros(breaker.cooldown),
+            micros(breaker.cap.max(breaker.cooldown)),
+        );
+        let mut parameters: Vec<&(dyn ToSql + Sync)> = vec![&epoch];
+        parameters.extend(columns.parameters());
+        parameters.extend(health.parameters());
+        parameters.extend::<[&(dyn ToSql + Sync); 3]>([&faults, &cooldown, &cap]);
         let client = self.db.client().await?;
         let statement = client.prepare_cached(&self.sql.settle).await?;
         let sent = Instant::now();
-        let rows = client
-            .query(
-                &statement,
-                &[
-                    &epoch,
-                    &tenants,
-                    &ids,
-                    &claims,
-                    &kinds,
-                    &outcomes,
-                    &attempts,
-                    &texts.recipients,
-                    &message_ids,
-                    &texts.reports,
-                    &sequences,
-                    &refunds,
-                    &delays,
-                    &reasons,
-                    &bodies,
-                    &properties,
-                    &errors,
-                ],
-            )
-            .await?;
+        let rows = client.query(&statement, &parameters).await?;
         self.observe("settle", batch.len(), sent.elapsed());
         let mut answers = vec![Settled::LeaseLost; batch.len()];
         for row in rows {
@@ -165,11 +141,32 @@ impl Ledger {
                 3 => Settled::Cancelled,
                 _ => Settled::LeaseLost,
             };
-            if let Some(place) = answers.get_mut(row.try_get::<_, i32>("idx")? as usize) {
+            let Ok(place) = usize::try_from(row.try_get::<_, i32>("idx")?) else {
+                self.note_change(&row, sent)?;
+                continue;
+            };
+            if let Some(place) = answers.get_mut(place) {
                 *place = answer;
             }
         }
         Ok(answers)
+    }
+
+    /// Says that our own work on the content of a suspect begins, or is over. Whether its lease still stands.
+    ///
+    /// # Errors
+    /// If the database cannot be asked: the work must not begin then.
+    pub async fn mark_suspect(&self, row: &Row, marked: bool) -> Result<bool, DbError> {
+        let sql = self.db.sql("SELECT {s}.mark_suspect_v1($1, $2, $3, $4, $5)");
+        let (epoch, claim) = (row.lease.epoch.number(), row.lease.claim);
+        let client = self.db.client().await?;
+        let answer = client
+            .query_one(
+                &sql,
+                &[&epoch, &row.tenant.as_str(), &row.id.as_str(), &claim, &marked],
+            )
+            .await?;
+        Ok(answer.try_get(0)?)
     }
 
     /// Says that the write that may end the message begins now, for jobs that are to be held when its outcome stays
@@ -199,6 +196,122 @@ impl Ledger {
             return Err(DbError::Timeout);
         }
         Ok(stands)
+    }
+}
+
+/// The arguments of `settle_v1` that have one value per settlement, in its order.
+struct Columns<'a> {
+    tenants: Vec<&'a str>,
+    ids: Vec<&'a str>,
+    claims: Vec<i64>,
+    kinds: Vec<i16>,
+    outcomes: Vec<Option<&'a str>>,
+    attempts: Vec<i32>,
+    texts: Texts,
+    message_ids: Vec<Option<&'a str>>,
+    sequences: Vec<Option<i64>>,
+    refunds: Vec<bool>,
+    delays: Vec<Option<i64>>,
+    reasons: Vec<Option<i16>>,
+    bodies: Vec<Option<&'a [u8]>>,
+    properties: Vec<Option<&'a str>>,
+    errors: Vec<Option<&'a str>>,
+    uncertain: Vec<i16>,
+    crashed: Vec<i16>,
+    accounts: Vec<Option<&'a str>>,
+}
+
+impl<'a> Columns<'a> {
+    fn new(batch: &'a [Settlement]) -> Self {
+        let bodies = || batch.iter().map(Settlement::body);
+        let sequence = |s: &Settlement| s.report.as_ref().map(|r| r.data.sequence);
+        Self {
+            tenants: batch.iter().map(|s| s.row.tenant.as_str()).collect(),
+            ids: batch.iter().map(|s| s.row.id.as_str()).collect(),
+            claims: batch.iter().map(|s| s.row.lease.claim).collect(),
+            kinds: batch.iter().map(Settlement::kind).collect(),
+            outcomes: batch.iter().map(outcome).collect(),
+            attempts: batch.iter().map(|s| s.attempts as i32).collect(),
+            texts: Texts::new(batch),
+            message_ids: batch.iter().map(|s| s.message_id.as_deref()).collect(),
+            sequences: batch.iter().map(sequence).collect(),
+            refunds: batch.iter().map(|s| s.refund).collect(),
+            delays: batch.iter().map(delay).collect(),
+            reasons: batch.iter().map(reason).collect(),
+            bodies: bodies().map(|body| body.map(|b| b.bytes.as_ref())).collect(),
+            properties: bodies().map(|body| body.map(|b| b.properties.as_str())).collect(),
+            errors: batch.iter().map(|s| s.error.as_deref()).collect(),
+            uncertain: batch.iter().map(|s| i16::from(s.uncertain)).collect(),
+            crashed: batch.iter().map(|s| i16::from(s.crashed)).collect(),
+            accounts: batch
+                .iter()
+                .map(|s| s.account.as_ref().map(AccountKey::as_str))
+                .collect(),
+        }
+    }
+
+    fn parameters(&self) -> [&(dyn ToSql + Sync); 19] {
+        [
+            &self.tenants,
+            &self.ids,
+            &self.claims,
+            &self.kinds,
+            &self.outcomes,
+            &self.attempts,
+            &self.texts.recipients,
+            &self.message_ids,
+            &self.texts.reports,
+            &self.sequences,
+            &self.refunds,
+            &self.delays,
+            &self.reasons,
+            &self.bodies,
+            &self.properties,
+            &self.errors,
+            &self.uncertain,
+            &self.crashed,
+            &self.accounts,
+        ]
+    }
+}
+
+/// What attempts say about accounts, each with the place of its settlement.
+#[derive(Default)]
+struct HealthColumns<'a> {
+    places: Vec<i32>,
+    accounts: Vec<&'a str>,
+    kinds: Vec<i16>,
+    classes: Vec<Option<&'a str>>,
+    reasons: Vec<Option<&'a str>>,
+    details: Vec<Option<&'a str>>,
+}
+
+impl<'a> HealthColumns<'a> {
+    fn new(batch: &'a [Settlement]) -> Self {
+        let mut columns = Self::default();
+        for (place, settlement) in batch.iter().enumerate() {
+            for evidence in &settlement.evidence {
+                let fault = evidence.fault.as_ref();
+                columns.places.push(place as i32);
+                columns.accounts.push(evidence.account.as_str());
+                columns.kinds.push(if fault.is_some() { 2 } else { 1 });
+                columns.classes.push(fault.map(|f| f.class));
+                columns.reasons.push(fault.map(|f| f.reason));
+                columns.details.push(fault.map(|f| f.detail.as_str()));
+            }
+        }
+        columns
+    }
+
+    fn parameters(&self) -> [&(dyn ToSql + Sync); 6] {
+        [
+            &self.places,
+            &self.accounts,
+            &self.kinds,
+            &self.classes,
+            &self.reasons,
+            &self.details,
+        ]
     }
 }
 

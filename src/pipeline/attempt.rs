@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use lettre::Address;
 
 use super::task::{SharedClock, Task};
-use super::{Attempt, Verdict};
+use super::{Attempt, Verdict, evidence};
 use crate::attachment::{Attachments, Part, Prepared};
 use crate::compose::{self, Composition, Email};
 use crate::config::UnknownTenant;
@@ -55,6 +55,13 @@ pub struct Pipeline {
     pub clock: Arc<SharedClock>,
     /// Counters.
     pub metrics: Arc<Metrics>,
+    /// Watched alone: one prime suspect at a time.
+    pub alone: tokio::sync::Semaphore,
+}
+
+/// A suspect at work.
+struct Watched<'a> {
+    _alone: Option<tokio::sync::SemaphorePermit<'a>>,
 }
 
 /// The two entries a sender is chosen from.
@@ -91,6 +98,10 @@ impl Pipeline {
         if task.is_expired(self.clock.now()) {
             return Err(Verdict::Expired);
         }
+        if task.row.probe {
+            // The account may have been mended a moment ago.
+            self.directory.forget(&[&task.job.tenant, &TenantId::platform()]);
+        }
         let resolved = self.resolve(&task.job).await;
         let (entries, mut chosen) = resolved.map_err(|verdict| match verdict {
             // No attempt: nothing was tried, and the key may come at any time.
@@ -105,6 +116,8 @@ impl Pipeline {
             .job
             .on_uncertain
             .unwrap_or(entries.tenant.tenant.on_uncertain);
+        chosen = self.healthy(task, attempt, &entries, chosen)?;
+        let watched = self.watch(task).await?;
         let fetched = Instant::now();
         let prepared = self
             .attachments
@@ -117,18 +130,34 @@ impl Pipeline {
             .map_err(|failure| started(attempt, failure))?;
         self.note_files(task, attempt, &prepared, fetched);
         let _copy = self.room_for_copy(&prepared).await?;
+        if let Some(watched) = watched {
+            self.rehearse(task, attempt, &chosen, &prepared);
+            self.unwatch(task, watched).await?;
+        }
         let begun = Instant::now();
         loop {
+            chosen = self.healthy(task, attempt, &entries, chosen)?;
+            let accepted = evidence::accepted(attempt);
             let verdict = match self.send(task, attempt, &entries, &chosen, &prepared).await {
                 Ok(verdict) | Err(verdict) => verdict,
             };
+            let found = evidence::of(&chosen, &verdict, attempt, accepted);
+            attempt.evidence.extend(found);
+            if has_become_unhealthy(&verdict) {
+                continue;
+            }
             let Verdict::Failed(failure) = &verdict else {
                 return Ok(verdict);
             };
             let platform = entries.platform.as_deref();
             match sender::after_failure(&chosen, failure, &task.job, &entries.tenant, platform) {
                 // A marked send is taken over 25 minutes after its lease: what comes late is for the next attempt.
-                Some(other) if begun.elapsed() < self.pools.attempt_limit() => chosen = other,
+                Some(other)
+                    if begun.elapsed() < self.pools.attempt_limit()
+                        && self.trouble(task, &other).is_none() =>
+                {
+                    chosen = other;
+                }
                 _ => return Ok(verdict),
             }
         }
@@ -148,6 +177,75 @@ impl Pipeline {
             reason: WaitReason::Busy,
             delay: COPY_PATIENCE,
         })
+    }
+
+    /// How long the account of `chosen` is to be left alone. An account that the job was not admitted under may be tried
+    /// as soon as its cooldown is over: nobody else may come to do it.
+    fn trouble(&self, task: &Task, chosen: &Chosen) -> Option<Duration> {
+        if chosen.via == Via::Override {
+            return None;
+        }
+        let wait = self.batches.health().wait(&chosen.account.key)?;
+        let is_own = chosen.account.key == task.row.account;
+        let may_try = if is_own { task.row.probe } else { wait.is_zero() };
+        (!may_try).then_some(wait)
+    }
+
+    /// Who sends while accounts are in trouble: `chosen` if it is not, else the platform if it may, else nobody yet. No
+    /// attempt, and no slot.
+    fn healthy(
+        &self,
+        task: &Task,
+        attempt: &mut Attempt,
+        entries: &Entries,
+        chosen: Chosen,
+    ) -> Result<Chosen, Verdict> {
+        let Some(delay) = self.trouble(task, &chosen) else {
+            return Ok(chosen);
+        };
+        let platform = entries.platform.as_deref();
+        let other = sender::while_unhealthy(&chosen, &task.job, &entries.tenant, platform);
+        if let Some(other) = other.filter(|other| self.trouble(task, other).is_none()) {
+            return Ok(other);
+        }
+        attempt.account = account_name(task, &chosen);
+        attempt.retry = Some(chosen.account.retry);
+        attempt.waits_for = (chosen.account.key != task.row.account).then(|| chosen.account.key.clone());
+        Err(Verdict::Wait {
+            reason: WaitReason::Unhealthy,
+            delay,
+        })
+    }
+
+    /// Begins to watch what a suspect does to us: says so in the ledger, so that a crash is known to be its own. The prime
+    /// suspect alone, so that it is nobody else's.
+    async fn watch(&self, task: &Task) -> Result<Option<Watched<'_>>, Verdict> {
+        if !task.row.is_suspect() {
+            return Ok(None);
+        }
+        let alone = if task.row.is_prime_suspect() {
+            self.alone.acquire().await.ok()
+        } else {
+            None
+        };
+        if !self.batches.mark_suspect(&task.row, true).await {
+            return Err(Verdict::GiveBack);
+        }
+        Ok(Some(Watched { _alone: alone }))
+    }
+
+    /// All of our own work on a suspect's content, while it is watched; what follows is a conversation like any other.
+    fn rehearse(&self, task: &Task, attempt: &mut Attempt, chosen: &Chosen, prepared: &Prepared) {
+        let message_id = self.message_id(task, chosen, attempt);
+        let open = open_recipients(attempt, &HashSet::new());
+        // Its failure is told when it is composed to be sent.
+        drop(Self::compose(task, chosen, prepared, &message_id, &open));
+    }
+
+    async fn unwatch(&self, task: &Task, watched: Watched<'_>) -> Result<(), Verdict> {
+        let stands = self.batches.mark_suspect(&task.row, false).await;
+        drop(watched);
+        if stands { Ok(()) } else { Err(Verdict::GiveBack) }
     }
 
     /// Who sends a job, and from which entries that was chosen. A refusal is never said from memory: tenant or account may
@@ -297,6 +395,7 @@ impl Pipeline {
         message_id: &str,
         recipients: &[Address],
     ) -> Result<Email, Failure> {
+        fail_point::hit(Point::Composing, [task.job.id.as_str()]);
         compose::compose(&Composition {
             job: &task.job,
             from: &chosen.from,
@@ -330,11 +429,21 @@ impl Pipeline {
                 server: account.server.clone(),
                 max_connections: account.max_connections,
             };
-            self.pools.checkout(&Arc::new(submission)).await
+            let in_trouble = || self.trouble(task, chosen).is_some();
+            self.pools
+                .checkout_unless(&Arc::new(submission), &in_trouble)
+                .await
         };
         self.observe("connection", since);
         match checked_out {
             Ok(lease) => Ok(lease),
+            Err(CheckoutError::Busy) if self.trouble(task, chosen).is_some() => {
+                // It failed for others while this one stood in line: the question who sends is asked anew.
+                Err(Verdict::Wait {
+                    reason: WaitReason::Unhealthy,
+                    delay: Duration::ZERO,
+                })
+            }
             Err(CheckoutError::Busy) => {
                 tracing::debug!(job = %task.job.id, account = %account.key, "no connection is free");
                 Err(Verdict::Wait {
@@ -425,6 +534,12 @@ impl Pipeline {
             .with_label_values(&[stage])
             .observe(since.elapsed().as_secs_f64());
     }
+}
+
+/// Whether the account got into trouble while the job stood in line for a connection.
+fn has_become_unhealthy(verdict: &Verdict) -> bool {
+    let unhealthy = WaitReason::Unhealthy;
+    matches!(verdict, Verdict::Wait { reason, .. } if *reason == unhealthy)
 }
 
 /// A failure that counts as an attempt.

@@ -34,6 +34,9 @@ fn row(attempts: u32) -> Row {
         recipients: Vec::new(),
         message_id: None,
         uncertain: 0,
+        crashes: 0,
+        deaths: 0,
+        probe: false,
         slot: None,
     }
 }
@@ -216,7 +219,12 @@ fn a_failure_that_stays_fails_everybody_at_once() {
 
 #[test]
 fn waiting_for_room_is_no_attempt_and_costs_nothing() {
-    for reason in [WaitReason::Rate, WaitReason::Busy, WaitReason::Schedule] {
+    for reason in [
+        WaitReason::Rate,
+        WaitReason::Busy,
+        WaitReason::Schedule,
+        WaitReason::Unhealthy,
+    ] {
         let case = Case::new();
         let settlement = case.plan(case.concluded(Verdict::Wait {
             reason,
@@ -250,14 +258,52 @@ fn long_waits_of_new_jobs_are_reported_and_those_of_waiting_ones_are_not() {
 }
 
 #[test]
+fn a_mail_that_waits_for_an_unhealthy_account_for_as_long_as_retries_may_take_fails() {
+    let mut case = Case::new();
+    case.row = row(3);
+    let mut attempt = case.concluded(Verdict::Wait {
+        reason: WaitReason::Unhealthy,
+        delay: Duration::from_secs(5),
+    });
+    attempt.waits_for = Some(AccountKey::from_stored("acme/other"));
+    let waits = case.plan(attempt.clone());
+    assert_eq!(outcome(&waits), "unhealthy");
+    assert_eq!(waits.account, attempt.waits_for);
+    case.retry.max_age = Duration::from_secs(99);
+    let failed = case.plan(attempt);
+    assert_eq!(outcome(&failed), "mail.failed");
+    assert_eq!((failed.attempts, failed.refund), (3, true));
+    assert_eq!(
+        failed.report.unwrap().data.reason.as_deref(),
+        Some("sender_unhealthy")
+    );
+}
+
+#[test]
+fn what_an_attempt_found_out_about_accounts_is_written_with_whatever_follows() {
+    let case = Case::new();
+    for verdict in [Verdict::Failed(never()), Verdict::Cancelled, Verdict::GiveBack] {
+        let mut attempt = case.concluded(verdict);
+        attempt.evidence.push(crate::ledger::health::Evidence {
+            account: AccountKey::from_stored("acme/main"),
+            fault: None,
+        });
+        assert_eq!(case.plan(attempt.clone()).evidence, attempt.evidence);
+    }
+}
+
+#[test]
 fn an_uncertain_outcome_is_sent_again_or_held_as_the_policy_says() {
     let case = Case::new();
     let mut attempt = case.concluded(Verdict::Uncertain(later()));
     attempt.started = true;
     attempt.reached_mail_from = true;
-    assert_eq!(outcome(&case.plan(attempt.clone())), "retry");
+    let again = case.plan(attempt.clone());
+    assert_eq!((outcome(&again), again.uncertain), ("retry", true));
+    assert_eq!(again.report.unwrap().data.uncertain_attempts, 1);
     attempt.on_uncertain = OnUncertain::Hold;
     let settlement = case.plan(attempt);
+    assert!(settlement.uncertain);
     assert_eq!(outcome(&settlement), "hold");
     let report = settlement.report.unwrap();
     assert_eq!((report.kind, report.data.is_final), ("mail.uncertain", false));

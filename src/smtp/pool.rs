@@ -138,11 +138,23 @@ impl Pools {
     /// # Errors
     /// [`CheckoutError`].
     pub async fn checkout(&self, submission: &Arc<Submission>) -> Result<Lease, CheckoutError> {
+        self.checkout_unless(submission, &|| false).await
+    }
+
+    /// The same, but whoever waited for a place looks first whether it is still worth while.
+    ///
+    /// # Errors
+    /// [`CheckoutError`]; `Busy` also if `is_pointless` says so.
+    pub async fn checkout_unless(
+        &self,
+        submission: &Arc<Submission>,
+        is_pointless: &(dyn Fn() -> bool + Send + Sync),
+    ) -> Result<Lease, CheckoutError> {
         let begun = Instant::now();
         let deadline = begun + self.core.config.timeouts.attempt;
         let pool = self.account(submission);
         let place = match timeout(self.core.tuning.wait, pool.place()).await {
-            Ok(Some(place)) if !self.core.is_closed() => place,
+            Ok(Some(place)) if !self.core.is_closed() && !is_pointless() => place,
             _ => return Err(CheckoutError::Busy),
         };
         let idle = timeout_at(deadline.into(), self.idle(&pool, submission.version)).await;

@@ -88,8 +88,13 @@ metrics! {
     job_bytes: IntGauge "postroom_job_bytes";
     /// Deliveries given back to their queue because memory was full.
     beyond_budget: IntCounter "postroom_deliveries_beyond_budget_total";
-    /// Waiting jobs of the whole installation by reason: rate, retry, schedule, busy, contract, key; every worker shows it.
+    /// Waiting jobs of the whole installation by reason: rate, retry, schedule, busy, contract, key, unhealthy; every worker
+    /// shows it.
     waiting: IntGaugeVec "postroom_waiting_jobs" ["reason"];
+    /// Accounts of the whole installation whose circuit breaker is not closed; every worker shows it.
+    unhealthy_accounts: IntGauge "postroom_unhealthy_accounts";
+    /// Transitions of circuit breakers that this process brought about: opened, recovered, `opened_again`, unproved.
+    breaker_changes: IntCounterVec "postroom_breaker_changes_total" ["change"];
     /// Rate slots asked for, by answer: granted (also where nothing limits), denied, lost (with the lease).
     slots: IntCounterVec "postroom_rate_slots_total" ["answer"];
     /// Rows per coalesced SQL statement.

@@ -14,6 +14,7 @@ use super::Worker;
 use super::arrival::Arrival;
 use super::load::InHand;
 use super::permits::Permit;
+use crate::broker::dead_letter::REPLAY;
 use crate::fail_point::{self, Point};
 use crate::id::AccountKey;
 use crate::ledger::admit::{AdmitRequest, Admitted, Want};
@@ -169,7 +170,9 @@ fn pick_one(worker: &Worker, arrival: Arrival, level: Level) -> Result<Picked, A
         Some((permit, worker.load.enter(&arrival.account, arrival.connections)))
     };
     let lease = worker.claim();
-    let request = AdmitRequest::new(&arrival.job, level, arrival.account.clone(), lease, want);
+    let mut request = AdmitRequest::new(&arrival.job, level, arrival.account.clone(), lease, want);
+    request.detour = arrival.may_detour;
+    request.replay = arrival.delivery.has_header(REPLAY);
     Ok(Picked {
         arrival,
         request,
@@ -238,6 +241,7 @@ async fn release_first(
         most_bytes: worker.releasable_bytes(),
         exclude: Vec::new(),
         only: Some(account),
+        max_age: worker.retry.max_age,
     };
     let released = match worker.release(&request).await {
         Ok(released) => released,

@@ -1,5 +1,6 @@
 //! Intake: from a delivery to an arrival that can be admitted, or to the dead letters.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,7 @@ use super::delivery::Properties;
 use crate::address::masked_in;
 use crate::broker::Delivery;
 use crate::broker::dead_letter::REPLAY;
-use crate::directory::Via;
+use crate::directory::{Via, sender};
 use crate::failure::Failure;
 use crate::id::{AccountKey, TenantId};
 use crate::job::MailJob;
@@ -34,6 +35,8 @@ pub struct Arrival {
     pub account: AccountKey,
     /// Connections of that account in this worker.
     pub connections: usize,
+    /// The platform may send it while its account is in trouble.
+    pub may_detour: bool,
     /// The level of its queue.
     pub level: Level,
     /// What travels with the body.
@@ -71,7 +74,14 @@ impl Worker {
         ended: &CancellationToken,
     ) -> Option<Arrival> {
         let since = Instant::now();
-        let decoded = decode::decode(&incoming(&delivery), &self.limits);
+        // A defect of ours met here must not end the session: after as many deliveries as the queue allows it is dead.
+        let decoded = std::panic::catch_unwind(AssertUnwindSafe(|| {
+            decode::decode(&incoming(&delivery), &self.limits)
+        }));
+        let Ok(decoded) = decoded else {
+            delivery.receipt.give_back();
+            return None;
+        };
         self.metrics
             .stage
             .with_label_values(&["decode"])
@@ -89,7 +99,7 @@ impl Worker {
         }
         let properties = properties(&delivery, &job);
         self.observe_age(&delivery, level);
-        let (account, connections) = match self.expected_account(&job).await {
+        let (account, connections, may_detour) = match self.expected_account(&job).await {
             Ok(found) => found,
             Err(failure) => {
                 self.reject(delivery, rejected(&job, &failure), ended);
@@ -102,6 +112,7 @@ impl Worker {
             job: Arc::new(job),
             account,
             connections,
+            may_detour,
             level,
             properties,
             since,
@@ -109,27 +120,31 @@ impl Worker {
         })
     }
 
-    /// The account whose limits the job counts against, and its connections here. An account that cannot send today
+    /// The account whose limits the job counts against, its connections here, and whether the platform may stand in for it. An account that cannot send today
     /// is no error: the attempt will tell. A tenant or a named account that does not exist is.
-    async fn expected_account(&self, job: &MailJob) -> Result<(AccountKey, usize), Failure> {
+    async fn expected_account(&self, job: &MailJob) -> Result<(AccountKey, usize, bool), Failure> {
         let unknown = || {
             (
                 AccountKey::from_stored(&format!("{}/", job.tenant)),
                 self.pool_size,
+                false,
             )
         };
         let mut waits = pauses();
         loop {
             match self.pipeline.resolve(job).await {
                 Ok((_, chosen)) if chosen.via == Via::Override => {
-                    return Ok((AccountKey::for_override(&job.tenant), self.permits_total));
+                    return Ok((AccountKey::for_override(&job.tenant), self.permits_total, false));
                 }
-                Ok((_, chosen)) => {
+                Ok((entries, chosen)) => {
                     let cap = chosen
                         .account
                         .max_connections
                         .map_or(usize::MAX, |cap| cap as usize);
-                    return Ok((chosen.account.key.clone(), self.pool_size.min(cap)));
+                    let platform = entries.platform.as_deref();
+                    let may_detour = sender::may_detour(&chosen, job, &entries.tenant, platform);
+                    let key = chosen.account.key.clone();
+                    return Ok((key, self.pool_size.min(cap), may_detour));
                 }
                 Err(Verdict::Failed(failure))
                     if ["tenant_not_found", "account_not_found"].contains(&failure.reason) =>

@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,13 +13,20 @@ use tokio_util::sync::CancellationToken;
 
 use super::Worker;
 use super::arrival::{Arrival, incoming, storable, told};
-use crate::broker::{DeadLetter, Delivery, PublishError};
+use super::delivery::Properties;
+use crate::broker::{DeadLetter, Delivery, PublishError, Receipt};
 use crate::directory::overrides;
 use crate::fail_point::{self, Point};
 use crate::id::{JobId, TenantId};
+use crate::job::MailJob;
 use crate::job::decode::{self, Rejection};
+use crate::ledger::Row;
 use crate::ledger::batches::pauses;
+use crate::ledger::odd::CRASH_LOOP;
+use crate::ledger::release::Released;
+use crate::memory::Held;
 use crate::report::{FieldError, Report, ReportData, ReportType, event_id};
+use crate::settlement::all_pending;
 
 impl Worker {
     /// Buries a decoded job that cannot be taken: another content under a known id, or one the database refuses.
@@ -44,6 +52,72 @@ impl Worker {
             };
             worker.bury_with(arrival.delivery, death, &arrival.ended).await;
         });
+    }
+
+    /// Buries a leased job over which workers crash: dead letter confirmed, outcome written, then acknowledged. If the
+    /// dead letter cannot be published the lease is kept, and whoever comes next tries again.
+    pub(super) fn bury_poison(self: &Arc<Self>, doomed: Doomed) {
+        let worker = Arc::clone(self);
+        self.tasks.spawn(async move { worker.bury_doomed(doomed).await });
+    }
+
+    async fn bury_doomed(self: &Arc<Self>, doomed: Doomed) {
+        let Doomed {
+            delivery,
+            row,
+            ended,
+            job,
+            properties,
+        } = doomed;
+        tracing::error!(job = %row.id, tenant = %row.tenant, crashes = row.crashes, deaths = row.deaths,
+            "dead-lettered: {CRASH_LOOP}");
+        // What is stored is sealed already, under the job's name.
+        let is_stored = job.is_none();
+        let (body, sealed) = if is_stored {
+            (None, false)
+        } else {
+            self.harmless_body(&delivery, Some((&row.tenant, &row.id)))
+        };
+        let letter = DeadLetter {
+            reason: "crash_loop",
+            detail: CRASH_LOOP,
+            tenant: Some(row.tenant.as_str()),
+            body: body.as_deref(),
+            sealed,
+        };
+        let mut waits = pauses();
+        while let Err(error) = self
+            .publisher
+            .dead_letter(&self.topology, &delivery, &letter)
+            .await
+        {
+            if self.tasks.is_closed() || wait_again(&error, &mut waits, &ended).await {
+                return;
+            }
+        }
+        fail_point::hit(Point::DeadLettered, [row.id.as_str()]);
+        let job = job.or_else(|| self.read_again(&delivery));
+        let settled = loop {
+            let complete = |data: &mut ReportData| complete(data, job.as_deref(), &properties);
+            match self.ledger.dead_letter(&row, complete).await {
+                Ok(settled) => break settled,
+                Err(error) => self.database_trouble("dead letter", &error),
+            }
+            tokio::time::sleep(waits.next().unwrap_or(Duration::from_secs(5))).await;
+        };
+        self.metrics.jobs.with_label_values(&["failed"]).inc();
+        delivery.receipt.ack();
+        if let Some(report) = settled {
+            self.reporter.publish(self, report);
+        }
+    }
+
+    /// The job in a body out of the waiting room, if reading it is not what crashes.
+    fn read_again(&self, delivery: &Delivery) -> Option<Arc<MailJob>> {
+        let read = || decode::decode(&incoming(delivery), &self.limits).ok();
+        std::panic::catch_unwind(AssertUnwindSafe(read))
+            .ok()?
+            .map(Arc::new)
     }
 
     pub(super) async fn bury_rejected(
@@ -133,6 +207,85 @@ impl Worker {
             }
             _ => whole(),
         }
+    }
+}
+
+/// A leased job that is to be buried, and what is known of it.
+#[derive(Debug)]
+pub struct Doomed {
+    delivery: Delivery,
+    row: Row,
+    ended: CancellationToken,
+    job: Option<Arc<MailJob>>,
+    properties: Properties,
+}
+
+impl Doomed {
+    /// One whose body RabbitMQ has.
+    #[must_use]
+    pub fn arrived(arrival: Arrival, row: Row) -> Self {
+        Self {
+            delivery: arrival.delivery,
+            row,
+            ended: arrival.ended,
+            job: Some(arrival.job),
+            properties: arrival.properties,
+        }
+    }
+
+    /// One out of the waiting room, as its producer published it; `held` is the memory it takes.
+    #[must_use]
+    pub fn stored(released: Released, properties: Properties, exchange: &str, held: Option<Held>) -> Self {
+        let Released { row, level, body, .. } = released;
+        let mut headers = lapin::types::FieldTable::default();
+        for (name, value) in [
+            ("x-contract", properties.contract.as_deref()),
+            ("traceparent", properties.traceparent.as_deref()),
+        ] {
+            if let Some(value) = value {
+                headers.insert(name.into(), lapin::types::AMQPValue::LongString(value.into()));
+            }
+        }
+        let mut amqp = crate::broker::Properties::default()
+            .with_content_type("application/json".into())
+            .with_type("mail.job.v1".into())
+            .with_headers(headers)
+            .with_timestamp(u64::try_from(row.created.as_second()).unwrap_or(0));
+        let correlation = properties.correlation_id.as_deref();
+        if let Some(id) = correlation.and_then(|id| lapin::types::ShortString::try_new(id).ok()) {
+            amqp = amqp.with_correlation_id(id);
+        }
+        let delivery = Delivery {
+            level: Some(level),
+            queue: "".into(),
+            generation: 0,
+            redelivered: true,
+            exchange: exchange.to_owned(),
+            routing_key: format!("{level}.{}", row.tenant),
+            properties: amqp,
+            body,
+            held,
+            receipt: Receipt::none(),
+        };
+        Self {
+            delivery,
+            row,
+            ended: CancellationToken::new(),
+            job: None,
+            properties,
+        }
+    }
+}
+
+/// What the ledger does not know of a job, for its last report.
+fn complete(data: &mut ReportData, job: Option<&MailJob>, properties: &Properties) {
+    data.tags.clone_from(&properties.tags);
+    data.metadata.clone_from(&properties.metadata);
+    if let Some(correlation) = &properties.correlation_id {
+        data.correlation_id = Some(correlation.clone());
+    }
+    if let Some(job) = job.filter(|_| data.recipients.is_empty()) {
+        data.recipients = all_pending(job);
     }
 }
 

@@ -9,6 +9,7 @@ use tracing::Instrument as _;
 use super::Worker;
 use super::admission::Picked;
 use super::arrival::plain;
+use super::bury::Doomed;
 use super::delivery::{Properties, stored};
 use super::load::InHand;
 use super::permits::Permit;
@@ -34,6 +35,7 @@ impl Worker {
     pub fn follow(self: &Arc<Self>, picked: Picked, answer: Admitted) {
         let Picked { arrival, permit, .. } = picked;
         match answer {
+            Admitted::Go(row) | Admitted::Behind(row) if row.is_poison() => self.bury_poison(Doomed::arrived(arrival, *row)),
             Admitted::Go(row) | Admitted::Behind(row) => {
                 let (task, delivery) = self.task(arrival, *row);
                 self.spawn_job(task, Some(delivery), permit);
@@ -91,19 +93,30 @@ impl Worker {
         });
     }
 
-    fn begin_released(self: &Arc<Self>, released: Released, right: Right, held: Option<Held>) {
-        let properties: Properties = serde_json::from_value(released.properties).unwrap_or_default();
+    fn begin_released(self: &Arc<Self>, mut released: Released, right: Right, held: Option<Held>) {
+        let properties = std::mem::take(&mut released.properties);
+        let properties: Properties = serde_json::from_value(properties).unwrap_or_default();
+        if released.row.is_poison() {
+            let jobs = self.topology.jobs_exchange();
+            return self.bury_poison(Doomed::stored(released, properties, &jobs, held));
+        }
         let incoming = Incoming {
             body: &released.body,
             contract: properties.contract.as_deref(),
             ..Incoming::default()
         };
-        let job = match decode::decode(&incoming, &self.limits) {
-            Ok(job) => Arc::new(job),
-            Err(rejection) => {
+        // A defect of ours met here must not take the dispatcher along.
+        let decoded = std::panic::catch_unwind(AssertUnwindSafe(|| decode::decode(&incoming, &self.limits)));
+        let job = match decoded {
+            Ok(Ok(job)) => Arc::new(job),
+            Ok(Err(rejection)) => {
                 let newer = rejection.reason == RejectReason::ContractTooNew;
-                self.give_back_unreadable(released.row, newer, &rejection.to_string());
-                return;
+                let why = Unreadable::Rejected { newer };
+                return self.give_back_unreadable(released.row, why, &rejection.to_string());
+            }
+            Err(_) => {
+                let message = panicked().to_string();
+                return self.give_back_unreadable(released.row, Unreadable::Crashed, &message);
             }
         };
         let task = Task {
@@ -258,7 +271,11 @@ impl Worker {
         let mut attempt = Attempt::of(recipients, settlement.message_id.clone());
         attempt.verdict = Verdict::Cancelled;
         attempt.reached_mail_from = !settlement.refund;
-        let cancelled = plan(at, attempt, None);
+        let mut cancelled = plan(at, attempt, None);
+        // What the attempt found out is true all the same.
+        cancelled.evidence = settlement.evidence;
+        cancelled.uncertain = settlement.uncertain;
+        cancelled.crashed = settlement.crashed;
         let settled = self.batches.settle(cancelled.clone()).await;
         (cancelled, settled)
     }
@@ -331,7 +348,8 @@ impl Worker {
         });
     }
 
-    fn give_back_unreadable(self: &Arc<Self>, row: Row, newer: bool, why: &str) {
+    fn give_back_unreadable(self: &Arc<Self>, row: Row, what: Unreadable, why: &str) {
+        let newer = what == Unreadable::Rejected { newer: true };
         if !newer {
             tracing::error!(job = %row.id, tenant = %row.tenant, "a stored body cannot be read; it waits: {why}");
         }
@@ -347,12 +365,25 @@ impl Worker {
             report: None,
             refund: true,
             error: (!newer).then(|| why.to_owned()),
+            uncertain: false,
+            crashed: what == Unreadable::Crashed,
+            account: None,
+            evidence: Vec::new(),
             row,
         };
         let worker = Arc::clone(self);
         self.tasks
             .spawn(async move { worker.batches.settle(settlement).await });
     }
+}
+
+/// Why a stored body is of no use here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Unreadable {
+    /// It is no job to this worker; `newer`: it may be one to others.
+    Rejected { newer: bool },
+    /// Reading it ended in a panic.
+    Crashed,
 }
 
 /// Whether a job would have to wait without a body.
@@ -374,6 +405,7 @@ fn crashed(task: &Task) -> Attempt {
     attempt.started = true;
     // Nobody knows how far it came: the slot counts.
     attempt.reached_mail_from = true;
+    attempt.crashed = true;
     attempt.verdict = Verdict::Uncertain(failure);
     attempt
 }

@@ -95,6 +95,7 @@ async fn level_turn(worker: &Arc<Worker>, level: Level) -> Result<usize, DbError
         most_bytes,
         exclude: worker.load.full_accounts(),
         only: None,
+        max_age: worker.retry.max_age,
     };
     let released = worker.release(&request).await?;
     let taken = released.len();

@@ -11,6 +11,8 @@ use crate::ledger::lease::Beat;
 
 /// A send marked as begun is decided about only when every deadline of its attempt has passed.
 const ATTEMPT_DEADLINE: Duration = Duration::from_mins(25);
+/// How often the accounts in trouble are read: so old may this worker's view of them be.
+const HEALTH: Duration = Duration::from_secs(1);
 /// Rows deleted in one statement.
 const CHUNK: i64 = 2000;
 
@@ -21,6 +23,7 @@ pub async fn run(worker: Arc<Worker>, stop: CancellationToken, end: Cancellation
         every(Duration::from_secs(15), stop.clone(), || count_waiting(&worker)),
         every(worker.lease / 3, stop.clone(), || take_over(&worker)),
         every(Duration::from_mins(5), stop.clone(), || forget(&worker)),
+        every(HEALTH, stop.clone(), || refresh_health(&worker)),
         every(Duration::from_secs(2), stop.clone(), || reporter::measure(
             &worker
         )),
@@ -91,7 +94,16 @@ async fn take_over(worker: &Arc<Worker>) {
     }
 }
 
+async fn refresh_health(worker: &Arc<Worker>) {
+    if let Err(error) = worker.ledger.refresh_health().await {
+        worker.database_trouble("health", &error);
+    }
+}
+
 async fn forget(worker: &Arc<Worker>) {
+    if let Err(error) = worker.ledger.forget_health().await {
+        worker.database_trouble("forget", &error);
+    }
     while let Ok(forgotten) = worker.ledger.forget_old(worker.retention, CHUNK).await {
         if forgotten < CHUNK as u64 {
             break;

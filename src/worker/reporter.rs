@@ -122,8 +122,40 @@ pub async fn sweep(worker: Arc<Worker>, stop: CancellationToken) {
         tokio::select! {
             () = stop.cancelled() => return,
             _ = ticks.tick() => {}
+            () = worker.ledger.health().event() => {
+                publish_account_events(&worker).await;
+                continue;
+            }
         }
+        publish_account_events(&worker).await;
         while sweep_once(&worker).await && !stop.is_cancelled() {}
+    }
+}
+
+/// Events of accounts; each goes from its table when its publish is confirmed. What fails is taken up again later, by
+/// whichever worker comes first.
+async fn publish_account_events(worker: &Arc<Worker>) {
+    const CHUNK: i32 = 100;
+    if !worker.is_connected() {
+        return;
+    }
+    let owed = match worker.ledger.owed_account_events(CHUNK, HOLD).await {
+        Ok(owed) => owed,
+        Err(error) => return worker.database_trouble("account events", &error),
+    };
+    for event in owed {
+        let head = Head {
+            event: &event.id,
+            tenant: &event.tenant,
+            kind: &event.kind,
+            correlation: None,
+        };
+        if let Err(error) = worker.publish_json(&head, event.body.as_bytes()).await {
+            return tracing::warn!(%error, "events of accounts are published later");
+        }
+        if let Err(error) = worker.ledger.clear_account_event(&event.id).await {
+            worker.database_trouble("account events", &error);
+        }
     }
 }
 

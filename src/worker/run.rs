@@ -32,6 +32,7 @@ use crate::pipeline::attempt::Pipeline;
 use crate::pipeline::task::SharedClock;
 use crate::secret::{Keys, KeysError};
 use crate::smtp::{CapsError, ConnectionCaps, Pools};
+use crate::telemetry::metrics::Metrics;
 
 /// What `postroom worker` is started with.
 #[derive(Debug)]
@@ -128,6 +129,16 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError
     Ok(finished?)
 }
 
+/// The ledger as a worker uses it.
+fn open_ledger(
+    database: &Database,
+    metrics: Arc<Metrics>,
+    settings: &config::Worker,
+) -> Result<Ledger, DbError> {
+    let ledger = Ledger::new(database.clone(), metrics).with_vital(database.reserved()?);
+    Ok(ledger.with_breaker(settings.breaker))
+}
+
 /// Puts a worker together.
 async fn build(
     settings: Settings,
@@ -138,7 +149,7 @@ async fn build(
     supervisor: &Supervisor,
 ) -> Result<(Arc<Worker>, mpsc::Receiver<Arrival>), WorkerError> {
     let metrics = Arc::clone(&service.metrics);
-    let ledger = Ledger::new(database.clone(), Arc::clone(&metrics)).with_vital(database.reserved()?);
+    let ledger = open_ledger(&database, Arc::clone(&metrics), &settings.worker)?;
     let name = host_name();
     let epoch = ledger.register(&name, settings.worker.lease).await?;
     let guard = Arc::new(EgressGuard::new(settings.egress));
@@ -173,6 +184,7 @@ async fn build(
         unknown_tenant: settings.worker.unknown_tenant,
         clock: Arc::clone(&clock),
         metrics: Arc::clone(&metrics),
+        alone: tokio::sync::Semaphore::new(1),
     };
     let worker = Arc::new(Worker {
         permits: Permits::new(settings.worker.concurrency, Arc::clone(&metrics)),

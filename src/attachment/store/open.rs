@@ -81,8 +81,13 @@ impl Store {
         egress::install_crypto_provider();
         let url = Url::parse(&config.url).map_err(|_| StorageError::Url)?;
         let public_url = config.public_url.as_deref().map(parse_public).transpose()?;
+        let mut temporary_credentials = false;
         let (objects, signer): (Arc<dyn ObjectStore>, Option<Arc<dyn Signer>>) = match url.scheme() {
-            "s3" => pair(s3(bucket(&url)?, variables)?),
+            "s3" => {
+                let (store, temporary) = s3(bucket(&url)?, variables)?;
+                temporary_credentials = temporary;
+                pair(store)
+            }
             "gs" => pair(google(bucket(&url)?)?),
             "az" => pair(azure(bucket(&url)?)?),
             "file" if public_url.is_none() => return Err(StorageError::PublicUrlRequired),
@@ -97,6 +102,7 @@ impl Store {
             prefix: Path::from_url_path(prefix).map_err(|_| StorageError::Url)?,
             public_url,
             link_lifetime: config.link_lifetime.min(MAX_LINK_LIFETIME),
+            temporary_credentials,
         })
     }
 }
@@ -122,11 +128,12 @@ fn parse_public(text: &str) -> Result<Url, StorageError> {
 }
 
 /// S3 with the `AWS_*` variables. With an own endpoint the bucket stands in the path, unless
-/// `AWS_VIRTUAL_HOSTED_STYLE_REQUEST` says otherwise; an endpoint with `http:` may be used as it is.
+/// `AWS_VIRTUAL_HOSTED_STYLE_REQUEST` says otherwise; an endpoint with `http:` may be used as it is. Also whether the
+/// credentials are temporary: with a session token, or without an access key, so that they come from a role.
 fn s3(
     bucket: &str,
     variables: impl IntoIterator<Item = (String, String)>,
-) -> Result<object_store::aws::AmazonS3, StorageError> {
+) -> Result<(object_store::aws::AmazonS3, bool), StorageError> {
     let mut builder = AmazonS3Builder::new();
     for (name, value) in variables {
         let key = name
@@ -142,12 +149,19 @@ fn s3(
     {
         builder = builder.with_allow_http(true);
     }
-    builder
+    let given = |key| {
+        builder
+            .get_config_value(&key)
+            .is_some_and(|value| !value.is_empty())
+    };
+    let temporary = given(AmazonS3ConfigKey::Token) || !given(AmazonS3ConfigKey::AccessKeyId);
+    let store = builder
         .with_bucket_name(bucket)
         .with_http_connector(Direct)
         .with_retry(retries())
         .build()
-        .map_err(|error| settings(&error))
+        .map_err(|error| settings(&error))?;
+    Ok((store, temporary))
 }
 
 fn google(bucket: &str) -> Result<object_store::gcp::GoogleCloudStorage, StorageError> {

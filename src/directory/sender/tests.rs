@@ -343,6 +343,14 @@ fn the_platform_stands_in_only_where_the_policy_allows_and_only_once() {
     assert_eq!(outcome(Ok(next.clone())), "platform -/relay unhealthy");
     assert!(after_failure(&next, &refused, &allowed, &entry, Some(&platform)).is_none());
     assert!(while_unhealthy(&chosen, &allowed, &entry, None).is_none());
+    for (chosen, job, platform, may) in [
+        (&chosen, &allowed, Some(&platform), true),
+        (&chosen, &job(), Some(&platform), false),
+        (&chosen, &allowed, None, false),
+        (&next, &allowed, Some(&platform), false),
+    ] {
+        assert_eq!(may_detour(chosen, job, &entry, platform), may);
+    }
 
     let over = choose(&allowed, &entry, Some(&platform), Some(own_server())).unwrap();
     assert!(after_failure(&over, &refused, &allowed, &entry, Some(&platform)).is_some());

@@ -8,6 +8,7 @@ use super::change::{AccountChange, connects_differently};
 use super::{Store, StoredAccount, limits, within};
 use crate::directory::{DirectoryError, row};
 use crate::id::{AccountId, AccountKey, TenantId};
+use crate::ledger::health;
 use crate::secret::stored::{account_password_aad, verify_keys};
 
 impl Store {
@@ -58,6 +59,9 @@ impl Store {
         }
         if next.max_connections != current.max_connections {
             self.set_cap(&tx, key.as_str(), next.max_connections).await?;
+        }
+        if next.version != current.version {
+            self.reset_health(&tx, key.as_str()).await?;
         }
         let written = self.read_accounts(&tx, tenant).await?;
         tx.commit().await?;
@@ -157,6 +161,20 @@ impl Store {
         Ok(())
     }
 
+    /// Another server or login: what is known of the health of the old one does not hold. Behind limits and caps: see the
+    /// lock order in `V2__ledger.sql`.
+    async fn reset_health(&self, tx: &Transaction<'_>, key: &str) -> Result<(), DirectoryError> {
+        let sql = self.db.sql("SELECT {s}.reset_health_v1($1)");
+        tx.execute_typed(&sql, &[(&key, Type::TEXT)]).await?;
+        Ok(())
+    }
+
+    async fn forget_health(&self, tx: &Transaction<'_>, key: &str) -> Result<(), DirectoryError> {
+        let sql = self.db.sql("DELETE FROM {s}.account_health WHERE account = $1");
+        tx.execute_typed(&sql, &[(&key, Type::TEXT)]).await?;
+        Ok(())
+    }
+
     async fn read_accounts(
         &self,
         tx: &Transaction<'_>,
@@ -202,6 +220,19 @@ impl Store {
             .ok_or_else(|| DirectoryError::NoAccount(AccountKey::new(tenant, id)))
     }
 
+    /// The state of an account's circuit breaker as listings show it: state, since, until, faults, reason and detail.
+    /// `None`: it is closed.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn health(&self, key: &AccountKey) -> Result<Option<serde_json::Value>, DirectoryError> {
+        within(async {
+            let health = health::read(&self.db, key).await?;
+            Ok(health.map(|health| health.to_json()))
+        })
+        .await
+    }
+
     /// Removes an account and its limits. If it was the default, the tenant has none until another is made it.
     ///
     /// # Errors
@@ -222,6 +253,7 @@ impl Store {
             }
             self.set_limits(&tx, key.as_str(), &[]).await?;
             self.set_cap(&tx, key.as_str(), None).await?;
+            self.forget_health(&tx, key.as_str()).await?;
             tx.commit().await?;
             Ok(())
         })

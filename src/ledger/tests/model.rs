@@ -23,7 +23,7 @@ use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng as _};
 
 use self::jobs::{Key, Knowledge};
-use self::mutants::Habits;
+use self::mutants::Habit;
 use self::reports::Unpublished;
 use self::snapshot::Snapshot;
 use super::world::{World, in_world};
@@ -155,7 +155,7 @@ impl Worker {
 struct Model {
     world: World,
     random: SmallRng,
-    habits: Habits,
+    habit: Habit,
     workers: Vec<Worker>,
     jobs: BTreeMap<Key, Knowledge>,
     /// The limit in force by key, and what was sent under it.
@@ -226,7 +226,7 @@ impl Model {
 }
 
 /// Walks so many steps, then to the end. What went wrong comes with the way there.
-async fn walk(world: World, seed: u64, steps: usize, habits: Habits) -> Result<(), (Broken, String)> {
+async fn walk(world: World, seed: u64, steps: usize, habit: Habit) -> Result<(), (Broken, String)> {
     let mut workers = Vec::new();
     for _ in 0..3 {
         workers.push(Worker::new(world.epoch().await));
@@ -234,7 +234,7 @@ async fn walk(world: World, seed: u64, steps: usize, habits: Habits) -> Result<(
     let mut model = Model {
         world,
         random: SmallRng::seed_from_u64(seed),
-        habits,
+        habit,
         workers,
         jobs: jobs::all(),
         limits: BTreeMap::new(),
@@ -252,7 +252,6 @@ async fn walk(world: World, seed: u64, steps: usize, habits: Habits) -> Result<(
         model.end().await
     }
     .await;
-    std::fs::write(format!("/tmp/trace-{seed}"), model.trace.join("\n")).unwrap();
     outcome.map_err(|broken| (broken, model.trace.join("\n")))
 }
 
@@ -266,14 +265,14 @@ async fn walks(seed: u64) {
     let steps = number("POSTROOM_TEST_MODEL_STEPS").map_or(300, |steps| steps as usize);
     // One walk of 300 steps sees little of what happens late; many short ones see much of what happens early.
     for round in 0..steps.div_ceil(300) as u64 {
-        in_world(|world| async move {
+        let one = in_world(|world| async move {
             let seed = seed + round * 10_000;
             eprintln!("seed {seed}");
-            if let Err((broken, trace)) = walk(world, seed, 300.min(steps), Habits::default()).await {
+            if let Err((broken, trace)) = walk(world, seed, 300.min(steps), Habit::Good).await {
                 panic!("{trace}\n{broken}");
             }
-        })
-        .await;
+        });
+        Box::pin(one).await;
     }
 }
 

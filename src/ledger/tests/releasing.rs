@@ -11,7 +11,14 @@ use crate::ledger::settle::{Next, Settled};
 use crate::level::Level;
 
 /// Puts jobs into the waiting room straight away: `tenant/main` of each tenant, oldest first.
-async fn fill(world: &World, tenant: &str, account: &str, level: Level, count: usize, size: usize) {
+pub(super) async fn fill(
+    world: &World,
+    tenant: &str,
+    account: &str,
+    level: Level,
+    count: usize,
+    size: usize,
+) {
     world
         .run(&format!(
             "INSERT INTO {{s}}.job (tenant, id, state, level, account, digest, born, seq, created_at, updated_at, due_at,
@@ -360,6 +367,28 @@ async fn a_job_that_somebody_is_working_on_is_passed_over() {
                 .unwrap(),
             crate::ledger::odd::Cancel::InFlight
         );
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_forgotten_job_that_was_marked_in_its_final_write_is_held_and_not_released() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        world.parked(&epoch, "acme", "1", WaitReason::Retry).await;
+        let mut released = world.release(&epoch, Level::Medium, 1).await;
+        let row = released.remove(0).row;
+        assert_eq!(
+            world.ledger.mark_data(std::slice::from_ref(&row)).await.unwrap(),
+            [true]
+        );
+        world.ledger.forgotten(&epoch).await.unwrap();
+        world.ledger.forgotten(&epoch).await.unwrap();
+        assert_eq!(world.ledger.forgotten(&epoch).await.unwrap(), 0, "it is in hand");
+        drop(row);
+        assert_eq!(world.ledger.forgotten(&epoch).await.unwrap(), 1);
+        assert_eq!(world.state("acme", "1").await, 4);
+        assert!(world.release(&epoch, Level::Medium, 1).await.is_empty());
     })
     .await;
 }

@@ -201,7 +201,7 @@ impl World {
             .one(
                 "SELECT string_agg(format('%s %s: %s for %s', l.account, l.level, l.fifo, c.n), ', ')
                  FROM {s}.lane l LEFT JOIN LATERAL (SELECT count(*) AS n FROM {s}.job x WHERE x.account = l.account
-                     AND x.level = l.level AND x.tenant = l.tenant AND x.state = 2 AND x.reason IN (1, 4)) c ON true
+                     AND x.level = l.level AND x.tenant = l.tenant AND x.state = 2 AND x.reason IN (1, 4, 7)) c ON true
                  WHERE l.fifo <> c.n",
             )
             .await;
@@ -235,6 +235,8 @@ pub(super) fn request(epoch: &Arc<Epoch>, owner: &str, id: &str) -> AdmitRequest
         expires_at: None,
         batch: None,
         want: Want::Slot,
+        detour: false,
+        replay: false,
     }
 }
 
@@ -246,6 +248,7 @@ pub(super) fn all(level: Level, most: usize) -> ReleaseRequest {
         most_bytes: 1 << 30,
         exclude: Vec::new(),
         only: None,
+        max_age: Duration::from_hours(72),
     }
 }
 
@@ -275,6 +278,10 @@ pub(super) fn settlement(row: &Row, next: Next) -> Settlement {
         report: None,
         refund: false,
         error: None,
+        uncertain: false,
+        crashed: false,
+        account: None,
+        evidence: Vec::new(),
     }
 }
 

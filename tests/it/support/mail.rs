@@ -64,6 +64,21 @@ impl World {
         serde_json::from_str(&shown.success()).unwrap()
     }
 
+    /// Waits until the ledger has a job in this state (2 waiting, 3 done, 4 uncertain, …).
+    pub(crate) async fn wait_state(&self, tenant: &str, id: &str, state: i16) {
+        let sql = self.sql().await;
+        super::eventually(Duration::from_secs(30), || async {
+            let row = sql
+                .query_opt(
+                    "SELECT state FROM job WHERE tenant = $1 AND id = $2",
+                    &[&tenant, &id],
+                )
+                .await;
+            row.unwrap().is_some_and(|row| row.get::<_, i16>(0) == state)
+        })
+        .await;
+    }
+
     /// Publishes a small job.
     pub(crate) async fn publish_mail(&self, level: Level, tenant: &str, id: &str) {
         self.publish(level, tenant, &mail(tenant, id)).await;

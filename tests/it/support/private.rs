@@ -69,6 +69,11 @@ impl Private {
         self.act("start", server).await;
     }
 
+    /// Sets what `RabbitMQ` reads at its next start, in the form of `advanced.config`.
+    pub(crate) fn configure_rabbitmq(&self, settings: &str) {
+        std::fs::write(self.dir.join("rabbitmq/advanced.config"), settings).unwrap();
+    }
+
     async fn act(&self, action: &str, server: &str) {
         dev_servers(&[action, self.dir.to_str().unwrap(), server]).await;
     }

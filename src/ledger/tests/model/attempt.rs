@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use super::jobs::{Acceptance, charged};
+use super::jobs::{Acceptance, Key, charged};
+use super::mutants::Habit;
 use super::reports::Unpublished;
 use super::{Broken, Model, Rule, Stage, Step, Task, holds, is_final};
 use crate::ledger::WaitReason;
@@ -33,6 +34,19 @@ impl Model {
             return Ok(());
         }
         let n = self.pick(self.workers[w].tasks.len());
+        self.work_at(w, n).await
+    }
+
+    /// The same for its task of this job, if it has one.
+    pub(super) async fn work_on(&mut self, w: usize, key: &Key) -> Step {
+        let place = self.workers[w].tasks.iter().position(|task| task.key == *key);
+        match place {
+            Some(n) => self.work_at(w, n).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn work_at(&mut self, w: usize, n: usize) -> Step {
         let task = self.workers[w].tasks.swap_remove(n);
         if task.unanswered.is_some() {
             return self.settle_again(w, task).await;
@@ -50,13 +64,13 @@ impl Model {
         if !task.slot.is_some_and(|slot| slot.is_valid()) {
             return self.take_slot(w, task).await;
         }
-        if self.jobs[&task.key].hold && !self.habits.never_marks {
+        if self.jobs[&task.key].hold && self.habit != Habit::NeverMarks {
             let stands = self.mark(w, &task).await?;
             if !stands {
                 return self.put_off(w, task).await;
             }
         }
-        if !self.workers[w].believes() && !self.habits.never_asks {
+        if !self.workers[w].believes() && self.habit != Habit::NeverAsks {
             return self.put_off(w, task).await;
         }
         self.note(|| format!("worker {w} is about to write {}", task.key));
@@ -137,7 +151,7 @@ impl Model {
 
     /// The write, late if the worker has stalled since it asked.
     async fn write(&mut self, w: usize, mut task: Task) -> Step {
-        let late = !self.workers[w].believes() && !self.habits.never_asks;
+        let late = !self.workers[w].believes() && self.habit != Habit::NeverAsks;
         self.charge(&task);
         let job = self.jobs[&task.key].clone();
         task.unknown = self.chance(8);
@@ -222,7 +236,7 @@ impl Model {
     /// Back where it came from, or into the waiting room, without an attempt: its slot goes back.
     async fn put_off(&mut self, w: usize, task: Task) -> Step {
         let next = match task.park {
-            Some(WaitReason::Rate) => self.park(&task, WaitReason::Rate, Duration::from_secs(60)),
+            Some(WaitReason::Rate) => self.park(&task, WaitReason::Rate, Duration::from_mins(1)),
             None if self.chance(2) => Next::GiveBack,
             _ => {
                 let (reason, delay) = self.waits_for();
@@ -243,7 +257,7 @@ impl Model {
     pub(super) async fn conclude(&mut self, w: usize, task: Task) -> Step {
         let results = task.results.clone().unwrap_or_default();
         let open = results.iter().any(RecipientResult::is_open);
-        let hold = self.jobs[&task.key].hold && !self.habits.never_marks;
+        let hold = self.jobs[&task.key].hold && self.habit != Habit::NeverMarks;
         let next = if task.unknown && hold {
             let body = task.delivery.then(|| self.jobs[&task.key].body());
             Next::Hold { body }
@@ -285,7 +299,7 @@ impl Model {
                 .unwrap_or_else(|| task.row.recipients.clone());
             report
         });
-        if self.habits.acks_first && task.delivery {
+        if self.habit == Habit::AcksFirst && task.delivery {
             task.delivery = false;
             self.workers[w].tasks.push(task);
             self.look().await?;

@@ -78,20 +78,23 @@ impl Model {
             .map(|task| (task.key.clone(), task.delivery))
             .collect();
         self.take_over(other).await?;
-        for (key, delivery) in keys {
+        for (key, delivery) in &keys {
             // RabbitMQ has lost the connection, too.
-            if delivery && self.chance(2) {
-                self.job(&key).ready += 1;
-                self.deliver_job(other, key).await?;
+            if *delivery {
+                self.job(key).ready += 1;
+                self.deliver_job(other, key.clone()).await?;
             }
         }
         self.release(other).await?;
-        for _ in 0..self.pick(6) {
-            self.work(other).await?;
-        }
-        // It wakes, and goes on where it was.
-        for _ in 0..self.pick(6) {
-            self.work(w).await?;
+        for (key, _) in &keys {
+            // It wakes, and goes on where it was; the other one may be through by then.
+            let (first, second) = if self.chance(2) { (w, other) } else { (other, w) };
+            for _ in 0..=self.pick(6) {
+                self.work_on(first, key).await?;
+            }
+            for _ in 0..=self.pick(6) {
+                self.work_on(second, key).await?;
+            }
         }
         Ok(())
     }

@@ -103,6 +103,8 @@ impl Model {
             expires_at: None,
             batch: None,
             want,
+            detour: false,
+            replay: false,
         }
     }
 
@@ -143,7 +145,12 @@ impl Model {
             body: body.bytes,
             properties: body.properties,
         };
-        let mut safe = self.world.ledger.absorb(&[absorb.clone()]).await.unwrap()[0];
+        let mut safe = self
+            .world
+            .ledger
+            .absorb(std::slice::from_ref(&absorb))
+            .await
+            .unwrap()[0];
         if self.chance(4) {
             safe = self.world.ledger.absorb(&[absorb]).await.unwrap()[0];
         }

@@ -46,7 +46,13 @@ impl Model {
 
     /// Somebody cancels a job, or lets it go.
     pub(super) async fn operate(&mut self) -> Step {
-        let key = self.some_job();
+        // Half of the time, one that somebody is at work on.
+        let w = self.pick(self.workers.len());
+        let at_work = self.workers[w].tasks.last().map(|task| task.key.clone());
+        let key = match at_work {
+            Some(key) if self.chance(2) => key,
+            _ => self.some_job(),
+        };
         let before = self.tables.jobs.get(&key).map(|row| row.state);
         if self.chance(3) {
             let answer = self.world.ledger.cancel(&key.tenant, &key.id).await.unwrap();

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::jobs::Key;
+use super::mutants::Habit;
 use super::{Model, Rule, Step, holds};
 use crate::ledger::outbox::ReportKey;
 use crate::report::Report;
@@ -24,20 +25,20 @@ impl Model {
         let n = self.pick(self.workers[w].unpublished.len());
         let Unpublished { key, report } = self.workers[w].unpublished.swap_remove(n);
         let sequence = report.data.sequence;
-        if self.habits.clears_first {
+        if self.habit == Habit::ClearsFirst {
             self.clear(&key, sequence).await?;
         }
         if self.chance(4) {
             return Ok(()); // It crashed over it.
         }
-        self.published(&key, sequence, serde_json::to_value(report).unwrap())?;
+        self.published(&key, sequence, &serde_json::to_value(report).unwrap())?;
         if !self.chance(4) {
             self.clear(&key, sequence).await?;
         }
         Ok(())
     }
 
-    fn published(&mut self, key: &Key, sequence: i64, report: Value) -> Step {
+    fn published(&mut self, key: &Key, sequence: i64, report: &Value) -> Step {
         self.note(|| format!("{key}: {} {sequence} is published", report["type"]));
         let job = self.job(key);
         if report["data"]["final"].as_bool().unwrap() {
@@ -85,7 +86,7 @@ impl Model {
                 id: owed.id,
             };
             for (sequence, text) in owed.reports {
-                self.published(&key, sequence, serde_json::from_str(&text).unwrap())?;
+                self.published(&key, sequence, &serde_json::from_str(&text).unwrap())?;
                 if !self.chance(8) {
                     self.clear(&key, sequence).await?;
                 }

@@ -16,8 +16,8 @@ pub(super) struct JobRow {
     pub(super) has_body: bool,
     pub(super) accepted: BTreeSet<String>,
     pub(super) cancel: bool,
-    pub(super) marked: bool,
-    pub(super) merged: bool,
+    /// Marked in its final write; an acceptance was merged under the present lease.
+    under_lease: (bool, bool),
     recipients: Value,
     outcome: Option<String>,
     owed: BTreeSet<i64>,
@@ -55,7 +55,7 @@ const LANES: &str = "WITH waiting AS (SELECT * FROM {s}.job WHERE state = 2)
         UNION ALL
         SELECT format('lane %s %s %s counts %s for %s', l.account, l.level, l.tenant, l.fifo, c.n)
         FROM {s}.lane l CROSS JOIN LATERAL (SELECT count(*) AS n FROM waiting x
-            WHERE x.account = l.account AND x.level = l.level AND x.tenant = l.tenant AND x.reason IN (1, 4)) c
+            WHERE x.account = l.account AND x.level = l.level AND x.tenant = l.tenant AND x.reason IN (1, 4, 7)) c
         WHERE l.fifo <> c.n) y";
 
 impl Model {
@@ -236,8 +236,7 @@ fn job(row: &tokio_postgres::Row) -> JobRow {
         has_body: row.get(6),
         accepted,
         cancel: row.get(8),
-        marked: row.get(9),
-        merged: row.get(10),
+        under_lease: (row.get(9), row.get(10)),
         recipients,
         outcome: row.get(11),
         final_owed: final_owed.map(|(sequence, _)| *sequence).collect(),
