@@ -198,6 +198,7 @@ fn what_every_process_shows_for_the_whole_installation_is_never_summed() {
     let whole = [
         "postroom_waiting_jobs",
         "postroom_unhealthy_accounts",
+        "postroom_outbox_jobs",
         "postroom_outbox_oldest_seconds",
         "postroom_webhook_pending",
         "postroom_webhook_oldest_pending_seconds",
@@ -312,6 +313,27 @@ fn variables(text: &str) -> BTreeSet<String> {
         .filter_map(|line| line.split([':', '=']).next())
         .map(str::to_owned)
         .collect()
+}
+
+#[test]
+fn only_settings_that_exist_are_spoken_of() {
+    let page = read("docs/configuration.md");
+    for file in [
+        "docs/runbooks.md",
+        "docs/observability.md",
+        "docs/installing.md",
+        "helm/postroom/files/dashboards/overview.json",
+    ] {
+        let text = read(file);
+        let is_in_a_name = |c: char| c.is_ascii_uppercase() || c == '_';
+        for rest in text.split("POSTROOM_").skip(1) {
+            let name = &rest[..rest.find(|c| !is_in_a_name(c)).unwrap_or(rest.len())];
+            assert!(
+                page.contains(&format!("`POSTROOM_{name}`")),
+                "{file}: POSTROOM_{name}"
+            );
+        }
+    }
 }
 
 #[test]
