@@ -1,6 +1,7 @@
 # make test        everything, against real servers (see dev/servers)
 # make test-trixie the same against Debian trixie's RabbitMQ 4.0 and Postgres 17; as root (see dev/servers)
 # make demo        a thousand mails through release binaries, accounted for; KEEP=1 leaves it running
+# make chaos       the fault campaign with release binaries; SEED=1 JOBS=20000 FAULTS=60 SPAN=240 (seconds) change it
 # make lint        formatting, clippy, documentation
 # make fuzz        each fuzz target for a while (TARGET, SECONDS); needs nightly and cargo-fuzz
 # make chart       what is generated for helm/postroom, and its checks
@@ -11,7 +12,7 @@ CARGO ?= cargo
 export POSTROOM_DEV_SERVERS
 NEXTEST := $(shell $(CARGO) nextest --version >/dev/null 2>&1 && echo yes)
 
-.PHONY: test test-trixie demo lint fuzz chart servers servers-down
+.PHONY: test test-trixie demo chaos lint fuzz chart servers servers-down
 
 # The tests kill and stop the binary at named places (src/fail_point.rs), which a release does not have.
 TESTED = --workspace --locked --features fail-points
@@ -35,6 +36,11 @@ test-trixie:
 demo:
 	$(CARGO) build --release --locked --bin postroom --example demo
 	KEEP='$(KEEP)' dev/run-with-servers target/release/examples/demo
+
+# It has servers of its own, which it kills and starts again.
+chaos:
+	$(CARGO) build --release --locked --bin postroom --example chaos
+	SEED='$(SEED)' JOBS='$(JOBS)' FAULTS='$(FAULTS)' SPAN='$(SPAN)' target/release/examples/chaos
 
 lint:
 	$(CARGO) fmt --all --check

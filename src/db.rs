@@ -3,11 +3,11 @@
 //! Statements name the schema themselves (`{s}` in their text, see [`Database::sql`]) instead of relying on
 //! `search_path`, so that they mean the same behind a `PgBouncer` in transaction mode.
 
-mod checkout;
 mod connect;
 mod dsn;
 mod error;
 mod migrate;
+mod pool;
 mod tls;
 mod watch;
 
@@ -17,13 +17,14 @@ mod tests;
 use std::sync::Arc;
 use std::time::Duration;
 
-use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime, Timeouts};
+use deadpool::Runtime;
+use deadpool::managed::{Pool, Timeouts};
 
 use crate::config;
 
-pub use checkout::Client;
 pub use error::DbError;
 pub use migrate::{Migrated, grant, migrate, newest_version};
+pub use pool::Checkout;
 
 /// Oldest supported server: what [`Database::check`] wants `server_version_num` to be at least.
 pub const MIN_SERVER_VERSION: i32 = 13_00_00;
@@ -34,15 +35,15 @@ const WAIT: Duration = Duration::from_secs(10);
 const CREATE: Duration = Duration::from_secs(10);
 /// How long handing a used connection out again may take.
 const RECYCLE: Duration = Duration::from_secs(5);
-/// Longer than any statement takes before the server ends it: whoever has a connection for so long waits in vain.
-const STUCK: Duration = Duration::from_secs(45);
+
+/// How long a caller may hold a connection before it is taken for dead: longer than the server lets a statement run.
+const PATIENCE: Duration = Duration::from_secs(40);
 
 /// A handle to the pool; cheap to clone.
 #[derive(Clone)]
 pub struct Database {
-    pool: Pool,
+    pool: Pool<pool::Manager>,
     connector: connect::Connector,
-    checkouts: checkout::Checkouts,
     schema: Arc<str>,
     quoted: Arc<str>,
 }
@@ -73,16 +74,14 @@ impl Database {
     /// # Errors
     /// If the URL or a certificate file cannot be used.
     pub fn connect(config: &config::Database) -> Result<Self, DbError> {
-        Self::connect_with(config, WAIT, STUCK)
+        Self::connect_with(config, WAIT, PATIENCE)
     }
 
-    fn connect_with(config: &config::Database, wait: Duration, stuck: Duration) -> Result<Self, DbError> {
-        let checkouts = checkout::Checkouts::new(stuck);
-        let connector = connect::Connector::new(config, checkouts.clone())?;
+    fn connect_with(config: &config::Database, wait: Duration, patience: Duration) -> Result<Self, DbError> {
+        let connector = connect::Connector::new(config)?;
         Ok(Self {
-            pool: pool(&connector, config.pool_size.max(1), wait)?,
+            pool: pool(&connector, config.pool_size.max(1), wait, patience)?,
             connector,
-            checkouts,
             schema: config.schema.as_str().into(),
             quoted: quote(&config.schema).into(),
         })
@@ -94,7 +93,7 @@ impl Database {
     /// If no pool can be built.
     pub fn reserved(&self) -> Result<Self, DbError> {
         Ok(Self {
-            pool: pool(&self.connector, 1, WAIT)?,
+            pool: pool(&self.connector, 1, WAIT, PATIENCE)?,
             ..self.clone()
         })
     }
@@ -112,8 +111,8 @@ impl Database {
     ///
     /// # Errors
     /// [`DbError::PoolTimeout`] if none became free in time, [`DbError::Connect`] if the server cannot be reached.
-    pub async fn client(&self) -> Result<Client, DbError> {
-        Ok(self.checkouts.begin(self.pool.get().await?))
+    pub async fn client(&self) -> Result<Checkout, DbError> {
+        Ok(Checkout::new(self.pool.get().await?))
     }
 
     /// The statement with every `{s}` replaced by the quoted name of the schema.
@@ -191,12 +190,16 @@ impl Database {
     }
 }
 
-fn pool(connector: &connect::Connector, size: usize, wait: Duration) -> Result<Pool, DbError> {
-    let recycling = ManagerConfig {
-        // No round trip per checkout: a dead peer is found by TCP_USER_TIMEOUT and by the statement itself.
-        recycling_method: RecyclingMethod::Fast,
+fn pool(
+    connector: &connect::Connector,
+    size: usize,
+    wait: Duration,
+    patience: Duration,
+) -> Result<Pool<pool::Manager>, DbError> {
+    let manager = pool::Manager {
+        connector: connector.clone(),
+        patience,
     };
-    let manager = Manager::from_connect(connector.config(), connector.clone(), recycling);
     Pool::builder(manager)
         .max_size(size)
         .timeouts(Timeouts {

@@ -84,6 +84,8 @@ pub struct Worker {
     pub deferred_report_after: Duration,
     /// How long a silent worker keeps its jobs.
     pub lease: Duration,
+    /// After this time an attempt has met all its time limits: from the last byte on, what it began is decided.
+    pub attempt_deadline: Duration,
     /// How long outcomes are remembered.
     pub retention: Duration,
     /// The database's clock.
@@ -179,10 +181,13 @@ impl Worker {
     async fn correct_clock(&self) -> Result<(), DbError> {
         let client = self.ledger.vital().client().await?;
         let sent = (Instant::now(), Timestamp::now());
-        let theirs: Timestamp = client
-            .query_one("SELECT clock_timestamp()", &[])
-            .await?
-            .try_get(0)?;
+        let asked =
+            tokio::time::timeout(self.lease / 4, client.query_one("SELECT clock_timestamp()", &[])).await;
+        let Ok(row) = asked else {
+            client.give_up();
+            return Err(DbError::Timeout);
+        };
+        let theirs: Timestamp = row?.try_get(0)?;
         let half = sent.0.elapsed() / 2;
         let ours = sent.1.checked_add(half).unwrap_or(sent.1);
         self.clock.correct(theirs, ours, half);

@@ -2,22 +2,19 @@
 
 use std::future::Future;
 use std::path::Path;
-use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use deadpool_postgres::Connect;
 use secrecy::ExposeSecret;
-use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Config, Error, NoTls};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::DbError;
-use super::checkout::Checkouts;
 use super::dsn::{Dsn, SslMode};
+use super::pool::Clock;
 use super::tls::{self, Proof};
 use crate::config;
 
@@ -33,7 +30,7 @@ const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 
 /// Opens connections; clones open the same ones.
 #[derive(Clone)]
-pub(super) struct Connector(Arc<RwLock<Arc<Parameters>>>, Checkouts);
+pub(super) struct Connector(Arc<RwLock<Arc<Parameters>>>);
 
 /// Everything needed to open a connection.
 struct Parameters {
@@ -47,9 +44,9 @@ struct Parameters {
 }
 
 impl Connector {
-    pub(super) fn new(database: &config::Database, checkouts: Checkouts) -> Result<Self, DbError> {
+    pub(super) fn new(database: &config::Database) -> Result<Self, DbError> {
         let parameters = Parameters::new(database)?;
-        Ok(Self(Arc::new(RwLock::new(Arc::new(parameters))), checkouts))
+        Ok(Self(Arc::new(RwLock::new(Arc::new(parameters)))))
     }
 
     /// Opens connections elsewhere from now on.
@@ -63,13 +60,9 @@ impl Connector {
         Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    pub(super) fn config(&self) -> Config {
-        self.current().config.clone()
-    }
-
-    /// Opens one connection.
-    pub(super) async fn open(&self) -> Result<(Client, JoinHandle<()>), Error> {
-        self.current().open(&self.1).await
+    /// Opens one connection, which ends when its clock says that it is late.
+    pub(super) async fn open(&self, clock: &Arc<Clock>) -> Result<(Client, JoinHandle<()>), Error> {
+        self.current().open(clock).await
     }
 }
 
@@ -124,48 +117,39 @@ impl Parameters {
         })
     }
 
-    async fn open(&self, checkouts: &Checkouts) -> Result<(Client, JoinHandle<()>), Error> {
+    async fn open(&self, clock: &Arc<Clock>) -> Result<(Client, JoinHandle<()>), Error> {
         if !self.refused.load(Ordering::Relaxed) {
-            match self.open_with(&self.config, checkouts).await {
+            match self.open_with(&self.config, clock).await {
                 Err(error) if is_refused_option(&error) => self.refused.store(true, Ordering::Relaxed),
                 result => return result,
             }
         }
-        self.open_with(&self.plain, checkouts).await
+        self.open_with(&self.plain, clock).await
     }
 
     async fn open_with(
         &self,
         config: &Config,
-        checkouts: &Checkouts,
+        clock: &Arc<Clock>,
     ) -> Result<(Client, JoinHandle<()>), Error> {
-        let severed = checkouts.severed();
+        let clock = Arc::clone(clock);
         if let Some(tls) = &self.tls {
             let (client, connection) = config.connect(tls.clone()).await?;
-            Ok((client, tokio::spawn(drive(connection, severed))))
+            Ok((client, tokio::spawn(drive(connection, clock))))
         } else {
             let (client, connection) = config.connect(NoTls).await?;
-            Ok((client, tokio::spawn(drive(connection, severed))))
+            Ok((client, tokio::spawn(drive(connection, clock))))
         }
     }
 }
 
-impl Connect for Connector {
-    fn connect(
-        &self,
-        _: &Config,
-    ) -> Pin<Box<dyn Future<Output = Result<(Client, JoinHandle<()>), Error>> + Send + '_>> {
-        Box::pin(self.open())
-    }
-}
-
-/// Runs a connection until it ends, or is to be dropped.
-async fn drive(connection: impl Future<Output = Result<(), Error>>, mut severed: watch::Receiver<u64>) {
+/// Runs a connection until it ends.
+async fn drive(connection: impl Future<Output = Result<(), Error>>, clock: Arc<Clock>) {
     tokio::select! {
         ended = connection => if let Err(error) = ended {
             tracing::warn!(error = %DbError::Statement(error), "database connection lost");
         },
-        Ok(()) = severed.changed() => {}
+        () = clock.late() => tracing::warn!("database connection given up: no answer in time"),
     }
 }
 

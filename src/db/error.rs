@@ -1,6 +1,6 @@
 //! What can go wrong with the database, and what that means for the caller.
 
-use deadpool_postgres::{PoolError, TimeoutType};
+use deadpool::managed::{PoolError, TimeoutType};
 use tokio_postgres::error::SqlState;
 
 /// Trouble with the database.
@@ -69,8 +69,8 @@ pub enum DbError {
     NotDurable,
 }
 
-impl From<PoolError> for DbError {
-    fn from(error: PoolError) -> Self {
+impl From<PoolError<tokio_postgres::Error>> for DbError {
+    fn from(error: PoolError<tokio_postgres::Error>) -> Self {
         match error {
             PoolError::Timeout(TimeoutType::Wait) => Self::PoolTimeout("all are in use"),
             PoolError::Timeout(TimeoutType::Create) => Self::PoolTimeout("the server does not answer"),

@@ -2,13 +2,14 @@
 //! safe, and a `PgBouncer` in transaction mode cannot spread it over several sessions (which is why refinery only
 //! embeds and numbers the files here; its own runner uses several transactions and a session's `search_path`).
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use refinery::Migration;
 use tokio_postgres::{Client, Transaction};
 
-use super::checkout::Checkouts;
 use super::connect::Connector;
+use super::pool::Clock;
 use super::{DbError, quote};
 use crate::config;
 
@@ -66,12 +67,11 @@ pub async fn grant(config: &config::Database, role: &str) -> Result<(), DbError>
 
 /// A connection of its own, outside any pool.
 async fn connect(config: &config::Database) -> Result<Client, DbError> {
-    let (client, _detached) = super::within(
-        super::CREATE,
-        Connector::new(config, Checkouts::new(super::STUCK))?.open(),
-    )
-    .await?
-    .map_err(DbError::Connect)?;
+    // Never late: nobody checks it out.
+    let clock = Arc::new(Clock::new(super::PATIENCE));
+    let (client, _detached) = super::within(super::CREATE, Connector::new(config)?.open(&clock))
+        .await?
+        .map_err(DbError::Connect)?;
     Ok(client)
 }
 

@@ -248,7 +248,7 @@ async fn sqlstates_say_who_is_to_blame() {
 #[tokio::test]
 async fn a_full_pool_times_out_instead_of_waiting_for_ever() {
     let scratch = Scratch::new();
-    let database = Database::connect_with(&scratch.config, Duration::from_millis(20), STUCK).unwrap();
+    let database = Database::connect_with(&scratch.config, Duration::from_millis(20), PATIENCE).unwrap();
     let held = (database.client().await.unwrap(), database.client().await.unwrap());
     let error = database.client().await.unwrap_err();
     assert!(matches!(error, DbError::PoolTimeout(_)), "{error}");
@@ -334,42 +334,34 @@ async fn a_database_that_is_away_is_waited_for_and_an_old_schema_is_not() {
 }
 
 #[tokio::test]
-async fn a_connection_that_never_answers_is_dropped_and_the_next_one_works() {
-    use postroom_testkit::proxy::{Proxy, Weather};
+async fn a_connection_that_is_never_answered_again_is_given_up_and_replaced() {
     let scratch = Scratch::new();
-    let mut url: url::Url = scratch.config.url.expose_secret().parse().unwrap();
-    let proxy = Proxy::start(format!(
-        "{}:{}",
-        url.host_str().unwrap(),
-        url.port().unwrap_or(5432)
-    ))
-    .await;
-    url.set_host(Some("127.0.0.1")).unwrap();
-    url.set_port(Some(proxy.port())).unwrap();
-    let config = config(url.as_str(), &scratch.config.schema);
-    let database = Database::connect_with(&config, WAIT, Duration::from_secs(1)).unwrap();
-    let handle = crate::health::Readiness::default().component("database");
-    let soft = tokio_util::sync::CancellationToken::new();
-    let metrics = std::sync::Arc::new(crate::telemetry::metrics::Metrics::new().unwrap());
-    let watching = tokio::spawn(database.clone().watch(handle, metrics, soft.clone()));
-    let idle = database.client().await.unwrap();
-    let client = database.client().await.unwrap();
-    client.batch_execute("SELECT 1").await.unwrap();
-    drop(idle);
-    proxy.set(Weather::Cut);
-    let limit = Duration::from_secs(20);
-    let answer = tokio::time::timeout(limit, client.batch_execute("SELECT 1")).await;
-    let error = DbError::from(answer.expect("it waits for ever").unwrap_err());
-    assert!(error.is_retryable(), "{error}");
-    drop(client);
+    let server: tokio_postgres::Config = scratch.config.url.expose_secret().parse().unwrap();
+    let tokio_postgres::config::Host::Tcp(host) = &server.get_hosts()[0] else {
+        panic!("tests need a server reached by TCP");
+    };
+    let upstream = format!("{host}:{}", server.get_ports().first().copied().unwrap_or(5432));
+    let proxy = postroom_testkit::proxy::Proxy::start(upstream.clone()).await;
+    let config = scratch.with_url(|url| url.replace(&upstream, &proxy.address().to_string()));
+    let database = Database::connect_with(&config, WAIT, Duration::from_millis(300)).unwrap();
+    let held = database.client().await.unwrap();
+    let given_up = database.client().await.unwrap();
+    held.batch_execute("SELECT 1").await.unwrap();
+    proxy.set(postroom_testkit::proxy::Weather::Cut);
     proxy.heal();
-    let again = async { database.client().await.unwrap().batch_execute("SELECT 1").await };
-    tokio::time::timeout(limit, again)
-        .await
-        .expect("the idle one is dead as well")
-        .unwrap();
-    soft.cancel();
-    watching.await.unwrap();
+
+    // Both think that they are connected.
+    let limit = Duration::from_secs(20);
+    let late = tokio::time::timeout(limit, held.batch_execute("SELECT 1"));
+    let error = late.await.expect("it ends").unwrap_err();
+    assert!(error.is_closed(), "{error}");
+    drop(held);
+    given_up.give_up();
+    // The pool has only two places: both are free for new connections.
+    let new = [database.client().await.unwrap(), database.client().await.unwrap()];
+    for client in new {
+        client.batch_execute("SELECT 1").await.unwrap();
+    }
 }
 
 #[tokio::test]

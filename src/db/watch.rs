@@ -54,21 +54,6 @@ impl Database {
     /// Keeps the handle and the metrics of the pool true until the token is cancelled; to be called once the database
     /// is usable. Never gives up: whatever is wrong may be put right.
     pub async fn watch(self, handle: Handle, metrics: Arc<Metrics>, soft: CancellationToken) {
-        tokio::select! {
-            () = self.follow(handle, metrics, soft) => {}
-            () = self.sever_stuck() => {}
-        }
-    }
-
-    /// Looks for connections that are waited for in vain, for ever.
-    async fn sever_stuck(&self) {
-        loop {
-            tokio::time::sleep(FIRST_PAUSE).await;
-            self.checkouts.sever_stuck();
-        }
-    }
-
-    async fn follow(&self, handle: Handle, metrics: Arc<Metrics>, soft: CancellationToken) {
         let connected = metrics.connected.with_label_values(&["database"]);
         connected.set(1);
         let mut pause = INTERVAL;

@@ -25,6 +25,8 @@ pub struct Epoch {
     held: Mutex<HashSet<i64>>,
     /// The next claim number as it was at the last two looks for forgotten leases.
     looks: Mutex<[i64; 2]>,
+    /// Blocks of claims, first and number, under which a statement may have leased jobs without our hearing of it.
+    lost: Mutex<Vec<(i64, usize)>>,
     dead: CancellationToken,
 }
 
@@ -68,6 +70,7 @@ impl Epoch {
             claims: AtomicI64::new(1),
             held: Mutex::default(),
             looks: Mutex::default(),
+            lost: Mutex::default(),
             dead: CancellationToken::new(),
         }
     }
@@ -118,6 +121,20 @@ impl Epoch {
     fn held(&self) -> MutexGuard<'_, HashSet<i64>> {
         // One insert or remove at a time: a panic elsewhere cannot leave it half done.
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that the answer to a statement that leased under these claims did not come.
+    pub fn lose(&self, first: i64, count: usize) {
+        self.lost
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push((first, count));
+    }
+
+    /// What was noted by [`Self::lose`] since the last call.
+    #[must_use]
+    pub fn lost(&self) -> Vec<(i64, usize)> {
+        std::mem::take(&mut *self.lost.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// A block of claim numbers; the first is returned.
@@ -196,8 +213,14 @@ impl Ledger {
         let client = self.vital.client().await?;
         let sent = boot_nanos();
         let gap = micros(epoch.lease / 2);
-        let row = client.query_opt(&sql, &[&epoch.number, &gap]).await?;
-        let Some(row) = row else {
+        // A connection that nobody answers at must not be waited for: the next heartbeat needs another one.
+        let asked =
+            tokio::time::timeout(epoch.lease / 4, client.query_opt(&sql, &[&epoch.number, &gap])).await;
+        let Ok(row) = asked else {
+            client.give_up();
+            return Err(DbError::Timeout);
+        };
+        let Some(row) = row? else {
             epoch.dead.cancel();
             return Ok(Beat::Dead);
         };

@@ -10,6 +10,7 @@ use crate::db::DbError;
 use crate::fail_point::{self, Point};
 use crate::id::AccountKey;
 use crate::level::Level;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// What to release.
@@ -66,14 +67,28 @@ impl Ledger {
     /// Leases due jobs, lanes in turn, oldest first, each with its slot.
     ///
     /// # Errors
-    /// If the database cannot be asked. What was leased by a statement whose answer got lost stays leased to this
-    /// epoch without anybody working on it; it is found by [`Ledger::forgotten`].
+    /// If the database cannot be asked. What was leased by a statement whose answer got lost is taken back by the next
+    /// release; if that statement was still running then, by [`Ledger::forgotten`].
     pub async fn release(
         &self,
         epoch: &Arc<Epoch>,
         request: &ReleaseRequest,
     ) -> Result<Vec<Released>, DbError> {
+        self.take_back(epoch).await?;
         let base = epoch.claim_block(request.most);
+        let released = self.release_under(epoch, request, base).await;
+        if released.is_err() {
+            epoch.lose(base, request.most);
+        }
+        released
+    }
+
+    async fn release_under(
+        &self,
+        epoch: &Arc<Epoch>,
+        request: &ReleaseRequest,
+        base: i64,
+    ) -> Result<Vec<Released>, DbError> {
         let exclude: Vec<&str> = request.exclude.iter().map(AccountKey::as_str).collect();
         let client = self.db.client().await?;
         let statement = client.prepare_cached(&self.sql.release).await?;
@@ -118,25 +133,47 @@ impl Ledger {
     /// If the database cannot be asked.
     pub async fn forgotten(&self, epoch: &Epoch) -> Result<u64, DbError> {
         let (known, before) = epoch.look();
+        self.unlease(epoch, &known, 0..before).await
+    }
+
+    /// What the last releases leased without our hearing of it waits again.
+    async fn take_back(&self, epoch: &Epoch) -> Result<(), DbError> {
+        let lost = epoch.lost();
+        for (number, (first, count)) in lost.iter().enumerate() {
+            let taken = self.unlease(epoch, &[], *first..first + *count as i64).await;
+            if let Err(error) = taken {
+                lost[number..]
+                    .iter()
+                    .for_each(|(first, count)| epoch.lose(*first, *count));
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Jobs leased under these claims, without those known to be worked on, wait again.
+    async fn unlease(&self, epoch: &Epoch, known: &[i64], claims: Range<i64>) -> Result<u64, DbError> {
         let sql = self.db.sql(
             "WITH lost AS (
                  UPDATE {s}.job SET state = CASE WHEN body IS NULL THEN 0 ELSE 2 END, claim = NULL, phase = 0,
                      merged = false, marked = false, due_at = clock_timestamp(), reason = 2, slot_at = NULL, slot_cost = NULL,
                      updated_at = clock_timestamp()
-                 WHERE state = 1 AND epoch = $1 AND claim < $3 AND claim <> ALL ($2) AND phase = 0
+                 WHERE state = 1 AND epoch = $1 AND claim >= $3 AND claim < $4 AND claim <> ALL ($2) AND phase = 0
                  RETURNING tenant, id, state)
              SELECT {s}.touch_lanes(array_agg(tenant), array_agg(id)), count(*)
              FROM lost HAVING count(*) > 0",
         );
         let client = self.db.client().await?;
         let row = client
-            .query_opt(&sql, &[&epoch.number(), &known, &before])
+            .query_opt(&sql, &[&epoch.number(), &known, &claims.start, &claims.end])
             .await?;
         let marked = self.db.sql(
             "SELECT tenant, id, claim FROM {s}.job
-             WHERE state = 1 AND epoch = $1 AND claim < $3 AND claim <> ALL ($2) AND phase = 1",
+             WHERE state = 1 AND epoch = $1 AND claim >= $3 AND claim < $4 AND claim <> ALL ($2) AND phase = 1",
         );
-        let marked = client.query(&marked, &[&epoch.number(), &known, &before]).await?;
+        let marked = client
+            .query(&marked, &[&epoch.number(), &known, &claims.start, &claims.end])
+            .await?;
         drop(client);
         for row in &marked {
             let (tenant, id): (&str, &str) = (row.try_get(0)?, row.try_get(1)?);

@@ -9,8 +9,6 @@ use super::{Worker, reporter};
 use crate::fail_point::{self, Point};
 use crate::ledger::lease::Beat;
 
-/// A send marked as begun is decided about only when every deadline of its attempt has passed.
-const ATTEMPT_DEADLINE: Duration = Duration::from_mins(25);
 /// How often the accounts in trouble are read: so old may this worker's view of them be.
 const HEALTH: Duration = Duration::from_secs(1);
 /// Rows deleted in one statement.
@@ -73,7 +71,11 @@ async fn beat(worker: Arc<Worker>, end: CancellationToken) {
 }
 
 async fn take_over(worker: &Arc<Worker>) {
-    match worker.ledger.takeover(&worker.epoch(), ATTEMPT_DEADLINE).await {
+    match worker
+        .ledger
+        .takeover(&worker.epoch(), worker.attempt_deadline)
+        .await
+    {
         Ok(takeover) => {
             if takeover.moved + takeover.opened > 0 {
                 tracing::warn!(

@@ -157,7 +157,7 @@ async fn build(
     let (arrivals, taken) = mpsc::channel(64);
     let clock = Arc::new(SharedClock::default());
     let batches = Batches::new(&ledger);
-    let pool_size = settings.smtp.pool_size;
+    let (pool_size, timeouts) = (settings.smtp.pool_size, settings.smtp.timeouts);
     let memory = Memory::new(settings.worker.job_memory, metrics.job_bytes.clone());
     let pipeline = Pipeline {
         directory: Arc::new(Directory::new(
@@ -196,6 +196,8 @@ async fn build(
         retry: settings.worker.retry,
         deferred_report_after: settings.worker.deferred_report_after,
         lease: settings.worker.lease,
+        // What comes before the transaction, attachments above all, is part of it.
+        attempt_deadline: timeouts.final_reply + 3 * timeouts.attempt,
         retention: settings.worker.retention,
         publisher: supervisor.publisher(),
         topology: supervisor.topology().clone(),

@@ -1,5 +1,7 @@
 //! Servers and instruments for the tests, the demo and the benchmarks of postroom.
+pub mod chaos;
 pub mod files;
+pub mod private;
 pub mod proxy;
 pub mod s3;
 pub mod scratch;

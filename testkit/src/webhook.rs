@@ -26,6 +26,8 @@ pub struct Received {
     pub body: Bytes,
     /// When it came.
     pub at: SystemTime,
+    /// How it was answered, or would have been.
+    pub reply: Reply,
 }
 
 impl Received {
@@ -167,6 +169,21 @@ impl WebhookReceiver {
         lock(&self.shared.received).clone()
     }
 
+    /// How many requests have come so far.
+    #[must_use]
+    pub fn received_count(&self) -> usize {
+        lock(&self.shared.received).len()
+    }
+
+    /// The requests from number `first` on, in order of arrival.
+    #[must_use]
+    pub fn received_from(&self, first: usize) -> Vec<Received> {
+        lock(&self.shared.received)
+            .get(first..)
+            .unwrap_or_default()
+            .to_vec()
+    }
+
     /// The highest number of requests that were being answered at the same time.
     #[must_use]
     pub fn most_in_flight(&self) -> usize {
@@ -232,6 +249,7 @@ async fn receive(
         headers,
         body,
         at: SystemTime::now(),
+        reply: reply.clone(),
     });
     shared.count.send_modify(|count| *count += 1);
     let answer = |status: u16| Response::builder().status(status);

@@ -15,6 +15,7 @@ mod broker_session;
 mod broker_tls;
 mod broker_topology;
 mod broker_versions;
+mod chaos;
 mod connection_caps;
 mod crash;
 mod duplicates;

@@ -392,3 +392,19 @@ async fn a_forgotten_job_that_was_marked_in_its_final_write_is_held_and_not_rele
     })
     .await;
 }
+
+#[tokio::test]
+async fn what_was_leased_by_a_release_whose_answer_got_lost_is_released_by_the_next_one() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        world.parked(&epoch, "acme", "1", WaitReason::Busy).await;
+        let released = world.release(&epoch, Level::Medium, 1).await;
+        let claim = released[0].row.lease.claim;
+        drop(released);
+        assert_eq!(world.state("acme", "1").await, 1);
+        epoch.lose(claim, 1);
+        assert_eq!(ids(&world.release(&epoch, Level::Medium, 1).await), ["1"]);
+        world.assert_lanes_are_right().await;
+    })
+    .await;
+}
