@@ -268,7 +268,7 @@ async fn walks(seed: u64) {
         let one = in_world(|world| async move {
             let seed = seed + round * 10_000;
             eprintln!("seed {seed}");
-            if let Err((broken, trace)) = walk(world, seed, 300.min(steps), Habit::Good).await {
+            if let Err((broken, trace)) = Box::pin(walk(world, seed, 300.min(steps), Habit::Good)).await {
                 panic!("{trace}\n{broken}");
             }
         });

@@ -50,7 +50,7 @@ async fn found(function: &str, changes: &[(&str, &str)], habit: Habit) -> Option
             if !function.is_empty() {
                 mutate(&world, function, changes).await;
             }
-            if let Err((broken, trace)) = super::walk(world, 100 + seed, STEPS, habit).await {
+            if let Err((broken, trace)) = Box::pin(super::walk(world, 100 + seed, STEPS, habit)).await {
                 eprintln!("{trace}\n{broken}");
                 rule = Some(broken.rule);
             }
