@@ -134,6 +134,9 @@ pub(super) fn variables(
         ("POSTROOM_GRACE_PERIOD", "25s".to_owned()),
         ("POSTROOM_RETRY_BASE", "300ms".to_owned()),
         ("POSTROOM_RETRY_CAP", "3s".to_owned()),
+        // A server that was away is tried again as soon as a retry would.
+        ("POSTROOM_BREAKER_COOLDOWN", "500ms".to_owned()),
+        ("POSTROOM_BREAKER_COOLDOWN_CAP", "3s".to_owned()),
         ("POSTROOM_SMTP_CONNECT_TIMEOUT", "2s".to_owned()),
         ("POSTROOM_SMTP_GREETING_TIMEOUT", "3s".to_owned()),
         ("POSTROOM_SMTP_COMMAND_TIMEOUT", "3s".to_owned()),
