@@ -1,6 +1,8 @@
 //! Rolling limits, judged by the clock of the server that receives the mail.
 
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use postroom::level::Level;
 use postroom_testkit::smtp::SmtpServer;
@@ -10,6 +12,32 @@ use crate::sends::account;
 use crate::support::{Process, World, header, mail, mails, most_within, taken, times};
 
 const WINDOW: Duration = Duration::from_secs(3);
+
+/// How late the server here may date a mail: where more is to be done than the machine can, its tasks stand still while
+/// mails wait in their sockets, and some of one moment are dated like those of the next.
+struct Lateness(Arc<AtomicU64>);
+
+impl Lateness {
+    fn watch() -> Self {
+        let longest = Arc::new(AtomicU64::new(0));
+        let seen = Arc::clone(&longest);
+        tokio::spawn(async move {
+            let nap = Duration::from_millis(5);
+            loop {
+                let begun = Instant::now();
+                tokio::time::sleep(nap).await;
+                let late = begun.elapsed().saturating_sub(nap);
+                seen.fetch_max(late.as_millis() as u64, Ordering::Relaxed);
+            }
+        });
+        Self(longest)
+    }
+
+    /// The length of time that dates surely cover if they span this window.
+    fn within(&self, window: Duration) -> Duration {
+        window - Duration::from_millis(self.0.load(Ordering::Relaxed)).min(window / 2)
+    }
+}
 
 async fn parked(workers: &[&Process]) -> f64 {
     let mut parked = 0.0;
@@ -26,17 +54,18 @@ async fn five_hundred_jobs_over_two_workers_never_exceed_the_limit_and_use_most_
     account(&world, "acme", &server, &["--limit", "60/3s"]).await;
     let mut reports = world.reports().await;
     let (one, two) = (world.start_worker().await, world.start_worker().await);
+    let lateness = Lateness::watch();
     world.publish_all(Level::Medium, &mails("acme", "job", 500)).await;
     let finals = reports.finals(500, Duration::from_mins(2)).await;
     assert_eq!(finals.len(), 500, "one final report each");
     assert!(finals.iter().all(|report| report.kind() == "mail.sent"));
     let times = times(&server.received());
     assert_eq!(times.len(), 500, "one mail each");
-    assert!(
-        most_within(&times, WINDOW) <= 60,
-        "{} within {WINDOW:?}",
-        most_within(&times, WINDOW)
+    let (window, most) = (
+        lateness.within(WINDOW),
+        most_within(&times, lateness.within(WINDOW)),
     );
+    assert!(most <= 60, "{most} within {window:?}");
     // The limit allows a hundred each five seconds; the first sixty may go at once.
     let took = times[499] - times[0];
     let best = WINDOW * (500 - 60) / 60;
@@ -83,6 +112,7 @@ async fn limits_count_recipients_and_span_the_accounts_of_a_tenant() {
         .success();
     let mut reports = world.reports().await;
     let _workers = (world.start_worker().await, world.start_worker().await);
+    let lateness = Lateness::watch();
     let mut jobs: Vec<(String, Value)> = Vec::new();
     for n in 0..20 {
         let mut job = mail("people", &format!("people-{n}"));
@@ -99,10 +129,10 @@ async fn limits_count_recipients_and_span_the_accounts_of_a_tenant() {
     assert_eq!(finals.len(), 70);
     let each_recipient: Vec<_> = server.received().into_iter().flat_map(|m| vec![m; 4]).collect();
     assert_eq!(each_recipient.len(), 80);
-    assert!(most_within(&times(&each_recipient), WINDOW) <= 30);
+    assert!(most_within(&times(&each_recipient), lateness.within(WINDOW)) <= 30);
     let together = [other.received(), third.received()].concat();
     assert_eq!(together.len(), 50);
-    assert!(most_within(&times(&together), WINDOW) <= 20);
+    assert!(most_within(&times(&together), lateness.within(WINDOW)) <= 20);
     assert_eq!((other.received_count(), third.received_count()), (25, 25));
     world.assert_settled().await;
 }
@@ -114,6 +144,7 @@ async fn an_envelope_larger_than_a_limit_is_split_under_one_message_id() {
     account(&world, "acme", &server, &["--limit", "3/2s:recipients"]).await;
     let mut reports = world.reports().await;
     let _worker = world.start_worker().await;
+    let lateness = Lateness::watch();
     let mut job = mail("acme", "many");
     let names: Vec<String> = (0..7).map(|n| format!("r{n}@example.org")).collect();
     job["to"] = json!(names);
@@ -137,7 +168,7 @@ async fn an_envelope_larger_than_a_limit_is_split_under_one_message_id() {
         .into_iter()
         .flat_map(|m| vec![m.clone(); m.to.len()])
         .collect();
-    assert!(most_within(&times(&each_recipient), Duration::from_secs(2)) <= 3);
+    assert!(most_within(&times(&each_recipient), lateness.within(Duration::from_secs(2))) <= 3);
     world.assert_settled().await;
 }
 

@@ -231,7 +231,10 @@ async fn the_whole_limit_may_be_used_at_once_and_again_soon_after_its_window() {
             let whole = wait + begun.elapsed();
             // A second, its sixtieth, and the quarter of a second for which a slot is good.
             let longest = Duration::from_millis(1267);
-            assert!(whole > Duration::from_millis(1200) && wait <= longest, "{wait:?}, {whole:?}");
+            assert!(
+                whole > Duration::from_millis(1200) && wait <= longest,
+                "{wait:?}, {whole:?}"
+            );
             tokio::time::sleep(wait).await;
         }
         for (window, key) in [(60, "minute/main"), (3600, "hour/main"), (86400, "day/main")] {
