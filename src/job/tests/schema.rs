@@ -218,6 +218,7 @@ fn full(kind: ReportType) -> Report {
         is_final: kind.is_final(),
         sequence: 3,
         correlation_id: Some("c".to_owned()),
+        traceparent: Some("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".to_owned()),
         next_attempt_at: Some(now),
         uncertain_attempts: 1,
         timings: Some(Timings {
@@ -267,6 +268,7 @@ fn bare(kind: ReportType) -> Report {
             stage: None,
             errors: Vec::new(),
             correlation_id: None,
+            traceparent: None,
             next_attempt_at: None,
             uncertain_attempts: 0,
             timings: None,

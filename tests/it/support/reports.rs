@@ -21,6 +21,7 @@ pub(crate) struct Received {
     /// The body as it came.
     pub(crate) body: Vec<u8>,
     pub(crate) json: Value,
+    headers: FieldTable,
 }
 
 /// The published schema of reports.
@@ -44,6 +45,7 @@ impl Received {
             key: delivery.routing_key.to_string(),
             body: delivery.data.clone(),
             json,
+            headers: delivery.properties.headers().clone().unwrap_or_default(),
         }
     }
 
@@ -58,6 +60,12 @@ impl Received {
 
     pub(crate) fn tenant(&self) -> &str {
         self.json["data"]["tenant"].as_str().unwrap_or_default()
+    }
+
+    /// A header of the AMQP message.
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        let value = self.headers.inner().get(name)?.as_long_string()?;
+        std::str::from_utf8(value.as_bytes()).ok()
     }
 
     pub(crate) fn reason(&self) -> &str {
