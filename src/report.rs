@@ -126,6 +126,9 @@ pub struct ReportData {
     /// AMQP `correlation_id` of the job, else its id.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub correlation_id: Option<String>,
+    /// W3C trace context of the producer, as in the job's header.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<String>,
     /// When the next attempt is expected.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub next_attempt_at: Option<Timestamp>,
@@ -290,6 +293,16 @@ pub fn event_id(tenant: &str, kind: &str, subject: &str, sequence: &str) -> Stri
     id
 }
 
+/// Whether this has the form of a `traceparent` (W3C Trace Context §3.2: 55 characters, later versions may be longer).
+#[must_use]
+pub fn is_traceparent(text: &str) -> bool {
+    const LONGEST: usize = 128;
+    (55..=LONGEST).contains(&text.len())
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_digit() || b.is_ascii_lowercase() || b == b'-')
+}
+
 /// Routing key of a report on the reports exchange.
 #[must_use]
 pub fn routing_key(tenant: &str, kind: &str) -> String {
@@ -299,6 +312,23 @@ pub fn routing_key(tenant: &str, kind: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_trace_context_has_a_form_and_a_length() {
+        let good = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        assert!(is_traceparent(good));
+        let bad = [
+            "",
+            "x",
+            "00-\0",
+            &good.to_uppercase(),
+            &good.replace('-', " "),
+            &good.repeat(2000),
+        ];
+        for bad in bad {
+            assert!(!is_traceparent(bad), "{} bytes", bad.len());
+        }
+    }
 
     #[test]
     fn event_ids_differ_by_every_part_and_repeat_exactly() {

@@ -25,6 +25,8 @@ pub struct Circumstances<'a> {
     pub row: &'a Row,
     /// AMQP `correlation_id`, else the job's id.
     pub correlation_id: &'a str,
+    /// W3C trace context of the producer.
+    pub traceparent: Option<&'a str>,
     /// When to come back, unless the account says otherwise.
     pub retry: RetryPolicy,
     /// It came from RabbitMQ just now rather than out of the waiting room.
@@ -289,6 +291,7 @@ fn report(at: &Circumstances<'_>, attempt: &Attempt, kind: ReportType) -> Report
         is_final: kind.is_final(),
         sequence,
         correlation_id: Some(at.correlation_id.to_owned()),
+        traceparent: at.traceparent.map(str::to_owned),
         next_attempt_at: None,
         uncertain_attempts: at.row.uncertain + u32::from(attempt.is_uncertain()),
         timings: timings(at, attempt),

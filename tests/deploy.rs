@@ -322,6 +322,11 @@ fn only_settings_that_exist_are_spoken_of() {
         "docs/runbooks.md",
         "docs/observability.md",
         "docs/installing.md",
+        "docs/publishing.md",
+        "docs/webhooks.md",
+        "docs/upgrading.md",
+        "docs/moving-from-genro-mail-proxy.md",
+        "docs/moving-from-celery.md",
         "helm/postroom/files/dashboards/overview.json",
     ] {
         let text = read(file);

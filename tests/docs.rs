@@ -186,6 +186,36 @@ fn every_reason_of_a_refused_mail_is_in_the_reports_page() {
     assert!(missing.is_empty(), "{missing:?}");
 }
 
+#[test]
+fn programs_in_python_and_node_are_run_by_a_test() {
+    let mut tests = String::new();
+    for file in files("tests/it", "rs") {
+        tests.push_str(&fs::read_to_string(file).unwrap());
+    }
+    let mut programs = 0;
+    for page in ["docs/publishing.md", "docs/webhooks.md"] {
+        let text = read(page);
+        let lines: Vec<_> = text.lines().collect();
+        for (at, _) in lines
+            .iter()
+            .enumerate()
+            .filter(|(_, line)| matches!(**line, "```python" | "```js"))
+        {
+            let mark = at.checked_sub(1).map_or("", |before| lines[before]);
+            let name = mark
+                .strip_prefix("<!-- run: ")
+                .and_then(|rest| rest.strip_suffix(" -->"));
+            let name = name.unwrap_or_else(|| panic!("{page}, line {}: not marked to be run", at + 1));
+            assert!(
+                tests.contains(&format!("\"{name}\"")),
+                "{page}: nobody runs {name}"
+            );
+            programs += 1;
+        }
+    }
+    assert!(programs > 8, "{programs}");
+}
+
 /// The first column and the names in the second, row by row.
 fn layers() -> Vec<BTreeSet<String>> {
     let page = read("docs/architecture.md");

@@ -1,8 +1,12 @@
 //! Makes a report fit for a webhook: Standard Webhooks asks for bodies below 20 kB. The whole report stays on the
 //! reports exchange.
 
+use std::borrow::Cow;
+
 use bytes::Bytes;
 use serde_json::{Map, Value};
+
+use crate::report::is_traceparent;
 
 /// Longest body of a webhook, in bytes.
 pub(super) const MAX_BODY: usize = 20_000;
@@ -32,6 +36,22 @@ pub(super) fn fitted(body: &Bytes) -> Result<Bytes, String> {
         return Err("the report is too long even without its `data`".to_owned());
     }
     Ok(fitted.into())
+}
+
+/// The trace context of the job that a report is about, for the header of the same name.
+pub(super) fn traceparent(body: &[u8]) -> Option<Cow<'_, str>> {
+    #[derive(serde::Deserialize)]
+    struct Traced<'a> {
+        #[serde(borrow)]
+        data: Data<'a>,
+    }
+    #[derive(serde::Deserialize)]
+    struct Data<'a> {
+        #[serde(borrow)]
+        traceparent: Option<Cow<'a, str>>,
+    }
+    let report: Traced<'_> = serde_json::from_slice(body).ok()?;
+    report.data.traceparent.filter(|text| is_traceparent(text))
 }
 
 /// What every report has; borrowed, so that checking an ordinary one copies nothing.
@@ -133,6 +153,30 @@ mod tests {
                "data": {"job": "1", "tenant": "acme", "recipients": recipients, "final": true, "metadata": {"m": metadata}}})
         .to_string()
         .into()
+    }
+
+    #[test]
+    fn only_what_has_the_form_of_a_trace_context_becomes_a_header() {
+        let of = |text: &str| {
+            let body = json!({"type": "mail.sent", "data": {"job": "1", "traceparent": text}}).to_string();
+            traceparent(body.as_bytes()).map(Cow::into_owned)
+        };
+        let good = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        assert_eq!(of(good).as_deref(), Some(good));
+        for bad in [
+            "",
+            "00-1",
+            &good.to_uppercase(),
+            &format!("{good}\r\nx: y"),
+            &"0".repeat(129),
+        ] {
+            assert_eq!(of(bad), None, "{bad}");
+        }
+        assert_eq!(
+            traceparent(br#"{"type": "mail.sent", "data": {"traceparent": 1}}"#),
+            None
+        );
+        assert_eq!(traceparent(b"{}"), None);
     }
 
     #[test]

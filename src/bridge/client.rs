@@ -103,10 +103,13 @@ fn headers(post: &Post<'_>) -> Result<HeaderMap, Refusal> {
         .map(SigningKey::parse)
         .collect::<Result<Vec<_>, _>>()
         .map_err(Refusal::local)?;
-    let mut headers = HeaderMap::with_capacity(6);
+    let mut headers = HeaderMap::with_capacity(8);
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     headers.insert("webhook-id", value(post.event_id)?);
     headers.insert("webhook-timestamp", HeaderValue::from(timestamp));
+    if let Some(traceparent) = super::body::traceparent(&post.body) {
+        headers.insert("traceparent", value(&traceparent)?);
+    }
     if !keys.is_empty() {
         let signatures = signature::header(&keys, post.event_id, timestamp, &post.body);
         headers.insert("webhook-signature", value(&signatures)?);

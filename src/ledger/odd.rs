@@ -537,6 +537,11 @@ fn manual_report(row: &Locked, tenant: &TenantId, id: &JobId, kind: ReportType, 
             is_final: kind.is_final(),
             sequence,
             correlation_id: Some(correlation.unwrap_or(id.as_str()).to_owned()),
+            traceparent: row
+                .properties
+                .get("traceparent")
+                .and_then(Value::as_str)
+                .map(str::to_owned),
             next_attempt_at: None,
             uncertain_attempts: row.uncertain.max(0) as u32,
             timings: None,

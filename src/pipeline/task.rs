@@ -24,6 +24,8 @@ pub struct Task {
     pub body: Option<Body>,
     /// AMQP `correlation_id`, else the job's id.
     pub correlation_id: String,
+    /// W3C trace context of the producer.
+    pub traceparent: Option<String>,
     /// It came from RabbitMQ just now rather than out of the waiting room.
     pub new: bool,
     /// Its share of the memory, free with it.

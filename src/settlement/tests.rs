@@ -72,6 +72,7 @@ impl Case {
             job: &self.job,
             row: &self.row,
             correlation_id: "corr",
+            traceparent: None,
             retry: self.retry,
             new: self.new,
             deferred_report_after: Duration::from_mins(1),

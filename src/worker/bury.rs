@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use super::Worker;
-use super::arrival::{Arrival, incoming, storable, told};
+use super::arrival::{Arrival, incoming, storable, told, trace_parent};
 use super::delivery::Properties;
 use crate::broker::{DeadLetter, Delivery, PublishError, Receipt};
 use crate::directory::overrides;
@@ -284,6 +284,7 @@ fn complete(data: &mut ReportData, job: Option<&MailJob>, properties: &Propertie
     if let Some(correlation) = &properties.correlation_id {
         data.correlation_id = Some(correlation.clone());
     }
+    data.traceparent.clone_from(&properties.traceparent);
     if let Some(job) = job.filter(|_| data.recipients.is_empty()) {
         data.recipients = all_pending(job);
     }
@@ -351,6 +352,7 @@ fn rejection_report(
             is_final,
             sequence: 0,
             correlation_id: correlation,
+            traceparent: trace_parent(delivery),
             next_attempt_at: None,
             uncertain_attempts: 0,
             timings: None,

@@ -121,6 +121,7 @@ impl Worker {
         };
         let task = Task {
             correlation_id: properties.correlation_id.unwrap_or_else(|| job.id.to_string()),
+            traceparent: properties.traceparent,
             job,
             row: released.row,
             level: released.level,
@@ -148,6 +149,7 @@ impl Worker {
         let correlation = arrival.properties.correlation_id;
         let task = Task {
             correlation_id: correlation.unwrap_or_else(|| arrival.job.id.to_string()),
+            traceparent: arrival.properties.traceparent,
             job: arrival.job,
             row,
             level: arrival.level,
@@ -216,6 +218,7 @@ impl Worker {
             job: &task.job,
             row: &task.row,
             correlation_id: &task.correlation_id,
+            traceparent: task.traceparent.as_deref(),
             retry: self.retry,
             new: task.new,
             deferred_report_after: self.deferred_report_after,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use lapin::types::ShortString;
+use lapin::types::{AMQPValue, FieldTable, ShortString};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
@@ -152,6 +152,7 @@ async fn publish_account_events(worker: &Arc<Worker>) {
             tenant: &event.tenant,
             kind: &event.kind,
             correlation: None,
+            traceparent: None,
         };
         if let Err(error) = worker.publish_json(&head, event.body.as_bytes()).await {
             return tracing::warn!(%error, "events of accounts are published later");
@@ -181,15 +182,16 @@ async fn sweep_once(worker: &Arc<Worker>) -> bool {
     let more = owed.len() == CHUNK as usize;
     for job in owed {
         for (sequence, json) in job.reports {
-            let Some((kind, correlation)) = head(&json) else {
+            let Some(of) = head(&json) else {
                 continue;
             };
             let event = event_id(job.tenant.as_str(), "job", job.id.as_str(), &sequence.to_string());
             let head = Head {
                 event: &event,
                 tenant: job.tenant.as_str(),
-                kind: &kind,
-                correlation: correlation.as_deref(),
+                kind: &of.kind,
+                correlation: of.correlation.as_deref(),
+                traceparent: of.traceparent.as_deref(),
             };
             let mut published = worker.publish_json(&head, json.as_bytes()).await;
             if published.is_err() {
@@ -225,6 +227,8 @@ pub struct Head<'a> {
     pub kind: &'a str,
     /// AMQP `correlation_id`.
     pub correlation: Option<&'a str>,
+    /// Header `traceparent`.
+    pub traceparent: Option<&'a str>,
 }
 
 impl Worker {
@@ -238,6 +242,7 @@ impl Worker {
             tenant: report.data.tenant.as_str(),
             kind: report.kind,
             correlation: report.data.correlation_id.as_deref(),
+            traceparent: report.data.traceparent.as_deref(),
         };
         // Strings, numbers and checked JSON values: serialising cannot fail.
         let json = serde_json::to_vec(report).unwrap_or_default();
@@ -253,6 +258,11 @@ impl Worker {
             .with_timestamp(u64::try_from(self.clock.now().as_second()).unwrap_or(0));
         if let Some(correlation) = head.correlation.and_then(|c| ShortString::try_new(c).ok()) {
             properties = properties.with_correlation_id(correlation);
+        }
+        if let Some(traceparent) = head.traceparent {
+            let mut headers = FieldTable::default();
+            headers.insert("traceparent".into(), AMQPValue::LongString(traceparent.into()));
+            properties = properties.with_headers(headers);
         }
         let key = routing_key(head.tenant, head.kind);
         self.publisher
@@ -279,14 +289,21 @@ impl Worker {
     }
 }
 
-/// Type and correlation id of a stored report.
-fn head(json: &str) -> Option<(String, Option<String>)> {
+/// What a stored report is published under.
+struct StoredHead {
+    kind: String,
+    correlation: Option<String>,
+    traceparent: Option<String>,
+}
+
+fn head(json: &str) -> Option<StoredHead> {
     let value: serde_json::Value = serde_json::from_str(json).ok()?;
-    let correlation = value
-        .pointer("/data/correlation_id")
-        .and_then(|c| c.as_str())
-        .map(str::to_owned);
-    Some((value.get("type")?.as_str()?.to_owned(), correlation))
+    let text = |pointer| Some(value.pointer(pointer)?.as_str()?.to_owned());
+    Some(StoredHead {
+        kind: text("/type")?,
+        correlation: text("/data/correlation_id"),
+        traceparent: text("/data/traceparent"),
+    })
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
     reason = "a scenario that cannot go on has failed"
 )]
 
+mod asyncapi;
 mod attachments;
 mod bad_input;
 mod bounds;
@@ -31,6 +32,8 @@ mod lost_connections;
 mod outages;
 mod poison;
 mod producers;
+mod publishing;
+mod receivers;
 mod retries;
 mod schedule;
 mod secret_files;

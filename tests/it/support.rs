@@ -20,6 +20,7 @@
 )]
 
 mod amqp;
+mod clients;
 mod mail;
 mod private;
 mod process;
@@ -28,6 +29,7 @@ mod wait;
 mod world;
 
 pub(crate) use amqp::{Amqp, producers_names};
+pub(crate) use clients::{Clients, Program};
 pub(crate) use mail::{header, mail, mails, most_within, taken, times};
 pub(crate) use private::{POSTGRES, Private, RABBITMQ};
 pub(crate) use process::{Finished, Process};

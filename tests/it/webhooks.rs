@@ -41,7 +41,7 @@ pub(crate) async fn endpoint(
 async fn report(amqp: &Amqp, world: &World, tenant: &str, kind: &str, id: &str) {
     let body = json!({
         "type": kind, "timestamp": "2026-01-01T00:00:00Z",
-        "data": {"job": id, "tenant": tenant, "recipients": [], "attempt": 1},
+        "data": {"job": id, "tenant": tenant, "account": null, "recipients": [], "attempt": 1, "final": true, "sequence": 1},
     });
     let properties = BasicProperties::default()
         .with_message_id(id.into())

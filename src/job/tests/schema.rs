@@ -218,6 +218,7 @@ fn full(kind: ReportType) -> Report {
         is_final: kind.is_final(),
         sequence: 3,
         correlation_id: Some("c".to_owned()),
+        traceparent: Some("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".to_owned()),
         next_attempt_at: Some(now),
         uncertain_attempts: 1,
         timings: Some(Timings {
@@ -267,6 +268,7 @@ fn bare(kind: ReportType) -> Report {
             stage: None,
             errors: Vec::new(),
             correlation_id: None,
+            traceparent: None,
             next_attempt_at: None,
             uncertain_attempts: 0,
             timings: None,
@@ -304,24 +306,23 @@ fn the_report_schema_has_exactly_the_fields_we_write() {
     let bare = serde_json::to_value(bare(ReportType::Sent)).unwrap();
     for (value, place) in [
         ("", ""),
-        ("/data", "/properties/data"),
-        ("/data/sender", "/properties/data/properties/sender"),
+        ("/data", "/$defs/job_data"),
+        ("/data/sender", "/$defs/job_data/properties/sender"),
         (
             "/data/recipients/0",
-            "/properties/data/properties/recipients/items",
+            "/$defs/job_data/properties/recipients/items",
         ),
-        ("/data/errors/0", "/properties/data/properties/errors/items"),
-        ("/data/timings", "/properties/data/properties/timings"),
-        ("/data/links/0", "/properties/data/properties/links/items"),
+        ("/data/errors/0", "/$defs/job_data/properties/errors/items"),
+        ("/data/timings", "/$defs/job_data/properties/timings"),
+        ("/data/links/0", "/$defs/job_data/properties/links/items"),
     ] {
         let properties = schema.pointer(&format!("{place}/properties")).unwrap();
-        assert_eq!(
-            names(properties),
-            names(report.pointer(value).unwrap()),
-            "{place}"
-        );
+        let mut described = names(properties);
+        // Marks of the bridge, which cuts what is too long for a webhook.
+        described.retain(|name| !name.ends_with("truncated"));
+        assert_eq!(described, names(report.pointer(value).unwrap()), "{place}");
     }
-    for required in schema["properties"]["data"]["required"].as_array().unwrap() {
+    for required in schema["$defs"]["job_data"]["required"].as_array().unwrap() {
         assert!(
             bare["data"].get(required.as_str().unwrap()).is_some(),
             "{required}"
@@ -335,7 +336,56 @@ fn the_report_schema_has_exactly_the_fields_we_write() {
         .iter()
         .map(|kind| kind["const"].as_str().unwrap())
         .collect();
-    assert_eq!(types, ReportType::ALL.iter().map(|kind| kind.as_str()).collect());
+    let read =
+        |file: &str| std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(file)).unwrap();
+    let (ledger, bridge) = (
+        read("schema/migrations/V2__ledger.sql"),
+        read("src/bridge/disable.rs"),
+    );
+    let of_the_ledger = ledger.split('\'').filter(|text| {
+        let word = text.strip_prefix("account.").unwrap_or_default();
+        !word.is_empty() && word.bytes().all(|b| b.is_ascii_lowercase())
+    });
+    let of_the_bridge = bridge.split('"').filter(|text| text.starts_with("endpoint."));
+    let jobs = ReportType::ALL.iter().map(|kind| kind.as_str());
+    let written = jobs.chain(of_the_ledger).chain(of_the_bridge);
+    assert_eq!(types, written.collect());
+    let known = schema.pointer("/properties/type/anyOf/1/not/enum").unwrap();
+    let known = known
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|kind| kind.as_str().unwrap());
+    assert_eq!(types, known.collect());
+}
+
+#[test]
+fn data_is_checked_by_the_type_of_its_report() {
+    let validator = validator(&load("schema/mail-report.v1.json"));
+    let report =
+        |kind: &str, data: Value| json!({"type": kind, "timestamp": "2026-11-21T09:40:00Z", "data": data});
+    let full = serde_json::to_value(full(ReportType::Sent)).unwrap();
+    let unhealthy = json!({"tenant": "acme", "account": "main", "since": "2026-11-21T09:40:00Z", "class": "auth",
+        "reason": "auth_refused", "faults": 5, "next_attempt_at": "2026-11-21T09:41:00Z"});
+    let recovered = json!({"tenant": "acme", "account": "main", "since": "2026-11-21T09:40:00Z"});
+    let disabled = json!({"tenant": "acme", "endpoint": "default", "reason": "gone"});
+    for (kind, data, valid) in [
+        ("mail.sent", &full["data"], true),
+        ("mail.sent", &recovered, false),
+        ("account.unhealthy", &unhealthy, true),
+        ("account.unhealthy", &recovered, false),
+        ("account.recovered", &recovered, true),
+        ("account.recovered", &disabled, false),
+        ("endpoint.disabled", &disabled, true),
+        ("endpoint.disabled", &recovered, false),
+        ("endpoint.added_later", &json!({"tenant": "acme", "new": 1}), true),
+    ] {
+        assert_eq!(
+            validator.is_valid(&report(kind, data.clone())),
+            valid,
+            "{kind}: {data}"
+        );
+    }
 }
 
 #[test]

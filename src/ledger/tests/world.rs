@@ -321,6 +321,7 @@ pub(super) fn report(row: &Row, kind: ReportType) -> Report {
             is_final: kind.is_final(),
             sequence,
             correlation_id: None,
+            traceparent: None,
             next_attempt_at: None,
             uncertain_attempts: row.uncertain,
             timings: None,

@@ -1,6 +1,7 @@
 //! Every report of a world, through a queue of one's own.
 
 use std::collections::HashSet;
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
@@ -20,16 +21,31 @@ pub(crate) struct Received {
     /// The body as it came.
     pub(crate) body: Vec<u8>,
     pub(crate) json: Value,
+    headers: FieldTable,
 }
 
+/// The published schema of reports.
+static SCHEMA: LazyLock<jsonschema::Validator> = LazyLock::new(|| {
+    let schema = include_str!("../../../schema/mail-report.v1.json");
+    let options = jsonschema::draft202012::options().should_validate_formats(true);
+    options.build(&serde_json::from_str(schema).unwrap()).unwrap()
+});
+
 impl Received {
+    /// # Panics
+    /// If it is no report of the published schema.
     fn new(delivery: &Delivery) -> Self {
         let id = delivery.properties.message_id().as_ref();
+        let json = serde_json::from_slice(&delivery.data).unwrap();
+        if let Err(error) = SCHEMA.validate(&json) {
+            panic!("{json}: {error} at {}", error.instance_path());
+        }
         Self {
             id: id.map(ToString::to_string).unwrap_or_default(),
             key: delivery.routing_key.to_string(),
             body: delivery.data.clone(),
-            json: serde_json::from_slice(&delivery.data).unwrap(),
+            json,
+            headers: delivery.properties.headers().clone().unwrap_or_default(),
         }
     }
 
@@ -44,6 +60,12 @@ impl Received {
 
     pub(crate) fn tenant(&self) -> &str {
         self.json["data"]["tenant"].as_str().unwrap_or_default()
+    }
+
+    /// A header of the AMQP message.
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        let value = self.headers.inner().get(name)?.as_long_string()?;
+        std::str::from_utf8(value.as_bytes()).ok()
     }
 
     pub(crate) fn reason(&self) -> &str {
