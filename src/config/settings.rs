@@ -350,6 +350,13 @@ pub const SETTINGS: &[Setting] = &[
         "Idle time after which an SMTP connection is closed.",
     ),
     plain(
+        "POSTROOM_SMTP_CHUNKING",
+        "auto|off",
+        Some("auto"),
+        &[Smtp],
+        "Use BDAT where servers offer CHUNKING, small mails in one round trip; off is for servers that do it wrong.",
+    ),
+    plain(
         "POSTROOM_SMTP_CONNECT_TIMEOUT",
         "DURATION",
         Some("30s"),
