@@ -396,7 +396,8 @@ pub const SETTINGS: &[Setting] = &[
         "DURATION",
         Some("10m"),
         &[Smtp],
-        "Time limit of the reply after the final dot; a shorter one causes duplicates.",
+        "Time limit of the reply after the end of the mail, and of all replies to a mail sent in one flight; a shorter \
+         one causes duplicates.",
     ),
     plain(
         "POSTROOM_JOB_MAX_BYTES",
