@@ -512,7 +512,7 @@ impl Pipeline {
             match lease.deliver_at_once(&envelope, mail, &email.message).await {
                 Ok(outcome) => return conclude(attempt, outcome, email, part),
                 Err(NotAtOnce::Failed(error)) => return not_opened(attempt, error, part),
-                Err(NotAtOnce::Fresh(fresh)) => lease = fresh,
+                Err(NotAtOnce::Fresh(fresh)) => lease = *fresh,
             }
         }
         let transaction = match lease.open(&envelope, mail).await {

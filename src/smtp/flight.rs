@@ -37,7 +37,7 @@ pub(super) async fn deliver(
     announced: Announcement<'_>,
     message: &[u8],
 ) -> Result<Outcome, NotOpen> {
-    let parameters = parameters(connection, announced).map_err(NotOpen::Failed)?;
+    let parameters = parameters(connection, announced).map_err(|error| NotOpen::Failed(*error))?;
     let recipients = announced.envelope.to.len();
     let mut flight = Opening::new(connection, announced);
     let mut commands = String::with_capacity(64 * (recipients + 1));
@@ -56,7 +56,7 @@ pub(super) async fn deliver(
     flight.connection.hurry(Instant::now() + limit);
     for n in 0..recipients + 2 {
         if let Err(failure) = flight.hear(flight.command(n), limit).await {
-            return broken_off(flight, announced.envelope, *failure, unwritten);
+            return broken_off(flight, announced.envelope, *failure, unwritten).map_err(|error| *error);
         }
     }
     conclude(flight, announced.envelope).await
@@ -65,7 +65,8 @@ pub(super) async fn deliver(
 /// All replies are there.
 async fn conclude(mut flight: Opening<'_>, envelope: &Envelope) -> Result<Outcome, NotOpen> {
     let Some(reply) = flight.data_reply.take() else {
-        return broken_off(flight, envelope, Trouble::Malformed.failure(Stage::Data), None);
+        let failure = Trouble::Malformed.failure(Stage::Data);
+        return broken_off(flight, envelope, failure, None).map_err(|error| *error);
     };
     let nobody = flight.mail_refused().is_some() || !flight.any_accepted();
     if nobody {
@@ -100,7 +101,7 @@ fn broken_off(
     envelope: &Envelope,
     failure: Failure,
     unwritten: Option<Unwritten>,
-) -> Result<Outcome, NotOpen> {
+) -> Result<Outcome, Box<NotOpen>> {
     flight.connection.give_up();
     let all_answered = flight.results.len() == envelope.to.len();
     if flight.mail_refused().is_some() || (all_answered && !flight.any_accepted()) {
@@ -130,7 +131,7 @@ fn broken_off(
     };
     let error = flight.broken(certain);
     if silent {
-        Err(NotOpen::Stale(error))
+        Err(Box::new(NotOpen::Stale(error)))
     } else {
         Ok(Outcome::Done(error.results))
     }

@@ -95,7 +95,7 @@ impl Command {
 /// Opens a transaction; the connection waits for the mail then. On failure it is ready for the next transaction, or
 /// over.
 pub(super) async fn open(connection: &mut Connection, mail: Announcement<'_>) -> Result<Opened, NotOpen> {
-    let parameters = parameters(connection, mail).map_err(NotOpen::Failed)?;
+    let parameters = parameters(connection, mail).map_err(|error| NotOpen::Failed(*error))?;
     let mut opening = Opening::new(connection, mail);
     match opening.converse(&parameters).await {
         Ok(()) => opening.conclude().await.map_err(NotOpen::Failed),
@@ -116,15 +116,18 @@ pub(super) async fn open(connection: &mut Connection, mail: Announcement<'_>) ->
 }
 
 /// The parameters of MAIL, if the server can take the mail at all.
-pub(super) fn parameters(connection: &Connection, announced: Announcement<'_>) -> Result<String, OpenError> {
+pub(super) fn parameters(
+    connection: &Connection,
+    announced: Announcement<'_>,
+) -> Result<String, Box<OpenError>> {
     let (offers, mail) = (&connection.extensions, announced.mail);
     let refused = |reason, message: String| {
         let failure = Failure::permanent(Class::Content, Fault::Sender, Stage::MailFrom, reason, message);
-        Err(OpenError {
+        Err(Box::new(OpenError {
             results: all_failed(&announced.envelope.to, &failure),
             failure,
             mail_sent: false,
-        })
+        }))
     };
     if let Some(limit) = offers.size_limit().filter(|limit| mail.size as u64 > *limit) {
         let message = format!(

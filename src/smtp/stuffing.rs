@@ -11,9 +11,7 @@ pub(crate) struct Blocks<'a> {
     /// The mail does not end with CRLF; a lone LF is no end of line.
     lacks_line_end: bool,
     form: Form,
-    /// No block was made yet.
-    at_start: bool,
-    finished: bool,
+    progress: Progress,
     buffer: Vec<u8>,
 }
 
@@ -24,6 +22,14 @@ enum Form {
     Stuffed,
     /// The number of octets, said before.
     Counted,
+}
+
+/// How many blocks were made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Progress {
+    Start,
+    Middle,
+    End,
 }
 
 /// Bytes for one write.
@@ -40,8 +46,7 @@ impl<'a> Blocks<'a> {
             at_line_start: true,
             lacks_line_end: !message.is_empty() && !message.ends_with(b"\r\n"),
             form: Form::Stuffed,
-            at_start: true,
-            finished: false,
+            progress: Progress::Start,
             buffer: Vec::with_capacity(message.len().min(BLOCK) + 64),
         }
     }
@@ -64,14 +69,11 @@ impl<'a> Blocks<'a> {
     }
 
     pub(crate) fn next_block(&mut self) -> Option<Block<'_>> {
-        if self.finished {
-            return None;
-        }
-        if self.at_start {
+        match self.progress {
             // What goes before the mail is there already.
-            self.at_start = false;
-        } else {
-            self.buffer.clear();
+            Progress::Start => self.progress = Progress::Middle,
+            Progress::Middle => self.buffer.clear(),
+            Progress::End => return None,
         }
         let (block, rest) = self.rest.split_at(self.rest.len().min(BLOCK));
         self.rest = rest;
@@ -80,7 +82,7 @@ impl<'a> Blocks<'a> {
             Form::Counted => self.buffer.extend_from_slice(block),
         }
         if self.rest.is_empty() {
-            self.finished = true;
+            self.progress = Progress::End;
             if self.lacks_line_end {
                 self.buffer.extend_from_slice(b"\r\n");
             }
@@ -90,7 +92,7 @@ impl<'a> Blocks<'a> {
         }
         Some(Block {
             bytes: &self.buffer,
-            is_last: self.finished,
+            is_last: self.progress == Progress::End,
         })
     }
 

@@ -41,7 +41,7 @@ pub struct Lease {
 #[derive(Debug)]
 pub enum NotAtOnce {
     /// The connection was dead, or knows nothing of BDAT after all: here is a fresh one. No attempt yet.
-    Fresh(Lease),
+    Fresh(Box<Lease>),
     /// No recipient can be sent to.
     Failed(OpenError),
 }
@@ -152,7 +152,7 @@ impl Lease {
             Err(NotOpen::Stale(_)) if self.reused && self.home.is_some() => {
                 let replaced = self.replace(envelope).await;
                 replaced.map_err(NotAtOnce::Failed)?;
-                Err(NotAtOnce::Fresh(self))
+                Err(NotAtOnce::Fresh(Box::new(self)))
             }
             Err(NotOpen::Stale(error) | NotOpen::Failed(error)) => Err(NotAtOnce::Failed(error)),
         }

@@ -50,7 +50,7 @@ impl Scene {
             match lease.deliver_at_once(&envelope, mail, message).await {
                 Ok(outcome) => return outcome,
                 Err(NotAtOnce::Failed(error)) => return Outcome::Done(error.results),
-                Err(NotAtOnce::Fresh(fresh)) => lease = fresh,
+                Err(NotAtOnce::Fresh(fresh)) => lease = *fresh,
             }
         }
         match lease.open(&envelope, mail).await {
