@@ -90,6 +90,8 @@ pub struct Smtp {
     pub max_age: Duration,
     /// Idle time after which a connection is closed (`POSTROOM_CONNECTION_MAX_IDLE`, default 30 s).
     pub max_idle: Duration,
+    /// Whether BDAT (RFC 3030) is used where it is offered (`POSTROOM_SMTP_CHUNKING`, default auto).
+    pub chunking: bool,
     /// Time limits per phase.
     pub timeouts: SmtpTimeouts,
 }

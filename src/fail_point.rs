@@ -50,7 +50,7 @@ points! {
     Leased = "leased", false;
     /// The mail is about to be composed: of a suspect twice, the first time while it is watched.
     Composing = "composing", false;
-    /// MAIL, RCPT and DATA are accepted; the lease is not looked at yet.
+    /// MAIL, RCPT and DATA are accepted, or will go in one flight with the mail; the lease is not looked at yet.
     EnvelopeAccepted = "envelope_accepted", false;
     /// The beginning of the final write of a job that is to be held is committed.
     DataMarked = "data_marked", true;

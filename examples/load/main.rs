@@ -5,7 +5,8 @@
 //! ```
 //!
 //! Build the release binary first (`cargo build --release`). `LIMIT` is a rate limit that never binds, such as
-//! `1000000/1h`, to see what limits cost. Prints mails per second, the worker's own CPU per mail, and its peak memory.
+//! `1000000/1h`, to see what limits cost. `LOAD_LATENCY_MS=20` puts the sink so far away; `LOAD_EXTENSIONS` is `none`,
+//! `pipelining` (the default) or `chunking` (both). Prints mails per second, the worker's own CPU per mail, and its peak memory.
 #![expect(clippy::print_stdout, reason = "it is a tool for people")]
 
 use std::process::Stdio;
@@ -32,7 +33,7 @@ async fn main() -> Result<(), Failed> {
     let (jobs, accounts) = (number(20_000), number(1));
     let limit = std::env::args().nth(3);
     let scratch = Scratch::create(Servers::from_env()?).await?;
-    let server = SmtpServer::builder().keep_data(false).start().await;
+    let server = sink().start().await;
     let run = Run { scratch: &scratch };
     run.postroom(&["migrate"]).await?;
     run.postroom(&["topology", "apply"]).await?;
@@ -82,6 +83,20 @@ async fn main() -> Result<(), Failed> {
     println!("{} connections", server.counters().connections);
     worker.kill().await?;
     Ok(())
+}
+
+/// The sink, as the environment says.
+fn sink() -> postroom_testkit::smtp::Builder {
+    let extensions = std::env::var("LOAD_EXTENSIONS").unwrap_or_default();
+    let latency = std::env::var("LOAD_LATENCY_MS").ok().and_then(|n| n.parse().ok());
+    let builder = SmtpServer::builder()
+        .keep_data(false)
+        .pipelining(extensions != "none")
+        .chunking(extensions == "chunking");
+    match latency {
+        Some(millis) => builder.latency(Duration::from_millis(millis)),
+        None => builder,
+    }
 }
 
 struct Run<'a> {

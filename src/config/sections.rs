@@ -112,6 +112,9 @@ impl FromSettings for Smtp {
         let max_messages = r.count("POSTROOM_CONNECTION_MAX_MESSAGES", 1_000_000);
         let max_age = r.duration("POSTROOM_CONNECTION_MAX_AGE", SECOND, DAY);
         let max_idle = r.duration("POSTROOM_CONNECTION_MAX_IDLE", SECOND, HOUR);
+        let chunking = r.get("POSTROOM_SMTP_CHUNKING", |text| {
+            parse::one_of(text, &[("auto", true), ("off", false)])
+        });
         let timeouts = SmtpTimeouts::read(r);
         let hostname = parse::ehlo_name(&r.sources().hostname).unwrap_or_else(|_| "localhost".into());
         Some(Self {
@@ -121,6 +124,7 @@ impl FromSettings for Smtp {
             max_messages: max_messages? as u32,
             max_age: max_age?,
             max_idle: max_idle?,
+            chunking: chunking?,
             timeouts: timeouts?,
         })
     }

@@ -350,6 +350,13 @@ pub const SETTINGS: &[Setting] = &[
         "Idle time after which an SMTP connection is closed.",
     ),
     plain(
+        "POSTROOM_SMTP_CHUNKING",
+        "auto|off",
+        Some("auto"),
+        &[Smtp],
+        "Use BDAT where servers offer CHUNKING, small mails in one round trip; off is for servers that do it wrong.",
+    ),
+    plain(
         "POSTROOM_SMTP_CONNECT_TIMEOUT",
         "DURATION",
         Some("30s"),
@@ -389,7 +396,8 @@ pub const SETTINGS: &[Setting] = &[
         "DURATION",
         Some("10m"),
         &[Smtp],
-        "Time limit of the reply after the final dot; a shorter one causes duplicates.",
+        "Time limit of the reply after the end of the mail, and of all replies to a mail sent in one flight; a shorter \
+         one causes duplicates.",
     ),
     plain(
         "POSTROOM_JOB_MAX_BYTES",

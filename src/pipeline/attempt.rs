@@ -23,7 +23,7 @@ use crate::memory::{Held, Memory, Share};
 use crate::report::{LinkedFile, RecipientStatus};
 use crate::secret::{Keys, SharedKeyring};
 use crate::settlement::all_pending;
-use crate::smtp::{self, CheckoutError, Envelope, Outcome, Pools, Submission, Transaction};
+use crate::smtp::{self, CheckoutError, Envelope, NotAtOnce, Outcome, Pools, Submission};
 use crate::telemetry::metrics::Metrics;
 
 /// How long a job waits in the waiting room when its account has no connection free.
@@ -483,7 +483,8 @@ impl Pipeline {
         }
     }
 
-    /// MAIL, RCPT, DATA, the last look at the lease, the mail.
+    /// One transaction: in one flight where the server takes that, else MAIL, RCPT and DATA, the last look at the lease,
+    /// the mail.
     async fn transact(
         &self,
         task: &Task,
@@ -497,35 +498,48 @@ impl Pipeline {
             from: email.envelope_from.clone(),
             to: email.recipients.clone(),
         };
-        let opened = lease
-            .open(&envelope, email.message.len(), email.needs_utf8, email.is_8bit)
-            .await;
-        let transaction = match opened {
-            Ok(transaction) => transaction,
-            Err(error) if error.mail_sent => {
-                attempt.reached_mail_from = true;
-                record(attempt, part, error.results.iter().map(|(_, result)| result));
-                return Ok(());
+        let mail = smtp::Mail {
+            size: email.message.len(),
+            utf8: email.needs_utf8,
+            eightbit: email.is_8bit,
+        };
+        let mut lease = lease;
+        if lease.may_deliver_at_once(&envelope, mail) {
+            // From the first byte on nobody knows: the last look comes before all of it.
+            if !self.may_write(task, attempt.on_uncertain).await {
+                return Err(Verdict::GiveBack);
             }
-            Err(error) => return Err(Verdict::Failed(error.failure)),
+            match lease.deliver_at_once(&envelope, mail, &email.message).await {
+                Ok(outcome) => return conclude(attempt, outcome, email, part),
+                Err(NotAtOnce::Failed(error)) => return not_opened(attempt, error, part),
+                Err(NotAtOnce::Fresh(fresh)) => lease = *fresh,
+            }
+        }
+        let transaction = match lease.open(&envelope, mail).await {
+            Ok(transaction) => transaction,
+            Err(error) => return not_opened(attempt, error, part),
         };
         attempt.reached_mail_from = true;
-        fail_point::hit(Point::EnvelopeAccepted, [task.job.id.as_str()]);
         if !self.may_write(task, attempt.on_uncertain).await {
             transaction.abandon();
             return Err(Verdict::GiveBack);
         }
-        fail_point::hit(Point::BeforeFinalWrite, [task.job.id.as_str()]);
-        finish(attempt, transaction, email, part).await
+        let outcome = transaction.finish(&email.message).await;
+        conclude(attempt, outcome, email, part)
     }
 
     /// The last question before the write that may end the message: is the job still ours? For jobs that are to be
     /// held when the outcome stays unknown, the answer is committed first.
     async fn may_write(&self, task: &Task, policy: OnUncertain) -> bool {
+        fail_point::hit(Point::EnvelopeAccepted, [task.job.id.as_str()]);
         if policy == OnUncertain::Hold && !self.batches.mark_data(task.row.clone()).await {
             return false;
         }
-        task.row.lease.is_good()
+        let is_ours = task.row.lease.is_good();
+        if is_ours {
+            fail_point::hit(Point::BeforeFinalWrite, [task.job.id.as_str()]);
+        }
+        is_ours
     }
 
     fn observe(&self, stage: &str, since: Instant) {
@@ -558,14 +572,20 @@ fn open_recipients(attempt: &Attempt, tried: &HashSet<String>) -> Vec<Address> {
         .collect()
 }
 
-/// The mail itself, and what became of it.
-async fn finish(
-    attempt: &mut Attempt,
-    transaction: Transaction,
-    email: &Email,
-    part: &[Address],
-) -> Result<(), Verdict> {
-    match transaction.finish(&email.message).await {
+/// No recipient can be sent to: what the server said to each, or why it was not asked.
+fn not_opened(attempt: &mut Attempt, error: smtp::OpenError, part: &[Address]) -> Result<(), Verdict> {
+    if !error.mail_sent {
+        return Err(Verdict::Failed(error.failure));
+    }
+    attempt.reached_mail_from = true;
+    record(attempt, part, error.results.iter().map(|(_, result)| result));
+    Ok(())
+}
+
+/// What became of the mail.
+fn conclude(attempt: &mut Attempt, outcome: Outcome, email: &Email, part: &[Address]) -> Result<(), Verdict> {
+    attempt.reached_mail_from = true;
+    match outcome {
         Outcome::Done(results) => {
             record(attempt, part, results.iter().map(|(_, result)| result));
             Ok(())

@@ -20,6 +20,16 @@ use super::wire::{UpgradeError, Wire};
 /// How long a server may take to say goodbye.
 const QUIT_LIMIT: Duration = Duration::from_secs(2);
 
+/// What is known of BDAT (RFC 3030) on a connection whose server offers CHUNKING.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Bdat {
+    Untried,
+    /// The server answered it as it should: it will count octets, and not read a mail as commands.
+    Works,
+    /// It is offered, but does not work.
+    Broken,
+}
+
 pub(super) struct Connection {
     smtp: AsyncSmtpConnection,
     wire: Wire,
@@ -28,6 +38,7 @@ pub(super) struct Connection {
     pub(super) opened: Instant,
     /// Mails begun.
     pub(super) messages: u32,
+    pub(super) bdat: Bdat,
     /// Commands sent whose replies were not read.
     unanswered: u32,
     /// When the mail must be written, whatever the limits of the single steps.
@@ -76,6 +87,7 @@ impl Connection {
             timeouts,
             opened: Instant::now(),
             messages: 0,
+            bdat: Bdat::Untried,
             unanswered: 0,
             deadline: None,
             in_data: false,

@@ -243,6 +243,7 @@ mod tests {
             max_messages: 1,
             max_age: STAGGER,
             max_idle: STAGGER,
+            chunking: true,
             timeouts: config::SmtpTimeouts::default(),
         };
         let metrics = Arc::new(Metrics::new().unwrap());

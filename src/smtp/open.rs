@@ -1,27 +1,51 @@
-//! MAIL, RCPT and DATA: one write where the server offers PIPELINING (RFC 2920), else step by step.
+//! MAIL, RCPT and what opens the mail: one write where the server offers PIPELINING (RFC 2920), else step by step.
+//!
+//! Where CHUNKING is offered (RFC 3030), the first mail of a connection asks with an empty chunk, `BDAT 0`, in the place
+//! of DATA. A server that only passes the keyword on, as some proxies do, would read the octets of a mail as commands; an
+//! empty chunk has none, and DATA follows. Once the chunk was taken, nothing needs to be asked on that connection.
 
 use std::fmt::Write as _;
+use std::time::Duration;
 
 use crate::failure::{Class, Failure, Fault, Reply, Stage};
 
 use super::classify;
-use super::connection::Connection;
+use super::connection::{Bdat, Connection};
 use super::envelope::{Envelope, RcptResult, Results, all_failed, path};
 use super::trouble::Trouble;
 
 /// Commands in one write. Both sides could block on full buffers with very many at once (RFC 2920 §3.1).
-const WINDOW: usize = 100;
+pub(super) const WINDOW: usize = 100;
+
+/// What a server wants to know of a mail beforehand.
+#[derive(Debug, Clone, Copy)]
+pub struct Mail {
+    /// Bytes of the mail.
+    pub size: usize,
+    /// Its headers need SMTPUTF8; addresses are looked at when it is announced.
+    pub utf8: bool,
+    /// It has bytes outside ASCII.
+    pub eightbit: bool,
+}
 
 /// A mail to be announced.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Announcement<'a> {
     pub(super) envelope: &'a Envelope,
-    /// Bytes of the mail.
-    pub(super) size: usize,
-    /// Headers need SMTPUTF8.
-    pub(super) utf8: bool,
-    /// The mail has bytes outside ASCII.
-    pub(super) eightbit: bool,
+    pub(super) mail: Mail,
+    /// BDAT may be used if it is offered.
+    pub(super) chunking: bool,
+}
+
+/// How the mail is brought to the server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Manner {
+    /// After DATA.
+    Data,
+    /// As a chunk, after an empty one that shows that the server takes them.
+    Probe,
+    /// As a chunk.
+    Chunk,
 }
 
 /// Why a transaction did not come about: no recipient can be sent to.
@@ -43,15 +67,23 @@ pub(super) enum NotOpen {
     Failed(OpenError),
 }
 
+/// A transaction whose envelope was accepted for at least one recipient.
+#[derive(Debug)]
+pub(super) struct Opened {
+    pub(super) results: Results,
+    pub(super) manner: Manner,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Command {
+pub(super) enum Command {
     Mail,
     Rcpt,
+    /// DATA or BDAT.
     Data,
 }
 
 impl Command {
-    fn stage(self) -> Stage {
+    pub(super) fn stage(self) -> Stage {
         match self {
             Self::Mail => Stage::MailFrom,
             Self::Rcpt => Stage::RcptTo,
@@ -62,27 +94,17 @@ impl Command {
 
 /// Opens a transaction; the connection waits for the mail then. On failure it is ready for the next transaction, or
 /// over.
-pub(super) async fn open(connection: &mut Connection, mail: Announcement<'_>) -> Result<Results, NotOpen> {
-    let parameters = parameters(connection, mail).map_err(|failure| {
-        NotOpen::Failed(OpenError {
-            results: all_failed(&mail.envelope.to, &failure),
-            failure: *failure,
-            mail_sent: false,
-        })
-    })?;
-    connection.messages += 1;
-    let mut opening = Opening {
-        connection,
-        envelope: mail.envelope,
-        results: Vec::with_capacity(mail.envelope.to.len()),
-        mail_reply: None,
-        data_reply: None,
-    };
+pub(super) async fn open(connection: &mut Connection, mail: Announcement<'_>) -> Result<Opened, NotOpen> {
+    let parameters = parameters(connection, mail).map_err(|error| NotOpen::Failed(*error))?;
+    let mut opening = Opening::new(connection, mail);
     match opening.converse(&parameters).await {
         Ok(()) => opening.conclude().await.map_err(NotOpen::Failed),
         Err(failure) => {
             let stale = opening.mail_reply.is_none();
             opening.connection.give_up();
+            if opening.manner == Manner::Probe && opening.results.len() == mail.envelope.to.len() {
+                opening.connection.bdat = Bdat::Broken;
+            }
             let error = opening.broken(*failure);
             Err(if stale {
                 NotOpen::Stale(error)
@@ -94,11 +116,18 @@ pub(super) async fn open(connection: &mut Connection, mail: Announcement<'_>) ->
 }
 
 /// The parameters of MAIL, if the server can take the mail at all.
-fn parameters(connection: &Connection, mail: Announcement<'_>) -> Result<String, Box<Failure>> {
-    let offers = &connection.extensions;
+pub(super) fn parameters(
+    connection: &Connection,
+    announced: Announcement<'_>,
+) -> Result<String, Box<OpenError>> {
+    let (offers, mail) = (&connection.extensions, announced.mail);
     let refused = |reason, message: String| {
         let failure = Failure::permanent(Class::Content, Fault::Sender, Stage::MailFrom, reason, message);
-        Err(Box::new(failure))
+        Err(Box::new(OpenError {
+            results: all_failed(&announced.envelope.to, &failure),
+            failure,
+            mail_sent: false,
+        }))
     };
     if let Some(limit) = offers.size_limit().filter(|limit| mail.size as u64 > *limit) {
         let message = format!(
@@ -107,7 +136,7 @@ fn parameters(connection: &Connection, mail: Announcement<'_>) -> Result<String,
         );
         return refused("message_too_large", message);
     }
-    let utf8 = mail.utf8 || mail.envelope.needs_utf8();
+    let utf8 = mail.utf8 || announced.envelope.needs_utf8();
     if utf8 && !offers.smtputf8 {
         let message = "An address or header needs SMTPUTF8, which the server does not offer".to_owned();
         return refused("smtputf8_not_supported", message);
@@ -129,16 +158,34 @@ fn parameters(connection: &Connection, mail: Announcement<'_>) -> Result<String,
     Ok(text)
 }
 
-struct Opening<'a> {
-    connection: &'a mut Connection,
+pub(super) struct Opening<'a> {
+    pub(super) connection: &'a mut Connection,
     envelope: &'a Envelope,
+    manner: Manner,
     /// Of the recipients answered so far.
-    results: Results,
-    mail_reply: Option<Reply>,
-    data_reply: Option<Reply>,
+    pub(super) results: Results,
+    pub(super) mail_reply: Option<Reply>,
+    pub(super) data_reply: Option<Reply>,
 }
 
-impl Opening<'_> {
+impl<'a> Opening<'a> {
+    pub(super) fn new(connection: &'a mut Connection, mail: Announcement<'a>) -> Self {
+        connection.messages += 1;
+        let manner = match connection.bdat {
+            Bdat::Works if mail.chunking => Manner::Chunk,
+            Bdat::Untried if mail.chunking && connection.extensions.chunking => Manner::Probe,
+            _ => Manner::Data,
+        };
+        Self {
+            connection,
+            envelope: mail.envelope,
+            manner,
+            results: Vec::with_capacity(mail.envelope.to.len()),
+            mail_reply: None,
+            data_reply: None,
+        }
+    }
+
     /// Says everything and hears the answers; an error means that the connection is over.
     async fn converse(&mut self, parameters: &str) -> Result<(), Box<Failure>> {
         let recipients = self.envelope.to.len();
@@ -147,7 +194,7 @@ impl Opening<'_> {
         } else {
             1
         };
-        let total = recipients + 2;
+        let total = recipients + if self.manner == Manner::Chunk { 1 } else { 2 };
         let mut next = 0;
         let mut text = String::with_capacity(64 * total.min(window));
         while next < total {
@@ -158,8 +205,9 @@ impl Opening<'_> {
             }
             let sent = self.say(&text, end - next).await;
             sent.map_err(|trouble| trouble.failure(self.command(next).stage()))?;
+            let limit = self.connection.timeouts.command;
             for n in next..end {
-                self.hear(self.command(n)).await?;
+                self.hear(self.command(n), limit).await?;
             }
             next = end;
             if self.mail_reply.as_ref().is_some_and(|reply| !reply.is_positive()) {
@@ -169,10 +217,32 @@ impl Opening<'_> {
                 break;
             }
         }
+        self.fall_back_to_data().await
+    }
+
+    /// Asks with DATA where an empty chunk was not understood; the envelope stands.
+    async fn fall_back_to_data(&mut self) -> Result<(), Box<Failure>> {
+        let refused = |reply: &Reply| reply.code >= 500;
+        if self.manner != Manner::Probe
+            || !self.any_accepted()
+            || !self.data_reply.as_ref().is_some_and(refused)
+        {
+            return Ok(());
+        }
+        self.connection.bdat = Bdat::Broken;
+        self.manner = Manner::Data;
+        let said = self.say("DATA\r\n", 1).await;
+        said.map_err(|trouble| trouble.failure(Stage::Data))?;
+        let limit = self.connection.timeouts.command;
+        self.hear(Command::Data, limit).await?;
+        if self.data_reply.as_ref().is_some_and(|reply| reply.code == 503) {
+            // It does know BDAT, but nothing of an empty chunk: not the mail's fault.
+            return Err(Box::new(Trouble::Malformed.failure(Stage::Data)));
+        }
         Ok(())
     }
 
-    fn command(&self, n: usize) -> Command {
+    pub(super) fn command(&self, n: usize) -> Command {
         match n {
             0 => Command::Mail,
             n if n <= self.envelope.to.len() => Command::Rcpt,
@@ -180,13 +250,14 @@ impl Opening<'_> {
         }
     }
 
-    fn write_command(&self, n: usize, parameters: &str, text: &mut String) {
+    pub(super) fn write_command(&self, n: usize, parameters: &str, text: &mut String) {
         let _ = match self.command(n) {
             Command::Mail => {
                 let from = self.envelope.from.as_ref().map(path).unwrap_or_default();
                 write!(text, "MAIL FROM:<{from}>{parameters}\r\n")
             }
             Command::Rcpt => write!(text, "RCPT TO:<{}>\r\n", path(&self.envelope.to[n - 1])),
+            Command::Data if self.manner == Manner::Probe => write!(text, "BDAT 0\r\n"),
             Command::Data => write!(text, "DATA\r\n"),
         };
     }
@@ -198,9 +269,8 @@ impl Opening<'_> {
             .await
     }
 
-    /// Reads the reply to one command. A 421 ends the connection, whatever it answers.
-    async fn hear(&mut self, command: Command) -> Result<(), Box<Failure>> {
-        let limit = self.connection.timeouts.command;
+    /// Reads the reply to one command. A 421 ends the connection, whatever it answers; only that failure has a reply.
+    pub(super) async fn hear(&mut self, command: Command, limit: Duration) -> Result<(), Box<Failure>> {
         let stage = command.stage();
         let reply = self.connection.reply(limit).await;
         let reply = reply.map_err(|trouble| trouble.failure(stage))?;
@@ -226,40 +296,60 @@ impl Opening<'_> {
         Ok(())
     }
 
-    fn any_accepted(&self) -> bool {
+    pub(super) fn any_accepted(&self) -> bool {
         self.results.iter().any(|(_, result)| result.is_accepted())
     }
 
     /// Draws the conclusion from the replies.
-    async fn conclude(mut self) -> Result<Results, OpenError> {
-        let mail_refused = self.mail_reply.take().filter(|reply| !reply.is_positive());
+    async fn conclude(mut self) -> Result<Opened, OpenError> {
+        let mail_refused = self.mail_refused();
         let data_reply = self.data_reply.take();
-        let ready = data_reply.as_ref().is_some_and(|reply| reply.code == 354);
+        let ready = match (self.manner, &data_reply) {
+            (Manner::Chunk, _) => true,
+            (Manner::Probe, Some(reply)) => (200..300).contains(&reply.code),
+            (Manner::Data, Some(reply)) => reply.code == 354,
+            (_, None) => false,
+        };
         if mail_refused.is_none() && self.any_accepted() && ready {
+            if self.manner == Manner::Probe {
+                self.connection.bdat = Bdat::Works;
+            }
             self.connection.enter_data();
-            return Ok(self.results);
+            return Ok(Opened {
+                results: self.results,
+                manner: self.manner,
+            });
         }
-        if ready {
+        if ready && self.manner == Manner::Data {
             self.end_unwanted_data().await;
         }
-        if let Some(reply) = mail_refused {
-            let failure = classify::refusal(Stage::MailFrom, reply);
+        let limit = self.connection.timeouts.command;
+        if let Some(failure) = mail_refused {
+            if self.manner == Manner::Probe && data_reply.is_some() {
+                self.connection.reset(limit).await;
+            }
             return Err(OpenError {
                 results: all_failed(&self.envelope.to, &failure),
                 failure,
                 mail_sent: true,
             });
         }
-        let limit = self.connection.timeouts.command;
         self.connection.reset(limit).await;
         let refused = data_reply.filter(|_| self.any_accepted()).map(|reply| {
             if reply.is_positive() {
                 self.connection.give_up();
+                self.connection.bdat = Bdat::Broken;
                 return Trouble::Malformed.failure(Stage::Data);
             }
             classify::refusal(Stage::Data, reply)
         });
         Err(self.refused(refused))
+    }
+
+    /// The refusal of the sender, which is everybody's.
+    pub(super) fn mail_refused(&self) -> Option<Failure> {
+        let refusal = self.mail_reply.as_ref().filter(|reply| !reply.is_positive());
+        refusal.map(|reply| classify::refusal(Stage::MailFrom, reply.clone()))
     }
 
     /// The server wants a mail although it has nobody to give it to: a lone dot ends that (RFC 2920 §3.1).
@@ -286,7 +376,7 @@ impl Opening<'_> {
     }
 
     /// The conversation broke: refusals already heard stand, the rest fails with it.
-    fn broken(self, failure: Failure) -> OpenError {
+    pub(super) fn broken(self, failure: Failure) -> OpenError {
         let mut results = self.results;
         fail_accepted(&mut results, &failure);
         let rest = &self.envelope.to[results.len()..];

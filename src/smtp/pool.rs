@@ -24,7 +24,7 @@ use account::AccountPool;
 pub use account::Capacity;
 use core::{Core, Entry};
 use lease::Home;
-pub use lease::Lease;
+pub use lease::{Lease, NotAtOnce};
 
 /// Times that are no settings; tests shorten them.
 #[derive(Debug, Clone, Copy)]

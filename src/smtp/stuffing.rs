@@ -1,4 +1,5 @@
-//! A mail as it goes over the wire: leading dots doubled, ended by a lone one (RFC 5321 §4.5.2), cut into blocks.
+//! A mail as it goes over the wire, cut into blocks: after DATA with leading dots doubled and ended by a lone one
+//! (RFC 5321 §4.5.2), or as a chunk whose octets are counted (BDAT, RFC 3030 §2).
 
 /// Bytes of the mail in one write. Together with the doubled dots and the end, a small mail is one write.
 const BLOCK: usize = 64 << 10;
@@ -9,8 +10,26 @@ pub(crate) struct Blocks<'a> {
     at_line_start: bool,
     /// The mail does not end with CRLF; a lone LF is no end of line.
     lacks_line_end: bool,
-    finished: bool,
+    form: Form,
+    progress: Progress,
     buffer: Vec<u8>,
+}
+
+/// What shows the server where the mail ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    /// A lone dot.
+    Stuffed,
+    /// The number of octets, said before.
+    Counted,
+}
+
+/// How many blocks were made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Progress {
+    Start,
+    Middle,
+    End,
 }
 
 /// Bytes for one write.
@@ -26,29 +45,54 @@ impl<'a> Blocks<'a> {
             rest: message,
             at_line_start: true,
             lacks_line_end: !message.is_empty() && !message.ends_with(b"\r\n"),
-            finished: false,
+            form: Form::Stuffed,
+            progress: Progress::Start,
             buffer: Vec::with_capacity(message.len().min(BLOCK) + 64),
         }
     }
 
+    /// As one chunk, the last. The first block begins with `commands`, those that go before BDAT in the same write.
+    pub(crate) fn counted(message: &'a [u8], commands: &str) -> Self {
+        let mut blocks = Self::new(message);
+        blocks.form = Form::Counted;
+        let octets = message.len() + if blocks.lacks_line_end { 2 } else { 0 };
+        blocks.buffer.reserve(commands.len());
+        blocks.buffer.extend_from_slice(commands.as_bytes());
+        let command = format!("BDAT {octets} LAST\r\n");
+        blocks.buffer.extend_from_slice(command.as_bytes());
+        blocks
+    }
+
+    /// Whether the server knows the number of octets, so that it cannot take a mail that lacks one.
+    pub(crate) fn are_counted(&self) -> bool {
+        self.form == Form::Counted
+    }
+
     pub(crate) fn next_block(&mut self) -> Option<Block<'_>> {
-        if self.finished {
-            return None;
+        match self.progress {
+            // What goes before the mail is there already.
+            Progress::Start => self.progress = Progress::Middle,
+            Progress::Middle => self.buffer.clear(),
+            Progress::End => return None,
         }
-        self.buffer.clear();
         let (block, rest) = self.rest.split_at(self.rest.len().min(BLOCK));
         self.rest = rest;
-        self.stuff(block);
+        match self.form {
+            Form::Stuffed => self.stuff(block),
+            Form::Counted => self.buffer.extend_from_slice(block),
+        }
         if self.rest.is_empty() {
-            self.finished = true;
+            self.progress = Progress::End;
             if self.lacks_line_end {
                 self.buffer.extend_from_slice(b"\r\n");
             }
-            self.buffer.extend_from_slice(b".\r\n");
+            if self.form == Form::Stuffed {
+                self.buffer.extend_from_slice(b".\r\n");
+            }
         }
         Some(Block {
             bytes: &self.buffer,
-            is_last: self.finished,
+            is_last: self.progress == Progress::End,
         })
     }
 
@@ -123,6 +167,23 @@ mod tests {
         let (out, count) = stuffed(&message);
         assert!(out.ends_with(b"a\r\n..\r\n.\r\n"));
         assert_eq!(count, 2);
+    }
+
+    #[test]
+    fn a_chunk_has_as_many_octets_as_it_says_none_changed_after_the_commands_before_it() {
+        let large = [&[b'a'; BLOCK][..], b".\r\n.\r\n"].concat();
+        for (message, end) in [(&b".a\r\n.\r\n"[..], ""), (b"", ""), (b"a", "\r\n"), (&large, "")] {
+            let mut blocks = Blocks::counted(message, "MAIL FROM:<>\r\n");
+            let mut out = Vec::new();
+            while let Some(block) = blocks.next_block() {
+                out.extend_from_slice(block.bytes);
+            }
+            let octets = message.len() + end.len();
+            let mut wire = format!("MAIL FROM:<>\r\nBDAT {octets} LAST\r\n").into_bytes();
+            wire.extend_from_slice(message);
+            wire.extend_from_slice(end.as_bytes());
+            assert!(out == wire, "{octets}");
+        }
     }
 
     proptest! {

@@ -4,6 +4,7 @@ mod cancel;
 mod data;
 mod deadline;
 mod envelope;
+mod flights;
 mod hostile;
 mod login;
 mod pooling;
@@ -83,6 +84,7 @@ impl Default for Setup {
                 max_messages: 1000,
                 max_age: 600 * SECOND,
                 max_idle: 30 * SECOND,
+                chunking: true,
                 timeouts: config::SmtpTimeouts {
                     connect: limit,
                     greeting: limit,
@@ -195,8 +197,12 @@ async fn refused(pools: &Pools, server: Server) -> Failure {
     }
 }
 
+fn of(size: usize, utf8: bool, eightbit: bool) -> Mail {
+    Mail { size, utf8, eightbit }
+}
+
 async fn open(lease: Lease, envelope: &Envelope) -> Result<Transaction, OpenError> {
-    lease.open(envelope, MAIL.len(), false, false).await
+    lease.open(envelope, of(MAIL.len(), false, false)).await
 }
 
 /// Sends one mail to one recipient; how it ended.

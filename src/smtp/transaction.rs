@@ -1,4 +1,4 @@
-//! The mail itself: dot-stuffed, written in as few blocks as possible, and the reply that decides.
+//! The mail itself, written in as few blocks as possible, and the reply that decides.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -8,22 +8,23 @@ use crate::fail_point::{self, Point};
 use crate::failure::{Failure, Reply, Stage};
 
 use super::classify;
-use super::connection::Connection;
+use super::connection::{Bdat, Connection};
 use super::envelope::{RcptResult, Results};
-use super::open::fail_accepted;
+use super::open::{Manner, fail_accepted};
 use super::pool::Lease;
 use super::stuffing::Blocks;
 use super::trouble::Trouble;
 
 /// How long to wait for what the server has to say about a connection it broke.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+pub(super) const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// A transaction in which at least one recipient was accepted: the server waits for the mail.
 ///
-/// Dropping it closes the connection without the final dot: the server throws the mail away.
+/// Dropping it closes the connection before the end of the mail: the server throws it away.
 pub struct Transaction {
     lease: Lease,
     results: Results,
+    manner: Manner,
 }
 
 impl fmt::Debug for Transaction {
@@ -59,9 +60,22 @@ enum Sent {
     Unknown(Trouble),
 }
 
+/// Why a mail was not written to its end.
+pub(super) struct Unwritten {
+    pub(super) trouble: Trouble,
+    /// It broke off in the last block.
+    pub(super) in_last: bool,
+    /// The end of the mail may be out all the same.
+    pub(super) may_be_whole: bool,
+}
+
 impl Transaction {
-    pub(super) fn new(lease: Lease, results: Results) -> Self {
-        Self { lease, results }
+    pub(super) fn new(lease: Lease, results: Results, manner: Manner) -> Self {
+        Self {
+            lease,
+            results,
+            manner,
+        }
     }
 
     /// One result per recipient so far, in the order of the envelope; at least one is accepted.
@@ -71,44 +85,61 @@ impl Transaction {
     }
 
     /// Sends the mail and waits for the server's verdict; then the connection goes back to its pool. Lines must end
-    /// with CRLF; leading dots are doubled here (RFC 5321 §4.5.2).
+    /// with CRLF. After DATA, leading dots are doubled here (RFC 5321 §4.5.2); a server that knows BDAT gets the mail as
+    /// it is (RFC 3030).
     pub async fn finish(mut self, message: &[u8]) -> Outcome {
         let begun = Instant::now();
         let Some(connection) = self.lease.connection() else {
             return done(self.results, &Trouble::Closed.failure(Stage::Data));
         };
-        let sent = send(connection, message).await;
+        let sent = send(connection, message, self.manner).await;
         self.lease.observe_data(begun.elapsed());
         match sent {
             Sent::Reply(reply) if reply.code >= 400 => {
-                done(self.results, &classify::refusal(Stage::Data, reply))
+                let failure = self.refusal(reply).await;
+                done(self.results, &failure)
             }
-            Sent::Reply(reply) => {
-                for (_, result) in self.results.iter_mut().filter(|(_, result)| result.is_accepted()) {
-                    *result = RcptResult::Accepted(reply.clone());
-                }
-                Outcome::Done(self.results)
-            }
+            Sent::Reply(reply) => Outcome::Done(accepted(self.results, &reply)),
             Sent::Unfinished(trouble) => done(self.results, &trouble.failure(Stage::Data)),
-            Sent::Unknown(trouble) => {
-                let (accepted, refused): (Results, Results) = self
-                    .results
-                    .into_iter()
-                    .partition(|(_, result)| result.is_accepted());
-                Outcome::Uncertain {
-                    unknown: accepted.into_iter().map(|(address, _)| address).collect(),
-                    refused,
-                    failure: trouble.failure(Stage::Data),
-                }
-            }
+            Sent::Unknown(trouble) => uncertain(self.results, trouble.failure(Stage::Data)),
         }
     }
 
-    /// Closes the connection without the final dot: the server does not take the mail.
+    async fn refusal(&mut self, reply: Reply) -> Failure {
+        match self.lease.connection() {
+            Some(connection) if self.manner != Manner::Data => {
+                let failure = chunk_refusal(connection, reply).await;
+                self.lease.heed_bdat();
+                failure
+            }
+            _ => classify::refusal(Stage::Data, reply),
+        }
+    }
+
+    /// Closes the connection before the end of the mail: the server does not take it.
     pub fn abandon(mut self) {
         if let Some(connection) = self.lease.connection() {
             connection.give_up();
         }
+    }
+}
+
+/// The final reply counts for those who had been accepted.
+pub(super) fn accepted(mut results: Results, reply: &Reply) -> Results {
+    for (_, result) in results.iter_mut().filter(|(_, result)| result.is_accepted()) {
+        *result = RcptResult::Accepted(reply.clone());
+    }
+    results
+}
+
+/// Nobody knows what became of the mail for those who had been accepted.
+pub(super) fn uncertain(results: Results, failure: Failure) -> Outcome {
+    let (accepted, refused): (Results, Results) =
+        results.into_iter().partition(|(_, result)| result.is_accepted());
+    Outcome::Uncertain {
+        unknown: accepted.into_iter().map(|(address, _)| address).collect(),
+        refused,
+        failure,
     }
 }
 
@@ -117,34 +148,71 @@ fn done(mut results: Results, failure: &Failure) -> Outcome {
     Outcome::Done(results)
 }
 
-async fn send(connection: &mut Connection, message: &[u8]) -> Sent {
-    let mut blocks = Blocks::new(message);
+/// Whether a reply to BDAT says that the server does not know it, or has lost the thread: nothing about the mail, whose
+/// octets it may go on to read as commands.
+pub(super) fn disowns_bdat(reply: &Reply) -> bool {
+    (500..=504).contains(&reply.code)
+}
+
+/// What a negative reply to BDAT means; the server has thrown the octets away (RFC 3030 §2). RSET shows whether it has.
+pub(super) async fn chunk_refusal(connection: &mut Connection, reply: Reply) -> Failure {
+    if disowns_bdat(&reply) {
+        connection.bdat = Bdat::Broken;
+        connection.give_up();
+        return Trouble::Malformed.failure(Stage::Data).with_reply(reply);
+    }
+    if connection.is_orderly() {
+        let limit = connection.timeouts.command;
+        connection.reset(limit).await;
+    }
+    classify::refusal(Stage::Data, reply)
+}
+
+/// Writes a mail, and the commands before it, to which `replies` replies are due.
+pub(super) async fn write(
+    connection: &mut Connection,
+    mut blocks: Blocks<'_>,
+    replies: u32,
+) -> Result<(), Unwritten> {
     let limit = connection.timeouts.write;
+    let counted = blocks.are_counted();
+    let mut due = replies;
     while let Some(block) = blocks.next_block() {
-        let (commands, mut written) = (u32::from(block.is_last), 0);
-        let result = connection.write(block.bytes, commands, limit, &mut written).await;
-        let Err(trouble) = result else {
-            if !block.is_last {
-                fail_point::hit(Point::MailHalfWritten, []);
-            }
-            continue;
-        };
-        // A server that refuses early says why before it closes; a refusal is certain.
-        if let Ok(reply) = connection.reply(LAST_WORDS).await
-            && (block.is_last || !reply.is_positive())
-        {
-            return Sent::Reply(reply);
+        let mut written = 0;
+        let result = connection.write(block.bytes, due, limit, &mut written).await;
+        due = 0;
+        if let Err(trouble) = result {
+            // Under TLS, bytes may be out that do not count as written. In clear those of a chunk are counted on both
+            // sides; after DATA a server may be content with less than the whole last line.
+            let may_be_out = connection.is_tls() || (written > 0 && !counted);
+            return Err(Unwritten {
+                trouble,
+                in_last: block.is_last,
+                may_be_whole: block.is_last && may_be_out,
+            });
         }
-        // Under TLS, bytes may be out that do not count as written.
-        let ending = block.is_last && (written > 0 || connection.is_tls());
-        return if ending {
-            Sent::Unknown(trouble)
-        } else {
-            Sent::Unfinished(trouble)
-        };
+        if !block.is_last {
+            fail_point::hit(Point::MailHalfWritten, []);
+        }
     }
     fail_point::hit(Point::MailWritten, []);
     connection.leave_data();
+    Ok(())
+}
+
+async fn send(connection: &mut Connection, message: &[u8], manner: Manner) -> Sent {
+    let blocks = match manner {
+        Manner::Data => Blocks::new(message),
+        Manner::Probe | Manner::Chunk => Blocks::counted(message, ""),
+    };
+    if let Err(unwritten) = write(connection, blocks, 1).await {
+        // A server that refuses early says why before it closes; a refusal is certain.
+        return match connection.reply(LAST_WORDS).await {
+            Ok(reply) if unwritten.in_last || !reply.is_positive() => Sent::Reply(reply),
+            _ if unwritten.may_be_whole => Sent::Unknown(unwritten.trouble),
+            _ => Sent::Unfinished(unwritten.trouble),
+        };
+    }
     match connection.reply(connection.timeouts.final_reply).await {
         // Still asking for the mail: that is no verdict.
         Ok(reply) if (300..400).contains(&reply.code) => {

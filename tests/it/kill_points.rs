@@ -5,6 +5,7 @@ mod answers;
 mod boundaries;
 mod bridge;
 mod ending;
+mod flights;
 mod holding;
 mod letters;
 mod outages;
@@ -16,7 +17,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::time::Duration;
 
 use postroom::level::Level;
-use postroom_testkit::smtp::{Script, SmtpServer};
+use postroom_testkit::smtp::{Builder, Script, SmtpServer};
 use serde_json::Value;
 
 use crate::sends::account;
@@ -37,10 +38,14 @@ const SIGKILL: i32 = 9;
 
 impl Scene {
     async fn new(script: Script) -> Self {
+        Self::at(SmtpServer::builder().script(script)).await
+    }
+
+    async fn at(server: Builder) -> Self {
         let mut world = World::ready().await;
         world.set("POSTROOM_LEASE", format!("{}s", LEASE.as_secs()));
         world.set("POSTROOM_RETRY_BASE", "200ms");
-        let server = SmtpServer::builder().script(script).start().await;
+        let server = server.start().await;
         account(&world, "acme", &server, &[]).await;
         let reports = world.reports().await;
         Self {

@@ -43,6 +43,8 @@ struct State {
     /// The latest used is last.
     idle: Vec<Entry>,
     full_until: Option<Instant>,
+    /// BDAT made trouble: mails go by DATA until then.
+    data_until: Option<Instant>,
 }
 
 /// Permission to have one connection open.
@@ -63,6 +65,7 @@ impl AccountPool {
                 bound,
                 idle: Vec::new(),
                 full_until: None,
+                data_until: None,
             }),
         }
     }
@@ -90,11 +93,26 @@ impl AccountPool {
     pub(super) fn is_unused(&self) -> bool {
         let state = self.lock();
         let full = state.full_until.is_some_and(|until| Instant::now() < until);
-        state.idle.is_empty() && !full && self.places.available_permits() >= state.permits
+        state.idle.is_empty()
+            && state.data_until.is_none()
+            && !full
+            && self.places.available_permits() >= state.permits
     }
 
     pub(super) fn count_as_full(&self, time: Duration) {
         self.lock().full_until = Some(Instant::now() + time);
+    }
+
+    /// No BDAT for this time: the server said or did something that a server which knows it does not.
+    pub(super) fn distrust_bdat(&self, time: Duration) {
+        self.lock().data_until = Some(Instant::now() + time);
+    }
+
+    /// Whether BDAT may be used, if it is offered.
+    pub(super) fn trusts_bdat(&self) -> bool {
+        let mut state = self.lock();
+        state.data_until = state.data_until.filter(|until| Instant::now() < *until);
+        state.data_until.is_none()
     }
 
     /// Waits for a place, in order of arrival.
@@ -123,6 +141,8 @@ impl AccountPool {
             return Vec::new();
         }
         state.version = version;
+        // It may be another server now.
+        state.data_until = None;
         state.bound = bound;
         if bound > state.permits {
             self.places.add_permits(bound - state.permits);

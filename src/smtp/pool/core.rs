@@ -203,6 +203,11 @@ impl Entry {
         self.cap.is_some()
     }
 
+    /// How long nothing was heard on a connection that idled before it was taken.
+    pub(super) fn silence(&self) -> Duration {
+        self.idle_since.elapsed()
+    }
+
     /// Counts as busy.
     pub(super) fn use_now(&mut self) {
         self.counted.set_idle(false);

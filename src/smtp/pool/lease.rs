@@ -5,16 +5,24 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::failure::Stage;
-use crate::smtp::connection::Connection;
+use crate::smtp::connection::{Bdat, Connection};
 use crate::smtp::envelope::{Envelope, all_failed};
 use crate::smtp::extensions::Extensions;
-use crate::smtp::open::{self, Announcement, NotOpen, OpenError};
+use crate::smtp::flight;
+use crate::smtp::open::{self, Announcement, Mail, NotOpen, OpenError};
 use crate::smtp::server::Submission;
-use crate::smtp::transaction::Transaction;
+use crate::smtp::transaction::{Outcome, Transaction};
 use crate::smtp::trouble::Trouble;
 
 use super::account::Place;
 use super::core::{Core, Entry};
+
+/// How long an account's mails go by DATA after its server did not know BDAT, or left a flight without an answer.
+const DISTRUST: Duration = Duration::from_hours(1);
+
+/// Longest silence of a connection after which everything may go in one flight. A server that closes an idle connection
+/// just then would leave the outcome unknown, while MAIL alone is repeated on a fresh one.
+const WARM: Duration = Duration::from_secs(2);
 
 /// A connection, logged in and ready for MAIL. Goes back to its pool when dropped.
 pub struct Lease {
@@ -27,6 +35,15 @@ pub struct Lease {
     reused: bool,
     /// When the mail must be written.
     deadline: Instant,
+}
+
+/// A flight that came to nothing; the server has taken nothing.
+#[derive(Debug)]
+pub enum NotAtOnce {
+    /// The connection was dead, or knows nothing of BDAT after all: here is a fresh one. No attempt yet.
+    Fresh(Box<Lease>),
+    /// No recipient can be sent to.
+    Failed(OpenError),
 }
 
 /// Where a lease came from.
@@ -68,42 +85,100 @@ impl Lease {
         self.entry.as_ref().map(|entry| &entry.connection.extensions)
     }
 
-    /// Announces a mail of `size` bytes. `utf8`: its headers need SMTPUTF8 (addresses are looked at here); `eightbit`:
-    /// it has bytes outside ASCII.
+    /// Announces a mail.
     ///
     /// A connection that was used before and turns out to be dead is replaced by a fresh one, once; that is no attempt.
     ///
     /// # Errors
     /// When no recipient was accepted; the connection is back in its pool, or closed.
-    pub async fn open(
-        mut self,
-        envelope: &Envelope,
-        size: usize,
-        utf8: bool,
-        eightbit: bool,
-    ) -> Result<Transaction, OpenError> {
-        let mail = Announcement {
-            envelope,
-            size,
-            utf8,
-            eightbit,
-        };
+    pub async fn open(mut self, envelope: &Envelope, mail: Mail) -> Result<Transaction, OpenError> {
         let begun = Instant::now();
         loop {
+            let announcement = self.announcement(envelope, mail);
             let Some(entry) = &mut self.entry else {
                 return Err(closed(envelope));
             };
             entry.connection.hurry(self.deadline);
-            match open::open(&mut entry.connection, mail).await {
-                Ok(results) => {
+            let opened = open::open(&mut entry.connection, announcement).await;
+            self.heed_bdat();
+            match opened {
+                Ok(opened) => {
                     self.core.envelope_time.observe(begun.elapsed().as_secs_f64());
-                    return Ok(Transaction::new(self, results));
+                    return Ok(Transaction::new(self, opened.results, opened.manner));
                 }
                 Err(NotOpen::Stale(_)) if self.reused && self.home.is_some() => {
                     self.replace(envelope).await?;
                 }
                 Err(NotOpen::Stale(error) | NotOpen::Failed(error)) => return Err(error),
             }
+        }
+    }
+
+    /// Whether envelope and mail may go in one flight ([`Lease::deliver_at_once`]): small, on a connection on which BDAT
+    /// has worked and that has just been used.
+    #[must_use]
+    pub fn may_deliver_at_once(&self, envelope: &Envelope, mail: Mail) -> bool {
+        self.trusts_bdat()
+            && self.entry.as_ref().is_some_and(|entry| {
+                flight::is_possible(&entry.connection, envelope, mail) && entry.silence() < WARM
+            })
+    }
+
+    /// Sends envelope and mail in one flight (RFC 3030 §4.2) and waits for the server's verdict; then the connection goes
+    /// back to its pool. The outcome is open from the first byte on: the last check whether we may still send comes
+    /// before. Only after [`Lease::may_deliver_at_once`].
+    ///
+    /// # Errors
+    /// [`NotAtOnce`]; the server has taken nothing.
+    pub async fn deliver_at_once(
+        mut self,
+        envelope: &Envelope,
+        mail: Mail,
+        message: &[u8],
+    ) -> Result<Outcome, NotAtOnce> {
+        let announcement = self.announcement(envelope, mail);
+        let Some(entry) = &mut self.entry else {
+            return Err(NotAtOnce::Failed(closed(envelope)));
+        };
+        let begun = Instant::now();
+        entry.connection.hurry(self.deadline);
+        let delivered = flight::deliver(&mut entry.connection, announcement, message).await;
+        self.heed_bdat();
+        match delivered {
+            Ok(outcome) => {
+                self.observe_data(begun.elapsed());
+                Ok(outcome)
+            }
+            Err(NotOpen::Stale(_)) if self.reused && self.home.is_some() => {
+                let replaced = self.replace(envelope).await;
+                replaced.map_err(NotAtOnce::Failed)?;
+                Err(NotAtOnce::Fresh(Box::new(self)))
+            }
+            Err(NotOpen::Stale(error) | NotOpen::Failed(error)) => Err(NotAtOnce::Failed(error)),
+        }
+    }
+
+    fn announcement<'a>(&self, envelope: &'a Envelope, mail: Mail) -> Announcement<'a> {
+        Announcement {
+            envelope,
+            mail,
+            chunking: self.trusts_bdat(),
+        }
+    }
+
+    fn trusts_bdat(&self) -> bool {
+        let by_account = |home: &Home| home.place.pool().trusts_bdat();
+        self.core.config.chunking && self.home.as_ref().is_none_or(by_account)
+    }
+
+    /// Lets the account know when BDAT turned out not to work here.
+    pub(in crate::smtp) fn heed_bdat(&self) {
+        let broken = |entry: &Entry| entry.connection.bdat == Bdat::Broken;
+        if self.entry.as_ref().is_some_and(broken)
+            && let Some(home) = &self.home
+            && home.place.pool().trusts_bdat()
+        {
+            home.place.pool().distrust_bdat(DISTRUST);
         }
     }
 

@@ -27,7 +27,7 @@ const REPLY: Duration = Duration::from_secs(1);
      \"rules\": [{\"at\": \"final_dot\", \"do\": \"take_then_close\", \"chance\": 0.01},\n             \
                {\"at\": \"mail\", \"do\": {\"reply\": \"451 4.3.0 Later\"}, \"after\": 10, \"times\": 5}],\n   \
      \"recipients\": [{\"local\": \"nobody\", \"reply\": \"550 5.1.1 No such user\"}]}\n\n\
-    at: greeting, ehlo, start_tls, auth, mail, rcpt, data, content, final_dot, rset, noop, quit\n\
+    at: greeting, ehlo, start_tls, auth, mail, rcpt, data, bdat, content, final_dot, rset, noop, quit\n\
     do: {\"reply\": …}, {\"reply_then_close\": …}, {\"delay_ms\": …}, close, silence, take_then_close, take_then_silence")]
 struct Arguments {
     /// Where to listen; port 0 takes a free one. The address is printed first, on standard error.
@@ -57,6 +57,12 @@ struct Arguments {
     /// Extensions not to announce; `starttls` is what an attacker who strips it leaves
     #[arg(long, value_name = "EXTENSION", value_delimiter = ',')]
     without: Vec<Extension>,
+    /// Offer CHUNKING
+    #[arg(long)]
+    chunking: bool,
+    /// Keep replies back for so many milliseconds, as a server far away does
+    #[arg(long, value_name = "MS")]
+    latency_ms: Option<u64>,
     /// End after so many mails
     #[arg(long, value_name = "N")]
     count: Option<usize>,
@@ -122,9 +128,13 @@ fn builder(arguments: &Arguments) -> Result<Builder, String> {
         .pipelining(keeps(Extension::Pipelining))
         .eight_bit_mime(keeps(Extension::EightBitMime))
         .smtputf8(keeps(Extension::Smtputf8))
+        .chunking(arguments.chunking)
         .offer_starttls(keeps(Extension::Starttls));
     for (user, password) in &arguments.login {
         builder = builder.auth(user, password);
+    }
+    if let Some(millis) = arguments.latency_ms {
+        builder = builder.latency(Duration::from_millis(millis));
     }
     if let Some(size) = arguments.size {
         builder = builder.size(size);

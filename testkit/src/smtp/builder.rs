@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::{Script, SmtpServer};
 use crate::tls::ServerCert;
@@ -35,6 +36,7 @@ pub struct Builder {
     pub(crate) offer_starttls: bool,
     pub(crate) keep_data: bool,
     pub(crate) trace: bool,
+    pub(crate) latency: Option<Duration>,
     pub(crate) script: Arc<Script>,
 }
 
@@ -54,6 +56,7 @@ impl Default for Builder {
             offer_starttls: true,
             keep_data: true,
             trace: false,
+            latency: None,
             script: Arc::default(),
         }
     }
@@ -78,7 +81,7 @@ impl Builder {
         eight_bit_mime;
         /// SMTPUTF8 (RFC 6531); on by default.
         smtputf8;
-        /// Whether CHUNKING (RFC 3030) is announced (BDAT itself is not implemented); off by default.
+        /// CHUNKING (RFC 3030); off by default.
         chunking;
         /// Whether a server with STARTTLS announces it; off is what a stripping attacker leaves.
         offer_starttls;
@@ -94,6 +97,13 @@ impl Builder {
     #[must_use]
     pub fn bind(mut self, addr: SocketAddr) -> Self {
         self.bind = addr;
+        self
+    }
+
+    /// Keeps replies back for this long, those that go out together only once: a server that is far away.
+    #[must_use]
+    pub fn latency(mut self, latency: Duration) -> Self {
+        self.latency = Some(latency);
         self
     }
 

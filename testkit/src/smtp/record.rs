@@ -116,6 +116,8 @@ pub struct Counters {
     pub max_open_by_user: HashMap<String, u64>,
     /// Commands by verb, in upper case.
     pub commands: HashMap<String, u64>,
+    /// Times that replies went out, several at once counted once: round trips of a client that waits for them.
+    pub turns: u64,
     /// AUTH that succeeded.
     pub auth_ok: u64,
     /// AUTH that failed.

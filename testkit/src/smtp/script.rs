@@ -25,9 +25,12 @@ pub enum Phase {
     Rcpt,
     /// DATA, up to 354.
     Data,
+    /// BDAT, before its octets. A server with something to do here knows the command only from EHLO: it answers, and reads
+    /// the octets as commands.
+    Bdat,
     /// The mail while it comes in, before its final dot. Only actions that end or freeze the connection make sense.
     Content,
-    /// The end of the mail.
+    /// The end of the mail: the final dot, or the last octet of the last chunk.
     FinalDot,
     /// RSET.
     Rset,

@@ -55,6 +55,8 @@ struct Transaction {
     named: usize,
     /// Recipients accepted.
     to: Vec<String>,
+    /// Chunks so far.
+    chunks: Vec<u8>,
 }
 
 /// Serves a connection to its end.
@@ -127,6 +129,7 @@ impl Session {
             "MAIL" => self.mail(rest).await,
             "RCPT" => self.rcpt(rest).await,
             "DATA" => self.data().await,
+            "BDAT" => self.bdat(rest).await,
             "RSET" => {
                 self.mail = None;
                 self.simple(Phase::Rset, "250 2.0.0 Ok").await
@@ -138,6 +141,17 @@ impl Session {
             }
             _ => Ok(self.say("500 5.5.2 Unknown command")),
         }
+    }
+
+    /// Reads the octets of a chunk; none if the client goes before.
+    async fn octets(&mut self, n: usize) -> io::Result<Option<Vec<u8>>> {
+        while self.inbound.len() < n {
+            // Replies wait for the end of what is one write of the client's.
+            if self.stream.read_buf(&mut self.inbound).await? == 0 {
+                return Ok(None);
+            }
+        }
+        Ok(Some(self.inbound.split_to(n).to_vec()))
     }
 
     /// Reads up to and including the final dot.
@@ -232,6 +246,10 @@ impl Session {
             self.shared.record.batch(std::mem::take(&mut self.verbs));
         }
         if !self.out.is_empty() {
+            if let Some(latency) = self.shared.setup.latency {
+                tokio::time::sleep(latency).await;
+            }
+            self.shared.record.count(|counters| counters.turns += 1);
             match self.script.drip_pause() {
                 None => self.stream.write_all(&self.out).await?,
                 Some(pause) => {

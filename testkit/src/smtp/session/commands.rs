@@ -140,6 +140,7 @@ impl Session {
             params: params.to_owned(),
             named: 0,
             to: Vec::new(),
+            chunks: Vec::new(),
         };
         let answered = self.answer(Phase::Mail, "250 2.1.0 Ok").await?;
         self.note_refusal(Phase::Mail, &answered, None);
@@ -187,6 +188,43 @@ impl Session {
             return Ok(Next::Close);
         };
         self.final_dot(data).await
+    }
+
+    /// A chunk (RFC 3030 §2): its octets are taken whatever the answer will be.
+    pub(super) async fn bdat(&mut self, rest: &str) -> io::Result<Next> {
+        let mut words = rest.split(' ');
+        let octets = words.next().and_then(|n| n.parse::<usize>().ok());
+        let (Some(octets), true) = (octets, self.shared.setup.chunking) else {
+            return Ok(self.say("502 5.5.1 Not implemented"));
+        };
+        let is_last = words.next().is_some_and(|word| word.eq_ignore_ascii_case("LAST"));
+        let script = Arc::clone(&self.script);
+        if let Some(action) = script.decide(Phase::Bdat) {
+            let answered = self.perform(Phase::Bdat, Some(action), "").await?;
+            return Ok(next(&answered));
+        }
+        if octets > 0 && !self.content_begins().await? {
+            return Ok(Next::Close);
+        }
+        let Some(mut chunk) = self.octets(octets).await? else {
+            return Ok(Next::Close);
+        };
+        if !self.shared.setup.keep_data {
+            chunk.clear();
+        }
+        match &mut self.mail {
+            None => Ok(self.say("503 5.5.1 Need MAIL command")),
+            Some(mail) if is_last => {
+                mail.chunks.append(&mut chunk);
+                let data = std::mem::take(&mut mail.chunks);
+                self.final_dot(data).await
+            }
+            Some(mail) if mail.to.is_empty() => Ok(self.say("554 5.5.1 No valid recipients")),
+            Some(mail) => {
+                mail.chunks.append(&mut chunk);
+                Ok(self.say(&format!("250 2.0.0 Ok: {octets} octets")))
+            }
+        }
     }
 
     /// Lets the script act in the middle of a mail, once its first bytes are there. Whether the session goes on.
