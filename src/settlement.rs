@@ -209,12 +209,7 @@ fn hold(at: &Circumstances<'_>, mut attempt: Attempt) -> Settlement {
     settlement(at, &attempt, Next::Hold { body: None }, Some(report))
 }
 
-fn wait(
-    at: &Circumstances<'_>,
-    attempt: &Attempt,
-    reason: WaitReason,
-    delay: Duration,
-) -> Settlement {
+fn wait(at: &Circumstances<'_>, attempt: &Attempt, reason: WaitReason, delay: Duration) -> Settlement {
     let report = is_reported(at, attempt, reason, delay).then(|| {
         let mut report = report(at, attempt, ReportType::Deferred);
         report

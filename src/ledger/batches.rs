@@ -34,6 +34,10 @@ fn with<I, F>(ledger: &Ledger, run: fn(Ledger, Vec<I>) -> F) -> impl Fn(Vec<I>) 
 /// Bodies in one statement, in bytes: it holds no lock others wait for, but must not hold the connection long.
 const BODY_BYTES: usize = 4 << 20;
 
+/// How long a published report may stay in the outbox until others go with it. Nobody waits for that; what dies in
+/// between publishes its reports once more, under the same ids.
+const CLEAR_LINGER: Duration = Duration::from_millis(20);
+
 impl Batches {
     /// Starts the tasks behind the calls.
     #[must_use]
@@ -42,13 +46,20 @@ impl Batches {
             rows: 256,
             weight: BODY_BYTES,
             parallel,
+            linger: Duration::ZERO,
         };
         Self {
             ledger: ledger.clone(),
             settle: Coalescer::spawn(rows(2), with(ledger, settle)),
             slots: Coalescer::spawn(rows(1), with(ledger, slots)),
             absorb: Coalescer::spawn(rows(1), with(ledger, absorb)),
-            clear: Coalescer::spawn(rows(1), with(ledger, clear)),
+            clear: Coalescer::spawn(
+                Bounds {
+                    linger: CLEAR_LINGER,
+                    ..rows(1)
+                },
+                with(ledger, clear),
+            ),
             mark: Coalescer::spawn(rows(1), with(ledger, mark)),
         }
     }

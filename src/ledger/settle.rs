@@ -141,12 +141,12 @@ impl Ledger {
         self.observe("settle", batch.len(), sent.elapsed());
         let mut answers = vec![Settled::LeaseLost; batch.len()];
         for row in rows {
-            let answer = match row.try_get::<_, i16>("answer")? {
+            let answer = match row.try_get::<_, i16>(1)? {
                 1 => Settled::Written,
                 3 => Settled::Cancelled,
                 _ => Settled::LeaseLost,
             };
-            let Ok(place) = usize::try_from(row.try_get::<_, i32>("idx")?) else {
+            let Ok(place) = usize::try_from(row.try_get::<_, i32>(0)?) else {
                 self.note_change(&row, sent)?;
                 continue;
             };

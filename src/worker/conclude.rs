@@ -301,13 +301,7 @@ impl Worker {
     }
 
     /// Somebody else has the job by now. What the server took is true all the same.
-    async fn lost(
-        &self,
-        task: &Task,
-        origin: Option<Origin>,
-        results: &[RecipientResult],
-        message_id: &str,
-    ) {
+    async fn lost(&self, task: &Task, origin: Option<Origin>, results: &[RecipientResult], message_id: &str) {
         self.metrics.leases_lost.inc();
         tracing::warn!("the lease was lost before the outcome was written");
         if !results.is_empty() {
