@@ -7,7 +7,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use crate::failure::{Class, Failure, Fault, Severity, Stage};
 use crate::job::{MailJob, OnUncertain};
-use crate::ledger::settle::{Body, Next, Settlement};
+use crate::ledger::settle::{Next, Settlement};
 use crate::ledger::{Row, WaitReason};
 use crate::pipeline::{Attempt, Verdict};
 use crate::report::{RecipientResult, RecipientStatus, Report, ReportData, ReportType, Timings, event_id};
@@ -39,9 +39,10 @@ pub struct Circumstances<'a> {
     pub jitter: f64,
 }
 
-/// Decides what is to be written. `body` is put into the settlement where the job has to wait.
+/// Decides what is to be written. Where the job has to wait, the body is still to be put in: only the worker has it, and
+/// few jobs need it.
 #[must_use]
-pub fn plan(at: &Circumstances<'_>, attempt: Attempt, body: Option<Body>) -> Settlement {
+pub fn plan(at: &Circumstances<'_>, attempt: Attempt) -> Settlement {
     match &attempt.verdict {
         Verdict::Expired => finish(at, &attempt, ReportType::Expired, Some("expires_at has passed")),
         Verdict::Cancelled => finish(at, &attempt, ReportType::Cancelled, None),
@@ -52,18 +53,18 @@ pub fn plan(at: &Circumstances<'_>, attempt: Attempt, body: Option<Body>) -> Set
         } if is_too_old(at, &attempt) => fail(at, attempt, &unhealthy()),
         Verdict::Wait { reason, delay } => {
             let (reason, delay) = (*reason, *delay);
-            wait(at, &attempt, reason, delay, body)
+            wait(at, &attempt, reason, delay)
         }
-        Verdict::Uncertain(_) if attempt.on_uncertain == OnUncertain::Hold => hold(at, attempt, body),
+        Verdict::Uncertain(_) if attempt.on_uncertain == OnUncertain::Hold => hold(at, attempt),
         Verdict::Uncertain(failure) | Verdict::Failed(failure) => {
             let failure = failure.clone();
             if failure.is_transient() {
-                again(at, attempt, &failure, body)
+                again(at, attempt, &failure)
             } else {
                 fail(at, attempt, &failure)
             }
         }
-        Verdict::Attempted => attempted(at, attempt, body),
+        Verdict::Attempted => attempted(at, attempt),
     }
 }
 
@@ -84,7 +85,7 @@ fn unhealthy() -> Failure {
 }
 
 /// The server spoke: final if nobody is left, else the rest is tried again.
-fn attempted(at: &Circumstances<'_>, attempt: Attempt, body: Option<Body>) -> Settlement {
+fn attempted(at: &Circumstances<'_>, attempt: Attempt) -> Settlement {
     let deferred = attempt
         .recipients
         .iter()
@@ -95,11 +96,11 @@ fn attempted(at: &Circumstances<'_>, attempt: Attempt, body: Option<Body>) -> Se
         .any(|r| r.status == RecipientStatus::Pending);
     if deferred {
         let failure = attempt.failure.clone().unwrap_or_else(unknown_refusal);
-        return again(at, attempt, &failure, body);
+        return again(at, attempt, &failure);
     }
     if pending {
         // Only a part of the envelope was covered by the slot; the rest waits for the next one.
-        return wait(at, &attempt, WaitReason::Rate, Duration::ZERO, body);
+        return wait(at, &attempt, WaitReason::Rate, Duration::ZERO);
     }
     let accepted = attempt
         .recipients
@@ -128,7 +129,7 @@ fn unknown_refusal() -> Failure {
 }
 
 /// A passing failure: come back, unless that has been tried long enough.
-fn again(at: &Circumstances<'_>, mut attempt: Attempt, failure: &Failure, body: Option<Body>) -> Settlement {
+fn again(at: &Circumstances<'_>, mut attempt: Attempt, failure: &Failure) -> Settlement {
     let age = at.now.duration_since(at.row.created);
     let age = Duration::try_from(age.max(SignedDuration::ZERO)).unwrap_or_default();
     if failure.is_missing_key() {
@@ -136,7 +137,7 @@ fn again(at: &Circumstances<'_>, mut attempt: Attempt, failure: &Failure, body: 
         let delay = age.clamp(at.retry.base, LONGEST_KEY_WAIT.max(at.retry.base));
         let delay = delay.mul_f64(0.85 + 0.3 * at.jitter);
         attempt.failure = Some(failure.clone());
-        return wait(at, &attempt, WaitReason::Key, delay, body);
+        return wait(at, &attempt, WaitReason::Key, delay);
     }
     let attempts = attempt.number(at.row);
     let retry = attempt.retry.unwrap_or(at.retry);
@@ -144,7 +145,7 @@ fn again(at: &Circumstances<'_>, mut attempt: Attempt, failure: &Failure, body: 
         return give_up(at, attempt, failure);
     };
     attempt.failure = Some(failure.clone());
-    wait(at, &attempt, WaitReason::Retry, delay, body)
+    wait(at, &attempt, WaitReason::Retry, delay)
 }
 
 /// Retries are used up: whoever still waits will not get it.
@@ -202,21 +203,15 @@ fn finish(at: &Circumstances<'_>, attempt: &Attempt, kind: ReportType, detail: O
     settlement(at, attempt, Next::Done(kind), Some(report))
 }
 
-fn hold(at: &Circumstances<'_>, mut attempt: Attempt, body: Option<Body>) -> Settlement {
+fn hold(at: &Circumstances<'_>, mut attempt: Attempt) -> Settlement {
     if let Verdict::Uncertain(failure) = &attempt.verdict {
         attempt.failure = Some(failure.clone());
     }
     let report = report(at, &attempt, ReportType::Uncertain);
-    settlement(at, &attempt, Next::Hold { body }, Some(report))
+    settlement(at, &attempt, Next::Hold { body: None }, Some(report))
 }
 
-fn wait(
-    at: &Circumstances<'_>,
-    attempt: &Attempt,
-    reason: WaitReason,
-    delay: Duration,
-    body: Option<Body>,
-) -> Settlement {
+fn wait(at: &Circumstances<'_>, attempt: &Attempt, reason: WaitReason, delay: Duration) -> Settlement {
     let report = is_reported(at, attempt, reason, delay).then(|| {
         let mut report = report(at, attempt, ReportType::Deferred);
         report
@@ -229,7 +224,12 @@ fn wait(
             .ok();
         report
     });
-    settlement(at, attempt, Next::Park { reason, delay, body }, report)
+    let next = Next::Park {
+        reason,
+        delay,
+        body: None,
+    };
+    settlement(at, attempt, next, report)
 }
 
 /// At most one report per job and reason: the first retry, and the first wait for a limit or a date that is long

@@ -226,7 +226,7 @@ pub const SETTINGS: &[Setting] = &[
     plain(
         "POSTROOM_CONCURRENCY",
         "NUMBER",
-        Some("64"),
+        Some("128"),
         &[Worker],
         "Sends in flight per worker.",
     ),

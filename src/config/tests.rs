@@ -52,7 +52,7 @@ fn defaults_of_the_table_are_those_of_the_types() {
     let worker = load::<Worker>(&nothing).unwrap();
     assert_eq!(
         (worker.concurrency, worker.lease, worker.grace_period),
-        (64, secs(45), secs(60))
+        (128, secs(45), secs(60))
     );
     assert_eq!(
         (worker.retention, worker.deferred_report_after),

@@ -149,9 +149,11 @@ impl Ledger {
         self.observe("admit", batch.len(), sent.elapsed());
         let mut answers: Vec<Option<Admitted>> = batch.iter().map(|_| None).collect();
         for row in &rows {
-            let index = row.try_get::<_, i32>("idx")? as usize;
+            let index = row.try_get::<_, i32>(column::IDX)? as usize;
             if let (Some(place), Some(request)) = (answers.get_mut(index), batch.get(index)) {
-                let ill = row.try_get::<_, Option<i64>>("ill_us")?.map(|us| wait(Some(us)));
+                let ill = row
+                    .try_get::<_, Option<i64>>(column::ILL_US)?
+                    .map(|us| wait(Some(us)));
                 self.health.note(&request.account, ill, sent);
                 *place = Some(read(row, request, sent)?);
             }
@@ -270,25 +272,51 @@ impl Ledger {
     }
 }
 
+/// Places of the columns that `admit_v1` returns: looked up by name, each would be searched for in every row.
+mod column {
+    pub(super) const IDX: usize = 0;
+    pub(super) const VERDICT: usize = 1;
+    pub(super) const BORN: usize = 2;
+    pub(super) const SEQ: usize = 3;
+    pub(super) const ATTEMPT: usize = 4;
+    pub(super) const CREATED_US: usize = 5;
+    pub(super) const GRANTED: usize = 6;
+    pub(super) const VALID_US: usize = 8;
+    pub(super) const WAIT_US: usize = 9;
+    pub(super) const REASON: usize = 10;
+    pub(super) const RECIPIENTS: usize = 11;
+    pub(super) const MESSAGE_ID: usize = 12;
+    pub(super) const UNCERTAIN: usize = 13;
+    pub(super) const OWED: usize = 14;
+    pub(super) const CRASHES: usize = 15;
+    pub(super) const DEATHS: usize = 16;
+    pub(super) const ILL_US: usize = 17;
+    pub(super) const PROBE: usize = 18;
+}
+
 fn read(row: &tokio_postgres::Row, request: &AdmitRequest, sent: Instant) -> Result<Admitted, DbError> {
-    let verdict: i16 = row.try_get("verdict")?;
+    let verdict: i16 = row.try_get(column::VERDICT)?;
     let leased = || -> Result<Box<Row>, DbError> {
         Ok(Box::new(Row {
             tenant: request.tenant.clone(),
             id: request.id.clone(),
             account: request.account.clone(),
             lease: request.lease.clone(),
-            born: row.try_get("born")?,
-            sequence: row.try_get("seq")?,
-            attempts: row.try_get::<_, i32>("attempt")?.max(0) as u32,
-            created: timestamp(row.try_get("created_us")?),
-            recipients: recipients(row.try_get("recipients")?),
-            message_id: row.try_get("message_id")?,
-            uncertain: row.try_get::<_, i32>("uncertain")?.max(0) as u32,
-            crashes: row.try_get::<_, i32>("crashes")?.max(0) as u32,
-            deaths: row.try_get::<_, i32>("deaths")?.max(0) as u32,
-            probe: row.try_get("probe")?,
-            slot: Slot::new(row.try_get("granted")?, row.try_get("valid_us")?, sent),
+            born: row.try_get(column::BORN)?,
+            sequence: row.try_get(column::SEQ)?,
+            attempts: row.try_get::<_, i32>(column::ATTEMPT)?.max(0) as u32,
+            created: timestamp(row.try_get(column::CREATED_US)?),
+            recipients: recipients(row.try_get(column::RECIPIENTS)?),
+            message_id: row.try_get(column::MESSAGE_ID)?,
+            uncertain: row.try_get::<_, i32>(column::UNCERTAIN)?.max(0) as u32,
+            crashes: row.try_get::<_, i32>(column::CRASHES)?.max(0) as u32,
+            deaths: row.try_get::<_, i32>(column::DEATHS)?.max(0) as u32,
+            probe: row.try_get(column::PROBE)?,
+            slot: Slot::new(
+                row.try_get(column::GRANTED)?,
+                row.try_get(column::VALID_US)?,
+                sent,
+            ),
         }))
     };
     Ok(match verdict {
@@ -296,14 +324,14 @@ fn read(row: &tokio_postgres::Row, request: &AdmitRequest, sent: Instant) -> Res
         2 => Admitted::Wait {
             row: leased()?,
             reason: row
-                .try_get::<_, Option<i16>>("reason")?
+                .try_get::<_, Option<i16>>(column::REASON)?
                 .and_then(WaitReason::from_number)
                 .unwrap_or(WaitReason::Busy),
-            delay: wait(row.try_get("wait_us")?),
+            delay: wait(row.try_get(column::WAIT_US)?),
         },
         4 => Admitted::Waiting,
         5 => Admitted::Done {
-            owed: row.try_get("owed")?,
+            owed: row.try_get(column::OWED)?,
         },
         6 => Admitted::Conflict,
         7 => Admitted::Held,

@@ -1,5 +1,6 @@
 //! The ledger as jobs see it: one call per job, one statement per batch, and each call's own answer to trouble.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBuilder};
@@ -17,7 +18,7 @@ use crate::fail_point::{self, Point};
 #[derive(Debug, Clone)]
 pub struct Batches {
     ledger: Ledger,
-    settle: Coalescer<Settlement, Settled>,
+    settle: Coalescer<Arc<Settlement>, Settled>,
     slots: Coalescer<SlotRequest, Option<SlotAnswer>>,
     absorb: Coalescer<Absorb, bool>,
     clear: Coalescer<ReportKey, bool>,
@@ -33,6 +34,10 @@ fn with<I, F>(ledger: &Ledger, run: fn(Ledger, Vec<I>) -> F) -> impl Fn(Vec<I>) 
 /// Bodies in one statement, in bytes: it holds no lock others wait for, but must not hold the connection long.
 const BODY_BYTES: usize = 4 << 20;
 
+/// How long a published report may stay in the outbox until others go with it. Nobody waits for that; what dies in
+/// between publishes its reports once more, under the same ids.
+const CLEAR_LINGER: Duration = Duration::from_millis(20);
+
 impl Batches {
     /// Starts the tasks behind the calls.
     #[must_use]
@@ -41,25 +46,34 @@ impl Batches {
             rows: 256,
             weight: BODY_BYTES,
             parallel,
+            linger: Duration::ZERO,
         };
         Self {
             ledger: ledger.clone(),
             settle: Coalescer::spawn(rows(2), with(ledger, settle)),
             slots: Coalescer::spawn(rows(1), with(ledger, slots)),
             absorb: Coalescer::spawn(rows(1), with(ledger, absorb)),
-            clear: Coalescer::spawn(rows(1), with(ledger, clear)),
+            clear: Coalescer::spawn(
+                Bounds {
+                    linger: CLEAR_LINGER,
+                    ..rows(1)
+                },
+                with(ledger, clear),
+            ),
             mark: Coalescer::spawn(rows(1), with(ledger, mark)),
         }
     }
 
-    /// Writes an outcome. Repeated until Postgres has it: without it nothing may be acknowledged.
-    pub async fn settle(&self, settlement: Settlement) -> Settled {
+    /// Writes an outcome, and gives back what was to be written. Repeated until Postgres has it: without it nothing may be
+    /// acknowledged.
+    pub async fn settle(&self, settlement: Settlement) -> (Settlement, Settled) {
         let weight = settlement.weight();
+        let settlement = Arc::new(settlement);
+        let settled = self.settle.call(Arc::clone(&settlement), weight).await;
         // The task ends only with the process; then nobody reads this.
-        self.settle
-            .call(settlement, weight)
-            .await
-            .unwrap_or(Settled::LeaseLost)
+        let settled = settled.unwrap_or(Settled::LeaseLost);
+        // The batch has been dropped before it was answered: this copies nothing.
+        (Arc::unwrap_or_clone(settlement), settled)
     }
 
     /// Takes a slot; `None` if Postgres cannot be asked.
@@ -103,7 +117,7 @@ impl Batches {
     }
 }
 
-async fn settle(ledger: Ledger, batch: Vec<Settlement>) -> Vec<Settled> {
+async fn settle(ledger: Ledger, batch: Vec<Arc<Settlement>>) -> Vec<Settled> {
     let mut answers = vec![Settled::LeaseLost; batch.len()];
     for (places, part) in by_epoch(batch, |s| s.row.lease.epoch.number()) {
         for (place, answer) in places.into_iter().zip(settle_all(&ledger, part).await) {
@@ -114,7 +128,7 @@ async fn settle(ledger: Ledger, batch: Vec<Settlement>) -> Vec<Settled> {
 }
 
 /// Repeats passing trouble for ever; splits a batch that one row poisons until that row stands alone.
-async fn settle_all(ledger: &Ledger, mut batch: Vec<Settlement>) -> Vec<Settled> {
+async fn settle_all(ledger: &Ledger, mut batch: Vec<Arc<Settlement>>) -> Vec<Settled> {
     let mut waits = pauses();
     loop {
         match ledger.settle(&batch).await {
@@ -141,8 +155,8 @@ async fn settle_all(ledger: &Ledger, mut batch: Vec<Settlement>) -> Vec<Settled>
 }
 
 /// What is left of a settlement that Postgres refuses: the outcome and a report without foreign text.
-fn reduce(batch: &mut [Settlement]) {
-    for settlement in batch {
+fn reduce(batch: &mut [Arc<Settlement>]) {
+    for settlement in batch.iter_mut().map(Arc::make_mut) {
         settlement.recipients = None;
         settlement.error = None;
         settlement.evidence.clear();

@@ -1,8 +1,9 @@
 //! Makes one statement out of many concurrent calls. Batches form by load: while a statement runs, the calls that come
-//! in meanwhile become the next one; a lone call never waits for company.
+//! in meanwhile become the next one; a lone call never waits for company, unless nobody waits for its answer.
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
@@ -15,6 +16,8 @@ pub struct Bounds {
     pub weight: usize,
     /// Batches in flight at once.
     pub parallel: usize,
+    /// How long the first call of a batch waits for company. Nothing for calls that somebody waits for.
+    pub linger: Duration,
 }
 
 /// Sends calls to a task that answers them in batches. Cheap to clone.
@@ -85,6 +88,9 @@ where
                 None => return,
             },
         };
+        if !bounds.linger.is_zero() {
+            tokio::time::sleep(bounds.linger).await;
+        }
         let mut weight = first.weight;
         let mut batch = vec![first];
         while batch.len() < bounds.rows {
@@ -127,6 +133,7 @@ mod tests {
                 rows: 100,
                 weight: 1000,
                 parallel: 1,
+                linger: Duration::ZERO,
             },
             move |items: Vec<u32>| {
                 let (seen, gate) = (Arc::clone(&seen), Arc::clone(&gate));
@@ -157,6 +164,29 @@ mod tests {
         assert_eq!(batches.load(Ordering::SeqCst), 2);
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn calls_nobody_waits_for_are_gathered_for_a_moment() {
+        let bounds = Bounds {
+            rows: 100,
+            weight: 1000,
+            parallel: 1,
+            linger: Duration::from_millis(20),
+        };
+        let coalescer = Coalescer::spawn(
+            bounds,
+            |items: Vec<u32>| async move { vec![items.len(); items.len()] },
+        );
+        let call = |after| {
+            let coalescer = coalescer.clone();
+            async move {
+                tokio::time::sleep(Duration::from_millis(after)).await;
+                coalescer.call(0, 1).await
+            }
+        };
+        let answers = futures_util::future::join_all([0, 5, 15, 30].map(call)).await;
+        assert_eq!(answers, [Some(3), Some(3), Some(3), Some(1)]);
+    }
+
     #[tokio::test]
     async fn a_batch_stays_below_its_weight_unless_one_call_alone_is_heavier() {
         let coalescer = Coalescer::spawn(
@@ -164,6 +194,7 @@ mod tests {
                 rows: 100,
                 weight: 10,
                 parallel: 1,
+                linger: Duration::ZERO,
             },
             |items: Vec<usize>| async move {
                 let total: usize = items.iter().sum();

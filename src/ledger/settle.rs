@@ -1,5 +1,6 @@
 //! Settlement: outcome, report and what follows, in one transaction.
 
+use std::borrow::Borrow;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -113,12 +114,16 @@ impl Ledger {
     ///
     /// # Errors
     /// If the database cannot be asked. Repeating the call is safe.
-    pub async fn settle(&self, batch: &[Settlement]) -> Result<Vec<Settled>, DbError> {
+    pub async fn settle<S>(&self, batch: &[S]) -> Result<Vec<Settled>, DbError>
+    where
+        S: Borrow<Settlement>,
+    {
+        let batch: Vec<&Settlement> = batch.iter().map(Borrow::borrow).collect();
         let Some(epoch) = batch.first().map(|s| s.row.lease.epoch.number()) else {
             return Ok(Vec::new());
         };
-        let columns = Columns::new(batch);
-        let health = HealthColumns::new(batch);
+        let columns = Columns::new(&batch);
+        let health = HealthColumns::new(&batch);
         let breaker = self.breaker;
         let faults = breaker.faults.max(1) as i32;
         let (cooldown, cap) = (
@@ -136,12 +141,12 @@ impl Ledger {
         self.observe("settle", batch.len(), sent.elapsed());
         let mut answers = vec![Settled::LeaseLost; batch.len()];
         for row in rows {
-            let answer = match row.try_get::<_, i16>("answer")? {
+            let answer = match row.try_get::<_, i16>(1)? {
                 1 => Settled::Written,
                 3 => Settled::Cancelled,
                 _ => Settled::LeaseLost,
             };
-            let Ok(place) = usize::try_from(row.try_get::<_, i32>("idx")?) else {
+            let Ok(place) = usize::try_from(row.try_get::<_, i32>(0)?) else {
                 self.note_change(&row, sent)?;
                 continue;
             };
@@ -222,22 +227,22 @@ struct Columns<'a> {
 }
 
 impl<'a> Columns<'a> {
-    fn new(batch: &'a [Settlement]) -> Self {
-        let bodies = || batch.iter().map(Settlement::body);
-        let sequence = |s: &Settlement| s.report.as_ref().map(|r| r.data.sequence);
+    fn new(batch: &[&'a Settlement]) -> Self {
+        let bodies = || batch.iter().map(|s| s.body());
+        let sequence = |s: &&Settlement| s.report.as_ref().map(|r| r.data.sequence);
         Self {
             tenants: batch.iter().map(|s| s.row.tenant.as_str()).collect(),
             ids: batch.iter().map(|s| s.row.id.as_str()).collect(),
             claims: batch.iter().map(|s| s.row.lease.claim).collect(),
-            kinds: batch.iter().map(Settlement::kind).collect(),
-            outcomes: batch.iter().map(outcome).collect(),
+            kinds: batch.iter().map(|s| s.kind()).collect(),
+            outcomes: batch.iter().map(|s| outcome(s)).collect(),
             attempts: batch.iter().map(|s| s.attempts as i32).collect(),
             texts: Texts::new(batch),
             message_ids: batch.iter().map(|s| s.message_id.as_deref()).collect(),
             sequences: batch.iter().map(sequence).collect(),
             refunds: batch.iter().map(|s| s.refund).collect(),
-            delays: batch.iter().map(delay).collect(),
-            reasons: batch.iter().map(reason).collect(),
+            delays: batch.iter().map(|s| delay(s)).collect(),
+            reasons: batch.iter().map(|s| reason(s)).collect(),
             bodies: bodies().map(|body| body.map(|b| b.bytes.as_ref())).collect(),
             properties: bodies().map(|body| body.map(|b| b.properties.as_str())).collect(),
             errors: batch.iter().map(|s| s.error.as_deref()).collect(),
@@ -287,7 +292,7 @@ struct HealthColumns<'a> {
 }
 
 impl<'a> HealthColumns<'a> {
-    fn new(batch: &'a [Settlement]) -> Self {
+    fn new(batch: &[&'a Settlement]) -> Self {
         let mut columns = Self::default();
         for (place, settlement) in batch.iter().enumerate() {
             for evidence in &settlement.evidence {
@@ -322,7 +327,7 @@ struct Texts {
 }
 
 impl Texts {
-    fn new(batch: &[Settlement]) -> Self {
+    fn new(batch: &[&Settlement]) -> Self {
         Self {
             recipients: batch
                 .iter()

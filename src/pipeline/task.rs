@@ -7,7 +7,6 @@ use jiff::{SignedDuration, Timestamp};
 
 use crate::job::MailJob;
 use crate::ledger::Row;
-use crate::ledger::settle::Body;
 use crate::level::Level;
 use crate::memory::Held;
 
@@ -20,8 +19,6 @@ pub struct Task {
     pub row: Row,
     /// Its level.
     pub level: Level,
-    /// Its body, unless the ledger has it already.
-    pub body: Option<Body>,
     /// AMQP `correlation_id`, else the job's id.
     pub correlation_id: String,
     /// W3C trace context of the producer.

@@ -79,11 +79,7 @@ impl Case {
             now: Timestamp::UNIX_EPOCH + SignedDuration::from_secs(100),
             jitter: 0.5,
         };
-        let body = Body {
-            bytes: bytes::Bytes::from_static(b"{}"),
-            properties: "{}".to_owned(),
-        };
-        plan(&at, attempt, Some(body))
+        plan(&at, attempt)
     }
 
     /// An attempt in which the server said this about the two recipients.
@@ -234,7 +230,7 @@ fn waiting_for_room_is_no_attempt_and_costs_nothing() {
         assert_eq!(outcome(&settlement), reason.as_str());
         assert_eq!(settlement.attempts, 0);
         assert!(settlement.refund && settlement.report.is_none() && settlement.recipients.is_none());
-        assert!(matches!(settlement.next, Next::Park { body: Some(_), .. }));
+        assert!(matches!(settlement.next, Next::Park { .. }));
     }
 }
 

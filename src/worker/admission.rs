@@ -5,7 +5,7 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -16,7 +16,7 @@ use super::load::InHand;
 use super::permits::Permit;
 use crate::broker::dead_letter::REPLAY;
 use crate::fail_point::{self, Point};
-use crate::id::AccountKey;
+use crate::id::{AccountKey, JobId, TenantId};
 use crate::ledger::admit::{AdmitRequest, Admitted, Want};
 use crate::ledger::batches::pauses;
 use crate::ledger::release::ReleaseRequest;
@@ -36,7 +36,8 @@ const STATEMENTS: usize = 2;
 #[derive(Debug)]
 pub struct Admission {
     worker: Arc<Worker>,
-    levels: [VecDeque<Arrival>; 4],
+    /// Boxed: they are large, and move up when those before them go.
+    levels: [VecDeque<Box<Arrival>>; 4],
     statements: Arc<Semaphore>,
 }
 
@@ -94,7 +95,7 @@ impl Admission {
     }
 
     fn take(&mut self, arrival: Arrival) {
-        self.levels[arrival.level.index()].push_back(arrival);
+        self.levels[arrival.level.index()].push_back(Box::new(arrival));
     }
 
     async fn admit_what_can_run(&mut self) {
@@ -118,66 +119,123 @@ impl Admission {
     /// The next batch: levels in the order of the permits, jobs in the order of arrival, passing over those whose
     /// account is busy.
     fn pick(&mut self) -> Vec<Picked> {
-        let mut batch = Vec::new();
-        let mut keys = HashSet::new();
+        let mut picking = Picking::new(&self.worker);
         for level in self.worker.permits.order() {
-            let queue = &mut self.levels[level.index()];
-            let mut left = VecDeque::with_capacity(queue.len());
-            while let Some(arrival) = queue.pop_front() {
-                if arrival.is_stale() {
-                    continue;
-                }
-                let key = (arrival.job.tenant.clone(), arrival.job.id.clone());
-                if batch.len() >= BATCH || keys.contains(&key) {
-                    left.push_back(arrival);
-                    continue;
-                }
-                match pick_one(&self.worker, arrival, level) {
-                    Ok(picked) => {
-                        keys.insert(key);
-                        batch.push(picked);
-                    }
-                    Err(arrival) => left.push_back(arrival),
-                }
-            }
-            *queue = left;
+            picking.pick_from(&mut self.levels[level.index()], level);
         }
-        batch
+        picking.batch
     }
 }
 
-#[expect(
-    clippy::result_large_err,
-    reason = "not an error: the arrival goes back to its place"
-)]
-fn pick_one(worker: &Worker, arrival: Arrival, level: Level) -> Result<Picked, Arrival> {
-    let want = if worker.load.is_full(&arrival.account, arrival.connections) {
-        if arrival.since.elapsed() < PARK_AFTER {
-            return Err(arrival);
+/// One look at what is in hand.
+struct Picking<'a> {
+    worker: &'a Worker,
+    now: Instant,
+    batch: Vec<Picked>,
+    keys: HashSet<(TenantId, JobId)>,
+    /// Accounts found full in this look.
+    full: HashSet<AccountKey>,
+}
+
+/// What one look says about an arrival.
+enum Turn {
+    Now(Want, Option<(Permit, InHand)>),
+    Later,
+    /// No permit of this level is left.
+    NoPermit,
+}
+
+impl<'a> Picking<'a> {
+    fn new(worker: &'a Worker) -> Self {
+        Self {
+            worker,
+            now: Instant::now(),
+            batch: Vec::new(),
+            keys: HashSet::new(),
+            full: HashSet::new(),
         }
-        Want::Park
-    } else if Task::is_self_contained(&arrival.job) {
-        Want::Slot
-    } else {
-        Want::Claim
-    };
-    let permit = if want == Want::Park {
-        None
-    } else {
-        let Some(permit) = worker.permits.try_acquire(level) else {
-            return Err(arrival);
+    }
+
+    /// Stops at the first arrival that finds no permit: those behind it are younger, and none of them is to be parked
+    /// unless it is.
+    fn pick_from(&mut self, queue: &mut VecDeque<Box<Arrival>>, level: Level) {
+        let mut place = 0;
+        while self.batch.len() < BATCH
+            && let Some(arrival) = queue.get(place)
+        {
+            if arrival.is_stale() {
+                queue.remove(place);
+                continue;
+            }
+            match self.turn(arrival, level) {
+                Turn::Now(want, right) => {
+                    if let Some(arrival) = queue.remove(place) {
+                        self.add(*arrival, want, right);
+                    }
+                }
+                Turn::NoPermit if !self.has_stood_long(arrival) => return,
+                Turn::NoPermit | Turn::Later => place += 1,
+            }
+        }
+    }
+
+    fn turn(&mut self, arrival: &Arrival, level: Level) -> Turn {
+        if self.is_full(arrival) {
+            return if self.has_stood_long(arrival) && !self.has_twin(arrival) {
+                Turn::Now(Want::Park, None)
+            } else {
+                Turn::Later
+            };
+        }
+        if self.has_twin(arrival) {
+            return Turn::Later;
+        }
+        let Some(permit) = self.worker.permits.try_acquire(level) else {
+            return Turn::NoPermit;
         };
-        Some((permit, worker.load.enter(&arrival.account, arrival.connections)))
-    };
-    let lease = worker.claim();
-    let mut request = AdmitRequest::new(&arrival.job, level, arrival.account.clone(), lease, want);
-    request.detour = arrival.may_detour;
-    request.replay = arrival.delivery.has_header(REPLAY);
-    Ok(Picked {
-        arrival,
-        request,
-        permit,
-    })
+        let in_hand = self.worker.load.enter(&arrival.account, arrival.connections);
+        let want = if Task::is_self_contained(&arrival.job) {
+            Want::Slot
+        } else {
+            Want::Claim
+        };
+        Turn::Now(want, Some((permit, in_hand)))
+    }
+
+    fn is_full(&mut self, arrival: &Arrival) -> bool {
+        if self.full.contains(&arrival.account) {
+            return true;
+        }
+        let full = self.worker.load.is_full(&arrival.account, arrival.connections);
+        if full {
+            self.full.insert(arrival.account.clone());
+        }
+        full
+    }
+
+    fn has_stood_long(&self, arrival: &Arrival) -> bool {
+        self.now.saturating_duration_since(arrival.since) >= PARK_AFTER
+    }
+
+    /// Whether the same job is in the batch: one statement cannot claim it twice.
+    fn has_twin(&self, arrival: &Arrival) -> bool {
+        let key = (arrival.job.tenant.clone(), arrival.job.id.clone());
+        self.keys.contains(&key)
+    }
+
+    fn add(&mut self, arrival: Arrival, want: Want, permit: Option<(Permit, InHand)>) {
+        self.keys
+            .insert((arrival.job.tenant.clone(), arrival.job.id.clone()));
+        let (account, lease) = (arrival.account.clone(), self.worker.claim());
+        let mut request = AdmitRequest::new(&arrival.job, arrival.level, account, lease, want);
+        request.detour = arrival.may_detour;
+        request.replay = arrival.delivery.has_header(REPLAY);
+        self.batch.push(Picked {
+            arrival,
+            request,
+            permit,
+        });
+    }
 }
 
 /// Claims a batch and sends every job on its way. Repeated with the same claims until Postgres answers: until then

@@ -8,7 +8,7 @@ use tracing::Instrument as _;
 
 use super::Worker;
 use super::admission::Picked;
-use super::arrival::plain;
+use super::arrival::{Arrival, plain};
 use super::bury::Doomed;
 use super::delivery::{Properties, stored};
 use super::load::InHand;
@@ -16,6 +16,7 @@ use super::permits::Permit;
 use crate::broker::Delivery;
 use crate::fail_point::{self, Point};
 use crate::failure::Failure;
+use crate::job::MailJob;
 use crate::job::decode::{self, Incoming, RejectReason};
 use crate::ledger::admit::{Absorb, Admitted};
 use crate::ledger::release::Released;
@@ -30,6 +31,35 @@ use crate::settlement::{Circumstances, all_pending, plan};
 
 type Right = Option<(Permit, InHand)>;
 
+/// Where a new job came from.
+#[derive(Debug)]
+struct Origin {
+    /// What is acknowledged in the end.
+    delivery: Delivery,
+    /// What goes with its body if that has to be stored.
+    properties: Properties,
+}
+
+/// An admitted arrival as the pipeline takes it, and what is left of it.
+fn task(arrival: Arrival, row: Row) -> (Task, Origin) {
+    let correlation_id = arrival.properties.correlation_id.clone();
+    let task = Task {
+        correlation_id: correlation_id.unwrap_or_else(|| arrival.job.id.to_string()),
+        traceparent: arrival.properties.traceparent.clone(),
+        job: arrival.job,
+        row,
+        level: arrival.level,
+        new: true,
+        // The delivery holds it.
+        held: None,
+    };
+    let origin = Origin {
+        delivery: arrival.delivery,
+        properties: arrival.properties,
+    };
+    (task, origin)
+}
+
 impl Worker {
     /// Sends an admitted job on its way.
     pub fn follow(self: &Arc<Self>, picked: Picked, answer: Admitted) {
@@ -37,20 +67,20 @@ impl Worker {
         match answer {
             Admitted::Go(row) | Admitted::Behind(row) if row.is_poison() => self.bury_poison(Doomed::arrived(arrival, *row)),
             Admitted::Go(row) | Admitted::Behind(row) => {
-                let (task, delivery) = self.task(arrival, *row);
-                self.spawn_job(task, Some(delivery), permit);
+                let (task, origin) = task(arrival, *row);
+                self.spawn_job(task, Some(origin), permit);
             }
             Admitted::Wait { row, reason, delay } => {
-                let (task, delivery) = self.task(arrival, *row);
-                self.conclude_at_once(task, delivery, Verdict::Wait { reason, delay });
+                let (task, origin) = task(arrival, *row);
+                self.conclude_at_once(task, origin, Verdict::Wait { reason, delay });
             }
             Admitted::Expired(row) => {
-                let (task, delivery) = self.task(arrival, *row);
-                self.conclude_at_once(task, delivery, Verdict::Expired);
+                let (task, origin) = task(arrival, *row);
+                self.conclude_at_once(task, origin, Verdict::Expired);
             }
             Admitted::Cancelled(row) => {
-                let (task, delivery) = self.task(arrival, *row);
-                self.conclude_at_once(task, delivery, Verdict::Cancelled);
+                let (task, origin) = task(arrival, *row);
+                self.conclude_at_once(task, origin, Verdict::Cancelled);
             }
             Admitted::InFlight | Admitted::Held => self.absorb(arrival),
             Admitted::Waiting | Admitted::Done { .. } => {
@@ -69,10 +99,10 @@ impl Worker {
     /// Parks a claimed job behind older ones of its account.
     pub fn park_busy(self: &Arc<Self>, picked: Picked, row: Row) {
         let delay = std::time::Duration::ZERO;
-        let (task, delivery) = self.task(picked.arrival, row);
+        let (task, origin) = task(picked.arrival, row);
         self.conclude_at_once(
             task,
-            delivery,
+            origin,
             Verdict::Wait {
                 reason: WaitReason::Busy,
                 delay,
@@ -125,51 +155,21 @@ impl Worker {
             job,
             row: released.row,
             level: released.level,
-            body: None,
             new: false,
             held,
         };
         self.spawn_job(task, None, right);
     }
 
-    fn task(&self, arrival: super::arrival::Arrival, row: Row) -> (Task, Delivery) {
-        let body = plain(&arrival.delivery, &self.limits)
-            .ok_or_else(|| "the body cannot be inflated again".to_owned())
-            .and_then(|plain| {
-                stored(
-                    &arrival.job,
-                    &plain,
-                    &arrival.properties,
-                    &self.pipeline.keys.encryption.current(),
-                )
-            });
-        let body = body
-            .map_err(|error| tracing::error!(%error, job = %arrival.job.id, "body cannot be stored"))
-            .ok();
-        let correlation = arrival.properties.correlation_id;
-        let task = Task {
-            correlation_id: correlation.unwrap_or_else(|| arrival.job.id.to_string()),
-            traceparent: arrival.properties.traceparent,
-            job: arrival.job,
-            row,
-            level: arrival.level,
-            body,
-            new: true,
-            // The delivery holds it.
-            held: None,
-        };
-        (task, arrival.delivery)
-    }
-
-    fn spawn_job(self: &Arc<Self>, task: Task, delivery: Option<Delivery>, right: Right) {
+    fn spawn_job(self: &Arc<Self>, task: Task, origin: Option<Origin>, right: Right) {
         let worker = Arc::clone(self);
         let span = tracing::info_span!("job", job = %task.job.id, tenant = %task.job.tenant);
         self.tasks
-            .spawn(async move { worker.run_job(task, delivery, right).await }.instrument(span));
+            .spawn(async move { worker.run_job(task, origin, right).await }.instrument(span));
     }
 
     /// One job, from its lease to its report.
-    async fn run_job(self: Arc<Self>, task: Task, delivery: Option<Delivery>, right: Right) {
+    async fn run_job(self: Arc<Self>, task: Task, origin: Option<Origin>, right: Right) {
         let _in_flight = self.in_flight();
         let attempt = AssertUnwindSafe(self.pipeline.attempt(&task))
             .catch_unwind()
@@ -189,23 +189,23 @@ impl Worker {
         ) {
             self.note_busy(&task.row.account);
         }
-        self.conclude(task, delivery, attempt).await;
+        self.conclude(task, origin, attempt).await;
     }
 
     /// For jobs that are over, or have to wait, before anything is tried.
-    fn conclude_at_once(self: &Arc<Self>, task: Task, delivery: Delivery, verdict: Verdict) {
+    fn conclude_at_once(self: &Arc<Self>, task: Task, origin: Origin, verdict: Verdict) {
         let mut attempt = Attempt::of(known_recipients(&task), task.row.message_id.clone());
         attempt.verdict = verdict;
         attempt.account = task.job.account.as_ref().map(ToString::to_string);
         let worker = Arc::clone(self);
         self.tasks.spawn(async move {
             let _in_flight = worker.in_flight();
-            worker.conclude(task, Some(delivery), attempt).await;
+            worker.conclude(task, Some(origin), attempt).await;
         });
     }
 
     /// plan → settle → acknowledge → report.
-    async fn conclude(self: &Arc<Self>, task: Task, delivery: Option<Delivery>, attempt: Attempt) {
+    async fn conclude(self: &Arc<Self>, task: Task, origin: Option<Origin>, attempt: Attempt) {
         let accepted = |r: &RecipientResult| r.status == RecipientStatus::Accepted;
         // True even if the lease is lost. All of them: those that were not accepted are still to be tried.
         let results = if attempt.recipients.iter().any(accepted) {
@@ -226,10 +226,9 @@ impl Worker {
             jitter: rand::random(),
         };
         self.log_attempt(&task, &attempt);
-        let mut settlement = plan(&at, attempt, task.body.clone());
-        if delivery.is_some() && lacks_body(&settlement.next) {
-            // Its body cannot be kept here: RabbitMQ stays its owner.
-            settlement.next = Next::GiveBack;
+        let mut settlement = plan(&at, attempt);
+        if let Some(origin) = &origin {
+            self.keep_body(&task, origin, &mut settlement.next);
         }
         let gives_back = matches!(settlement.next, Next::GiveBack);
         fail_point::hit(Point::Replied, [task.job.id.as_str()]);
@@ -238,9 +237,9 @@ impl Worker {
             Settled::Written | Settled::Cancelled => {
                 self.count(&settlement);
                 fail_point::hit(Point::BeforeAck, [task.job.id.as_str()]);
-                match delivery {
-                    Some(delivery) if gives_back => delivery.receipt.give_back(),
-                    Some(delivery) => delivery.receipt.ack(),
+                match origin {
+                    Some(origin) if gives_back => origin.delivery.receipt.give_back(),
+                    Some(origin) => origin.delivery.receipt.ack(),
                     None => {}
                 }
                 fail_point::hit(Point::Acked, [task.job.id.as_str()]);
@@ -248,7 +247,7 @@ impl Worker {
                     self.reporter.publish(self, report);
                 }
             }
-            Settled::LeaseLost => self.lost(&task, delivery, &results, &message_id).await,
+            Settled::LeaseLost => self.lost(&task, origin, &results, &message_id).await,
         }
         if matches!(
             settlement.next,
@@ -261,9 +260,31 @@ impl Worker {
         }
     }
 
+    /// Puts the body of a new job into what is written, if the job has to wait. Only then: most never do.
+    fn keep_body(&self, task: &Task, origin: &Origin, next: &mut Next) {
+        let (Next::Park { body, .. } | Next::Hold { body }) = next else {
+            return;
+        };
+        *body = self.body(&task.job, &origin.delivery, &origin.properties);
+        if body.is_none() {
+            // It cannot be kept here: RabbitMQ stays its owner.
+            *next = Next::GiveBack;
+        }
+    }
+
+    /// The body of a delivery as it is stored.
+    fn body(&self, job: &MailJob, delivery: &Delivery, properties: &Properties) -> Option<Body> {
+        let plain = plain(delivery, &self.limits).ok_or_else(|| "it cannot be inflated again".to_owned());
+        let keys = self.pipeline.keys.encryption.current();
+        let stored = plain.and_then(|plain| stored(job, &plain, properties, &keys));
+        stored
+            .map_err(|error| tracing::error!(%error, job = %job.id, "body cannot be stored"))
+            .ok()
+    }
+
     /// Writes the settlement; a cancel that came in between wins over anything but an outcome.
     async fn settle(&self, at: &Circumstances<'_>, settlement: Settlement) -> (Settlement, Settled) {
-        let settled = self.batches.settle(settlement.clone()).await;
+        let (settlement, settled) = self.batches.settle(settlement).await;
         if settled != Settled::Cancelled {
             return (settlement, settled);
         }
@@ -274,23 +295,16 @@ impl Worker {
         let mut attempt = Attempt::of(recipients, settlement.message_id.clone());
         attempt.verdict = Verdict::Cancelled;
         attempt.reached_mail_from = !settlement.refund;
-        let mut cancelled = plan(at, attempt, None);
+        let mut cancelled = plan(at, attempt);
         // What the attempt found out is true all the same.
         cancelled.evidence = settlement.evidence;
         cancelled.uncertain = settlement.uncertain;
         cancelled.crashed = settlement.crashed;
-        let settled = self.batches.settle(cancelled.clone()).await;
-        (cancelled, settled)
+        self.batches.settle(cancelled).await
     }
 
     /// Somebody else has the job by now. What the server took is true all the same.
-    async fn lost(
-        &self,
-        task: &Task,
-        delivery: Option<Delivery>,
-        results: &[RecipientResult],
-        message_id: &str,
-    ) {
+    async fn lost(&self, task: &Task, origin: Option<Origin>, results: &[RecipientResult], message_id: &str) {
         self.metrics.leases_lost.inc();
         tracing::warn!("the lease was lost before the outcome was written");
         if !results.is_empty() {
@@ -311,24 +325,16 @@ impl Worker {
             }
         }
         // Whoever has the job now may lack its body: RabbitMQ offers it once more.
-        if let Some(delivery) = delivery {
-            delivery.receipt.give_back();
+        if let Some(origin) = origin {
+            origin.delivery.receipt.give_back();
         }
     }
 
     /// Keeps the body of a job in flight elsewhere, then acknowledges; a job given back meanwhile is admitted again.
-    fn absorb(self: &Arc<Self>, arrival: super::arrival::Arrival) {
+    fn absorb(self: &Arc<Self>, arrival: Arrival) {
         let worker = Arc::clone(self);
         self.tasks.spawn(async move {
-            let stored = plain(&arrival.delivery, &worker.limits).and_then(|plain| {
-                stored(
-                    &arrival.job,
-                    &plain,
-                    &arrival.properties,
-                    &worker.pipeline.keys.encryption.current(),
-                )
-                .ok()
-            });
+            let stored = worker.body(&arrival.job, &arrival.delivery, &arrival.properties);
             let Some(Body { bytes, properties }) = stored else {
                 return arrival.give_back();
             };
@@ -387,11 +393,6 @@ enum Unreadable {
     Rejected { newer: bool },
     /// Reading it ended in a panic.
     Crashed,
-}
-
-/// Whether a job would have to wait without a body.
-fn lacks_body(next: &Next) -> bool {
-    matches!(next, Next::Park { body: None, .. } | Next::Hold { body: None })
 }
 
 fn known_recipients(task: &Task) -> Vec<crate::report::RecipientResult> {

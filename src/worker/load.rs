@@ -11,7 +11,7 @@ use crate::id::AccountKey;
 /// the connections of an account: a quick server is kept busy, a slow one does not hold permits that it cannot use.
 const ADMISSION: Duration = Duration::from_millis(50);
 /// Most jobs in hand per connection.
-const PER_CONNECTION: usize = 4;
+const PER_CONNECTION: usize = 8;
 /// Time of a send until one has been seen.
 const UNKNOWN: Duration = Duration::from_millis(100);
 /// How long an account gets no more than it had in hand when a job found no connection.
@@ -183,7 +183,7 @@ mod tests {
             held.len()
         };
         assert_eq!(in_hand_of("t/slow", Duration::from_secs(20)), 2);
-        assert_eq!(in_hand_of("t/quick", Duration::from_millis(5)), 8);
+        assert_eq!(in_hand_of("t/quick", Duration::from_millis(5)), 16);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::Worker;
 use crate::broker::{Properties, PublishError};
 use crate::fail_point::{self, Point};
-use crate::ledger::outbox::ReportKey;
+use crate::ledger::outbox::{Owed, ReportKey};
 use crate::report::{Report, event_id, routing_key};
 
 /// AMQP `type` of a report.
@@ -24,6 +24,8 @@ const ON_THEIR_WAY: usize = 2048;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How often the outbox is swept.
 const SWEEP: Duration = Duration::from_secs(5);
+/// Jobs whose swept reports are struck off the outbox together.
+const CLEARED_AT_ONCE: usize = 32;
 /// How long a swept report is nobody else's.
 const HOLD: Duration = Duration::from_mins(1);
 
@@ -180,9 +182,26 @@ async fn sweep_once(worker: &Arc<Worker>) -> bool {
     let oldest = owed.iter().map(|o| o.waiting.as_secs()).max().unwrap_or(0);
     worker.metrics.outbox_age.set(oldest as i64);
     let more = owed.len() == CHUNK as usize;
-    for job in owed {
-        for (sequence, json) in job.reports {
-            let Some(of) = head(&json) else {
+    for part in owed.chunks(CLEARED_AT_ONCE) {
+        let (published, all) = publish_owed(worker, part).await;
+        if let Err(error) = worker.ledger.clear_outbox(&published).await {
+            // They are published once more, under the same ids.
+            worker.database_trouble("outbox", &error);
+            return false;
+        }
+        if !all {
+            return false;
+        }
+    }
+    more
+}
+
+/// Publishes what these jobs owe, until it fails: what was published, and whether that is all.
+async fn publish_owed(worker: &Arc<Worker>, jobs: &[Owed]) -> (Vec<ReportKey>, bool) {
+    let mut published = Vec::with_capacity(jobs.len());
+    for job in jobs {
+        for (sequence, json) in &job.reports {
+            let Some(of) = head(json) else {
                 continue;
             };
             let event = event_id(job.tenant.as_str(), "job", job.id.as_str(), &sequence.to_string());
@@ -193,27 +212,24 @@ async fn sweep_once(worker: &Arc<Worker>) -> bool {
                 correlation: of.correlation.as_deref(),
                 traceparent: of.traceparent.as_deref(),
             };
-            let mut published = worker.publish_json(&head, json.as_bytes()).await;
-            if published.is_err() {
+            let mut confirmed = worker.publish_json(&head, json.as_bytes()).await;
+            if confirmed.is_err() {
                 // Nobody else may publish it for a while now: once more if the session has ended under it.
                 worker.wait_connected().await;
-                published = worker.publish_json(&head, json.as_bytes()).await;
+                confirmed = worker.publish_json(&head, json.as_bytes()).await;
             }
-            if let Err(error) = published {
+            if let Err(error) = confirmed {
                 tracing::warn!(%error, "reports stay in the outbox");
-                return false;
+                return (published, false);
             }
-            worker
-                .batches
-                .clear(ReportKey {
-                    tenant: job.tenant.clone(),
-                    id: job.id.clone(),
-                    sequence,
-                })
-                .await;
+            published.push(ReportKey {
+                tenant: job.tenant.clone(),
+                id: job.id.clone(),
+                sequence: *sequence,
+            });
         }
     }
-    more
+    (published, true)
 }
 
 /// What a report is published under.
