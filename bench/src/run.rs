@@ -17,7 +17,7 @@ use crate::table;
 /// Between two looks at the sink.
 const LOOK: Duration = Duration::from_millis(10);
 /// Without any progress for so long, a run has failed.
-const STUCK: Duration = Duration::from_secs(60);
+const STUCK: Duration = Duration::from_mins(1);
 /// Between two single jobs.
 const PAUSE: Duration = Duration::from_millis(40);
 

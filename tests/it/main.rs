@@ -17,6 +17,7 @@ mod broker_topology;
 mod broker_versions;
 mod chaos;
 mod connection_caps;
+mod costs;
 mod crash;
 mod duplicates;
 mod fairness;
