@@ -288,7 +288,7 @@ fn every_failure_in_the_guarantees_names_its_test_or_says_why_there_is_none() {
 fn every_fail_point_has_a_test_that_acts_there() {
     let source = read("src/fail_point.rs");
     let mut tests = String::new();
-    for file in files("tests/it/kill_points", "rs") {
+    for file in files("tests/it", "rs") {
         tests.push_str(&fs::read_to_string(file).unwrap());
     }
     let points: Vec<_> = source

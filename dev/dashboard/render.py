@@ -121,7 +121,7 @@ def draw_lines(ax, panel: dict, prometheus: Prometheus) -> None:
     ax.set_ylim(bottom=0)
     if found and ax.get_ylim()[1] < 1e-9 or not found:
         ax.set_ylim(top=1)
-    ax.xaxis.set_major_locator(AutoDateLocator(maxticks=6))
+    ax.xaxis.set_major_locator(AutoDateLocator(minticks=3, maxticks=7))
     ax.xaxis.set_major_formatter(DateFormatter("%H:%M"))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v, defaults["unit"])))
     ax.tick_params(colors=INK, labelsize=6.5, length=0)

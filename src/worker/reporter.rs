@@ -119,16 +119,19 @@ pub async fn sweep(worker: Arc<Worker>, stop: CancellationToken) {
     let mut ticks = tokio::time::interval(SWEEP);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        tokio::select! {
+        let is_time = tokio::select! {
             () = stop.cancelled() => return,
-            _ = ticks.tick() => {}
-            () = worker.ledger.health().event() => {
-                publish_account_events(&worker).await;
-                continue;
-            }
+            _ = ticks.tick() => true,
+            () = worker.ledger.health().event() => false,
+        };
+        // Counts as a job in flight: what it takes out of the outbox is nobody else's for a while, so the session must
+        // not end under it.
+        let _sweeping = worker.tasks.token();
+        if stop.is_cancelled() {
+            return;
         }
         publish_account_events(&worker).await;
-        while sweep_once(&worker).await && !stop.is_cancelled() {}
+        while is_time && sweep_once(&worker).await && !stop.is_cancelled() {}
     }
 }
 

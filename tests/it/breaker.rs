@@ -137,7 +137,11 @@ async fn a_dead_server_is_left_alone_by_two_workers_then_probed_once_then_everyt
     );
     assert_eq!(late["account_health"]["state"], "open");
     assert_eq!(late["account_health"]["reason"], "service_unavailable");
-    assert!(outage.processes[0].metric("postroom_unhealthy_accounts").await >= 1.0);
+    // The gauge is read from the database now and then.
+    eventually(LIMIT, || async {
+        outage.processes[0].metric("postroom_unhealthy_accounts").await >= 1.0
+    })
+    .await;
     let connections = server.counters().connections;
     assert!(
         (5..=10).contains(&connections),

@@ -75,14 +75,15 @@ async fn a_job_that_kills_three_workers_is_buried_and_its_neighbours_are_sent() 
     world.publish_mail(Level::High, "acme", "poison").await;
     world.publish_all(Level::High, &mails("acme", "after", 20)).await;
     let mut deaths = 0;
-    let mut worker = world.start_worker().await;
+    // Not waited for: it may be dead before it is ready.
+    let mut worker = world.spawn(&["worker"]);
     let buried = loop {
         tokio::select! {
             report = reports.final_of("poison") => break report,
             status = worker.wait() => {
                 assert!(!status.success());
                 deaths += 1;
-                worker = world.start_worker().await;
+                worker = world.spawn(&["worker"]);
             }
         }
     };

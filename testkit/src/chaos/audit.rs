@@ -1,6 +1,7 @@
 //! Accounts for every job at both ends: what was published, what the SMTP servers took, what the webhooks said, what the
 //! ledger and the queues still hold.
 
+mod accounts;
 mod evidence;
 mod explain;
 mod figures;
@@ -39,6 +40,8 @@ pub struct Audit {
     pub duplicates: BTreeMap<&'static str, usize>,
     /// Those without such a reason.
     pub unexplained: usize,
+    /// Circuit breakers that opened, as the webhooks told.
+    pub breakers: usize,
     /// Webhooks, and how many of them were repeats under the same event id.
     pub webhooks: usize,
     /// Webhooks that repeated an event.
@@ -71,6 +74,7 @@ impl Audit {
             }
         }
         audit.strangers(evidence);
+        audit.accounts(evidence);
         audit.limit(settings, evidence);
         audit.queues(evidence);
         for happened in &evidence.happened {
@@ -104,6 +108,7 @@ impl Audit {
             mails: evidence.mails.values().map(Vec::len).sum(),
             duplicates: BTreeMap::new(),
             unexplained: 0,
+            breakers: 0,
             webhooks: evidence.webhooks,
             repeated_webhooks: evidence.repeated,
             limit: (0, evidence.plan.limit),

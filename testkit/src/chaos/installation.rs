@@ -1,6 +1,8 @@
 //! Everything a campaign needs, each with a proxy in between: servers, SMTP servers, object store, webhook receiver, workers
 //! and bridges.
 
+mod set_up;
+
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
@@ -12,9 +14,9 @@ use tokio::time::timeout;
 use tokio_postgres::NoTls;
 
 use super::Settings;
-use super::plan::{LARGE, SERVERS, TENANTS, Tenant, limit};
-use super::process::{Recipe, Slot, command};
-use super::smtp_moods::{FINAL_TIMEOUT, Recipients};
+use super::plan::{SERVERS, TENANTS};
+use super::process::{Slot, command};
+use super::smtp_moods::Recipients;
 use crate::private::Private;
 use crate::proxy::Proxy;
 use crate::s3::S3Server;
@@ -109,7 +111,7 @@ impl Installation {
             bridges: Vec::new(),
             mail,
             hooks: (hooks, hooks_proxy),
-            variables: variables(settings, &scratch, &store, &store_proxy),
+            variables: set_up::variables(settings, &scratch, &store, &store_proxy),
             store: (store, store_proxy),
             scratch,
             private,
@@ -123,107 +125,6 @@ impl Installation {
             .push(("POSTROOM_SMTP_CA_FILE".to_owned(), ca_file.display().to_string()));
         town.set_up(settings).await?;
         Ok(town)
-    }
-
-    async fn set_up(&mut self, settings: &Settings) -> Result<(), String> {
-        let key = self.postroom(&["key", "generate"], "").await?;
-        self.variables
-            .push(("POSTROOM_ENCRYPTION_KEYS".to_owned(), key.trim().to_owned()));
-        self.postroom(&["migrate"], "").await?;
-        self.postroom(&["topology", "apply"], "").await?;
-        for tenant in &TENANTS {
-            self.tenant(tenant, settings).await?;
-        }
-        self.account("-", "platform", 0, &[]).await?;
-        let url = format!("http://{}/hook", self.hooks.1.address());
-        // One for all: also for those that do not exist.
-        self.postroom(&["endpoint", "set", "-", "--url", &url, "--all"], "")
-            .await?;
-        for number in 1..=settings.workers {
-            let place = self.place("worker", number).await?;
-            self.workers.push(place);
-        }
-        for number in 1..=settings.bridges {
-            let place = self.place("bridge", number).await?;
-            self.bridges.push(place);
-        }
-        for place in self.workers.iter().chain(&self.bridges) {
-            place.slot.lock().await.ready(&self.http).await?;
-        }
-        Ok(())
-    }
-
-    async fn tenant(&self, tenant: &Tenant, settings: &Settings) -> Result<(), String> {
-        let large = LARGE.to_string();
-        let mut arguments = vec!["tenant", "set", tenant.name];
-        if tenant.hold {
-            arguments.extend(["--on-uncertain", "hold"]);
-        }
-        if tenant.fallback {
-            arguments.extend(["--fallback", "platform"]);
-        }
-        if tenant.links {
-            arguments.extend(["--large-file-bytes", &large, "--large-file-action", "rewrite"]);
-        }
-        self.postroom(&arguments, "").await?;
-        let limit = format!("{}/{}s", limit(settings), settings.window.as_secs());
-        let more = if tenant.limited {
-            vec!["--limit", limit.as_str()]
-        } else {
-            Vec::new()
-        };
-        self.account(tenant.name, tenant.name, tenant.server, &more).await
-    }
-
-    async fn account(&self, tenant: &str, login: &str, server: usize, more: &[&str]) -> Result<(), String> {
-        let port = self.mail[server].proxy.port().to_string();
-        let from = format!("shop@{login}.example");
-        let mut arguments = vec![
-            "account",
-            "set",
-            tenant,
-            "main",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            &port,
-        ];
-        arguments.extend([
-            "--tls",
-            "starttls",
-            "--from",
-            &from,
-            "--username",
-            login,
-            "--password-stdin",
-        ]);
-        // Faults are not to use up the retries: every job has one outcome that can be foretold.
-        arguments.extend(["--max-attempts", "1000", "--max-age", "1d"]);
-        arguments.extend(more);
-        self.postroom(&arguments, PASSWORD).await.map(drop)
-    }
-
-    async fn place(&self, role: &'static str, number: usize) -> Result<Place, String> {
-        let rabbit = Proxy::start(host_of(&self.scratch.amqp_url())?).await;
-        let postgres = Proxy::start(host_of(&self.scratch.database_url())?).await;
-        let mut variables = self.variables.clone();
-        // Dead connections are noticed within seconds.
-        let amqp = through(&self.scratch.amqp_url(), &rabbit)? + "?heartbeat=4";
-        variables.push(("POSTROOM_AMQP_URL".to_owned(), amqp));
-        let database = through(&self.scratch.database_url(), &postgres)?;
-        variables.push(("POSTROOM_DATABASE_URL".to_owned(), database));
-        let slot = Slot::start(Recipe {
-            role,
-            number,
-            program: self.program.clone(),
-            variables,
-            folder: self.folder.clone(),
-        })?;
-        Ok(Place {
-            slot: Mutex::new(slot),
-            rabbit,
-            postgres,
-        })
     }
 
     /// Runs a command, past the proxies, and gives its output.
@@ -310,48 +211,6 @@ async fn mail_server(number: usize, ca: &TestCa, seed: u64) -> MailServer {
     }
 }
 
-fn variables(
-    settings: &Settings,
-    scratch: &Scratch,
-    store: &S3Server,
-    proxy: &Proxy,
-) -> Vec<(String, String)> {
-    let millis = |time: Duration| format!("{}ms", time.as_millis());
-    let mut variables: Vec<(String, String)> = [
-        ("POSTROOM_AMQP_URL", scratch.amqp_url()),
-        ("POSTROOM_DATABASE_URL", scratch.database_url()),
-        ("POSTROOM_EGRESS_ALLOW", "127.0.0.0/8".to_owned()),
-        ("POSTROOM_STORAGE_URL", format!("s3://{BUCKET}/mail")),
-        ("POSTROOM_LEASE", millis(settings.lease)),
-        ("POSTROOM_CONCURRENCY", "32".to_owned()),
-        ("POSTROOM_GRACE_PERIOD", "25s".to_owned()),
-        ("POSTROOM_RETRY_BASE", "300ms".to_owned()),
-        ("POSTROOM_RETRY_CAP", "3s".to_owned()),
-        ("POSTROOM_SMTP_CONNECT_TIMEOUT", "2s".to_owned()),
-        ("POSTROOM_SMTP_GREETING_TIMEOUT", "3s".to_owned()),
-        ("POSTROOM_SMTP_COMMAND_TIMEOUT", "3s".to_owned()),
-        ("POSTROOM_SMTP_WRITE_TIMEOUT", "3s".to_owned()),
-        ("POSTROOM_SMTP_FINAL_TIMEOUT", millis(FINAL_TIMEOUT)),
-        ("POSTROOM_SMTP_ATTEMPT_TIMEOUT", "5s".to_owned()),
-        ("POSTROOM_ATTACHMENT_TIMEOUT", "5s".to_owned()),
-        ("POSTROOM_WEBHOOK_TIMEOUT", "2s".to_owned()),
-        ("POSTROOM_WEBHOOK_PER_ENDPOINT", "32".to_owned()),
-        ("POSTROOM_WEBHOOK_RETRY_SCALE", "0.004".to_owned()),
-        ("POSTROOM_LOG", "info,postroom=debug".to_owned()),
-        ("POSTROOM_LOG_FORMAT", "human".to_owned()),
-    ]
-    .map(|(name, value)| (name.to_owned(), value))
-    .to_vec();
-    for (name, value) in store.env() {
-        let value = match name.as_str() {
-            "AWS_ENDPOINT_URL" => format!("http://{}", proxy.address()),
-            _ => value,
-        };
-        variables.push((name, value));
-    }
-    variables
-}
-
 fn client() -> Result<reqwest::Client, String> {
     reqwest::Client::builder()
         .timeout(Duration::from_secs(5))
@@ -371,14 +230,4 @@ fn host_of(url: &str) -> Result<String, String> {
         (Some(host), Some(port)) => Ok(format!("{host}:{port}")),
         _ => Err("a URL of ours without host or port".to_owned()),
     }
-}
-
-/// The same URL by way of a proxy.
-fn through(url: &str, proxy: &Proxy) -> Result<String, String> {
-    let mut url = parse(url)?;
-    url.set_host(Some("127.0.0.1"))
-        .map_err(|error| error.to_string())?;
-    url.set_port(Some(proxy.port()))
-        .map_err(|()| "a URL of ours without a port")?;
-    Ok(url.to_string())
 }

@@ -104,6 +104,10 @@ async fn left(town: &Installation) -> Result<Vec<String>, String> {
         ),
         ("events in the outbox", "SELECT count(*) FROM event_outbox"),
         (
+            "events of accounts in the outbox",
+            "SELECT count(*) FROM account_event",
+        ),
+        (
             "webhooks to deliver",
             "SELECT count(*) FROM webhook_delivery WHERE state = 'pending'",
         ),

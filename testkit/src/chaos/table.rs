@@ -46,6 +46,7 @@ pub fn print(audit: &Audit) -> String {
         row(&format!("  {reason}"), count);
     }
     row("duplicates without an explanation", &audit.unexplained);
+    row("circuit breakers that opened", &audit.breakers);
     row("webhooks", &audit.webhooks);
     row("  repeats under the same event id", &audit.repeated_webhooks);
     row("most mails of the limited account in its window", &audit.limit.0);
@@ -110,6 +111,7 @@ pub fn json(audit: &Audit) -> Value {
         "mails": audit.mails,
         "duplicates_explained": audit.duplicates,
         "duplicates_unexplained": audit.unexplained,
+        "breakers_opened": audit.breakers,
         "webhooks": audit.webhooks,
         "webhooks_repeated": audit.repeated_webhooks,
         "limit": {"most": audit.limit.0, "allowed": audit.limit.1},

@@ -71,6 +71,8 @@ pub struct Evidence {
     pub mails: HashMap<String, Vec<Mail>>,
     /// Webhooks by job.
     pub hooks: HashMap<String, Vec<Hook>>,
+    /// Webhooks about accounts.
+    pub accounts: Vec<Hook>,
     /// How many webhooks came, and how many of them repeated an event.
     pub webhooks: usize,
     /// Repeats among them.
@@ -111,10 +113,15 @@ impl Evidence {
         }
         let requests = town.hooks.0.received();
         let mut hooks: HashMap<String, Vec<Hook>> = HashMap::new();
+        let mut accounts = Vec::new();
         let mut events = HashSet::new();
         for request in &requests {
             let hook = Hook::new(request);
             events.insert(hook.event.clone());
+            if hook.kind().starts_with("account.") {
+                accounts.push(hook);
+                continue;
+            }
             let job = hook.report["data"]["job"].as_str().unwrap_or_default().to_owned();
             hooks.entry(job).or_default().push(hook);
         }
@@ -133,6 +140,7 @@ impl Evidence {
             happened,
             mails,
             hooks,
+            accounts,
             refused,
             ledger: ledger(town).await?,
             dead: dead
