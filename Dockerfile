@@ -17,9 +17,10 @@ ENV CARGO_INCREMENTAL=0 \
 
 # Crates alone: this layer changes with the lock file only. The empty library and binary stand in for ours.
 COPY Cargo.toml Cargo.lock build.rs ./
+COPY bench/Cargo.toml bench/
 COPY testkit/Cargo.toml testkit/
-RUN mkdir -p src testkit/src schema/migrations \
-    && touch src/lib.rs testkit/src/lib.rs \
+RUN mkdir -p src bench/src bench/benches testkit/src schema/migrations \
+    && touch src/lib.rs testkit/src/lib.rs bench/src/main.rs bench/benches/stages.rs \
     && echo 'fn main() {}' > src/main.rs \
     && cargo build --release --locked --bin postroom
 

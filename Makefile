@@ -2,6 +2,7 @@
 # make test-trixie the same against Debian trixie's RabbitMQ 4.0 and Postgres 17; as root (see dev/servers)
 # make demo        a thousand mails through release binaries, accounted for; KEEP=1 leaves it running
 # make chaos       the fault campaign with release binaries; SEED=1 JOBS=20000 FAULTS=60 SPAN=240 (seconds) change it
+# make bench       the product beside plain programs, about ten minutes; FULL=1 all loads, ONLY=ab some, ROUNDS=5
 # make lint        formatting, clippy, documentation
 # make fuzz        each fuzz target for a while (TARGET, SECONDS); needs nightly and cargo-fuzz
 # make chart       what is generated for helm/postroom, and its checks
@@ -12,7 +13,7 @@ CARGO ?= cargo
 export POSTROOM_DEV_SERVERS
 NEXTEST := $(shell $(CARGO) nextest --version >/dev/null 2>&1 && echo yes)
 
-.PHONY: test test-trixie demo chaos lint fuzz chart servers servers-down
+.PHONY: test test-trixie demo chaos bench lint fuzz chart servers servers-down
 
 # The tests kill and stop the binary at named places (src/fail_point.rs), which a release does not have.
 TESTED = --workspace --locked --features fail-points
@@ -41,6 +42,13 @@ demo:
 chaos:
 	$(CARGO) build --release --locked --bin postroom --example chaos
 	SEED='$(SEED)' JOBS='$(JOBS)' FAULTS='$(FAULTS)' SPAN='$(SPAN)' target/release/examples/chaos
+
+# Two builds: what is compared must not change how the product is built.
+bench:
+	$(CARGO) build --release --locked --bin postroom
+	$(CARGO) build --release --locked --package postroom-bench
+	dev/run-with-servers target/release/postroom-bench run $(if $(FULL),--full) $(if $(ONLY),--only $(ONLY)) \
+	  $(if $(ROUNDS),--rounds $(ROUNDS))
 
 lint:
 	$(CARGO) fmt --all --check

@@ -18,6 +18,7 @@ mod broker_topology;
 mod broker_versions;
 mod chaos;
 mod connection_caps;
+mod costs;
 mod crash;
 mod duplicates;
 mod fairness;

@@ -1,0 +1,60 @@
+//! What a job costs where it counts most: statements and round trips, counted on a batch of jobs. No times: those are for
+//! `make bench`.
+
+use postroom::level::Level;
+use postroom_testkit::smtp::SmtpServer;
+use serde_json::json;
+
+use crate::sends::account;
+use crate::support::World;
+
+const JOBS: usize = 400;
+
+#[tokio::test]
+async fn a_batch_of_jobs_shares_its_statements_and_each_mail_takes_two_round_trips() {
+    let mut world = World::ready().await;
+    // One mail per connection would hide the round trips behind greetings.
+    world.set("POSTROOM_POOL_SIZE", "8");
+    let server = SmtpServer::builder()
+        .pipelining(true)
+        .keep_data(false)
+        .trace(true)
+        .start()
+        .await;
+    account(&world, "acme", &server, &["--limit", "1000000/1h"]).await;
+    let mut reports = world.reports().await;
+    let jobs: Vec<_> = (0..JOBS)
+        .map(|n| {
+            let job = json!({"id": format!("j{n}"), "tenant": "acme", "to": "ann@example.org", "text": "x"});
+            ("acme".to_owned(), job)
+        })
+        .collect();
+    world.publish_all(Level::Medium, &jobs).await;
+    let worker = world.start_worker().await;
+    for n in 0..JOBS {
+        assert_eq!(reports.final_of(&format!("j{n}")).await.kind(), "mail.sent");
+    }
+    let statements = worker.count("postroom_sql_batch_rows_count").await;
+    // One at a time, each job would take three: admit, settle, clear the outbox.
+    assert!(
+        statements <= JOBS as u64,
+        "{statements} statements for {JOBS} jobs: are calls no longer coalesced?\n{}",
+        worker.logs()
+    );
+    let flights = server.trace().len() as u64;
+    let counters = server.counters();
+    let connections = counters.connections;
+    // MAIL, RCPT and DATA in one piece; the mail is the second. A connection has its EHLO and QUIT.
+    assert!(
+        flights <= JOBS as u64 + 2 * connections,
+        "{flights} pieces of commands for {JOBS} mails on {connections} connections: {:?}",
+        counters.commands
+    );
+    assert!(connections <= 8, "{connections} connections");
+    assert_eq!(counters.command("RSET"), 0, "a reset costs a round trip");
+    assert_eq!(
+        counters.command("NOOP"),
+        0,
+        "a look at the connection costs a round trip"
+    );
+}
