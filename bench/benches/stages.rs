@@ -62,6 +62,7 @@ fn report() -> Report {
             is_final: true,
             sequence: 1_700_000_000_000,
             correlation_id: Some("order-4711".to_owned()),
+            traceparent: None,
             next_attempt_at: None,
             uncertain_attempts: 0,
             timings: None,

@@ -171,7 +171,7 @@ mod tests {
 
     #[test]
     fn a_chunk_has_as_many_octets_as_it_says_none_changed_after_the_commands_before_it() {
-        let large = [&[b'a'; BLOCK][..], b".\r\n.\r\n"].concat();
+        let large = [vec![b'a'; BLOCK].as_slice(), b".\r\n.\r\n"].concat();
         for (message, end) in [(&b".a\r\n.\r\n"[..], ""), (b"", ""), (b"a", "\r\n"), (&large, "")] {
             let mut blocks = Blocks::counted(message, "MAIL FROM:<>\r\n");
             let mut out = Vec::new();

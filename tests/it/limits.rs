@@ -35,7 +35,8 @@ impl Lateness {
 
     /// The length of time that dates surely cover if they span this window.
     fn within(&self, window: Duration) -> Duration {
-        window - Duration::from_millis(self.0.load(Ordering::Relaxed)).min(window / 2)
+        let late = Duration::from_millis(self.0.load(Ordering::Relaxed));
+        window.saturating_sub(late.min(window / 2))
     }
 }
 
