@@ -1,7 +1,6 @@
 # Servers of another Debian release, in a root folder of its own: POSTROOM_DEV_SERVERS=trixie has RabbitMQ 4.0 and
 # Postgres 17. The folder is made once by debootstrap and used by every pair; data and logs are where they always are.
-
-debian_mirror=${POSTROOM_DEV_MIRROR:-http://deb.debian.org/debian}
+# From debootstrap's own mirror, unless POSTROOM_DEV_MIRROR names another.
 
 # use_release RELEASE: sets ROOT, making the folder if need be.
 use_release() {
@@ -26,7 +25,7 @@ make_root() {
         ( unset ROOT; command -v debootstrap > /dev/null 2>&1 || apt_install debootstrap ) || { rmdir "$lock"; exit 2; }
         say "making a root folder of Debian $release in $ROOT: two minutes or so, once (log: $log) ..."
         rm -rf "$ROOT"
-        if ! debootstrap --variant=minbase --include=rabbitmq-server,postgresql "$release" "$ROOT" "$debian_mirror" \
+        if ! debootstrap --variant=minbase --include=rabbitmq-server,postgresql "$release" "$ROOT" ${POSTROOM_DEV_MIRROR:+"$POSTROOM_DEV_MIRROR"} \
             > "$log" 2>&1 < /dev/null; then
             tail -n 20 "$log" >&2
             rmdir "$lock"
