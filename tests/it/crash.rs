@@ -47,7 +47,7 @@ async fn two_thousand_jobs_survive_the_death_of_a_worker() {
     each_has_one_final(&finals, JOBS);
     world.assert_settled().await;
     assert!(
-        reports.none_for(Duration::from_secs(1)).await,
+        reports.nothing_new_for(Duration::from_secs(1)).await,
         "a report after the last one"
     );
     let taken = taken(&server);

@@ -196,6 +196,23 @@ impl Reports {
         }
     }
 
+    /// Whether nothing but repeats of known events comes within `time`: what a worker that was killed had published but not
+    /// struck off is published once more by others.
+    pub(crate) async fn nothing_new_for(&mut self, time: Duration) -> bool {
+        let until = tokio::time::Instant::now() + time;
+        let mut known: HashSet<String> = self.all.iter().map(|report| report.id.clone()).collect();
+        while !self
+            .none_for(until.saturating_duration_since(tokio::time::Instant::now()))
+            .await
+        {
+            let last = self.all.last().map(|report| report.id.clone());
+            if last.is_some_and(|id| known.insert(id)) {
+                return false;
+            }
+        }
+        true
+    }
+
     fn listing(&self) -> String {
         let lines = self.all.iter().rev().take(50);
         let lines: Vec<_> = lines
