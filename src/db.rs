@@ -35,7 +35,6 @@ const WAIT: Duration = Duration::from_secs(10);
 const CREATE: Duration = Duration::from_secs(10);
 /// How long handing a used connection out again may take.
 const RECYCLE: Duration = Duration::from_secs(5);
-
 /// How long a caller may hold a connection before it is taken for dead: longer than the server lets a statement run.
 const PATIENCE: Duration = Duration::from_secs(40);
 
