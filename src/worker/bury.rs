@@ -105,10 +105,15 @@ impl Worker {
             }
             tokio::time::sleep(waits.next().unwrap_or(Duration::from_secs(5))).await;
         };
-        self.metrics.jobs.with_label_values(&["failed"]).inc();
-        delivery.receipt.ack();
-        if let Some(report) = settled {
-            self.reporter.publish(self, report);
+        match settled {
+            Some(report) => {
+                self.metrics.jobs.with_label_values(&["failed"]).inc();
+                delivery.receipt.ack();
+                self.reporter.publish(self, report);
+            }
+            // Somebody else has the lease, and perhaps no body but this one. If the outcome is written the message is
+            // answered as a repeat when it comes again.
+            None => delivery.receipt.give_back(),
         }
     }
 

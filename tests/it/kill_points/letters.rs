@@ -52,3 +52,22 @@ async fn a_job_of_a_dead_worker_whose_message_is_a_dead_letter_is_sent_once_when
     scene.was_sent("stranded", 1, 1);
     assert!(scene.reports.none_for(Duration::from_millis(100)).await);
 }
+
+#[tokio::test]
+async fn a_worker_that_loses_its_lease_while_it_buries_a_job_leaves_the_message_to_others() {
+    let mut scene = Scene::new(Script::new()).await;
+    scene.dies("leased=kill", &job("poison")).await;
+    // As after a takeover, and two more deaths before it.
+    let sql = scene.world.sql().await;
+    let taken_over = "UPDATE worker SET dead = true; UPDATE job SET state = 0, claim = NULL, crashes = 3";
+    sql.batch_execute(taken_over).await.unwrap();
+    let _worker = scene.worker("dead_lettered=pause(3s)@1").await;
+    scene.world.wait_depth(DEAD, 1).await;
+    sql.batch_execute(taken_over).await.unwrap();
+    // Only RabbitMQ has the body: it comes once more, and is buried for good.
+    let told = scene.reports.final_of("poison").await;
+    assert_eq!((told.kind(), told.reason()), ("mail.failed", "crash_loop"));
+    scene.world.wait_depth("mail.jobs.high", 0).await;
+    scene.world.wait_state("acme", "poison", 6).await;
+    assert_eq!(scene.mails("poison"), 0);
+}
