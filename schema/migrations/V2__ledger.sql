@@ -188,10 +188,11 @@ BEGIN
     IF cardinality(p_keys) = 0 THEN
         RETURN;
     ELSIF p_wait THEN
+        -- Those that are due too: a release may be putting them off in this moment, for what holds no longer.
         SELECT array_agg(q.account), array_agg(q.level), array_agg(q.tenant) INTO v_a, v_l, v_t
         FROM (SELECT l.account, l.level, l.tenant FROM lane l
-              WHERE l.next_at > v_now AND (l.account = ANY (p_keys) OR l.tenant || '/' = ANY (p_keys)
-                                           OR split_part(l.account, '/', 1) || '/' = ANY (p_keys))
+              WHERE l.account = ANY (p_keys) OR l.tenant || '/' = ANY (p_keys)
+                    OR split_part(l.account, '/', 1) || '/' = ANY (p_keys)
               ORDER BY l.account, l.level, l.tenant FOR UPDATE) q;
     ELSE
         SELECT array_agg(q.account), array_agg(q.level), array_agg(q.tenant) INTO v_a, v_l, v_t
@@ -201,7 +202,7 @@ BEGIN
               FOR UPDATE SKIP LOCKED) q;
     END IF;
     UPDATE lane l SET next_at = v_now FROM unnest(v_a, v_l, v_t) u(a, l, t)
-        WHERE l.account = u.a AND l.level = u.l AND l.tenant = u.t;
+        WHERE l.account = u.a AND l.level = u.l AND l.tenant = u.t AND l.next_at > v_now;
 END $$;
 
 -- Until when a lane whose limit is shut is left alone: a minute at most, so that a wake-up lost to a race is made good.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::world::{LEASE, World, account, all, done, in_world, park, request, settlement, tenant};
+use super::world::{LEASE, World, account, all, done, in_world, park, request, settlement, tenant, until};
 use crate::ledger::admit::{AdmitRequest, Admitted};
 use crate::ledger::health::{AccountFault, Evidence};
 use crate::ledger::settle::{Next, Settled};
@@ -461,6 +461,38 @@ async fn a_changed_account_is_tried_at_once() {
         world.succeeds(&probe).await;
         assert_eq!(world.events().await, ["account.unhealthy", "account.recovered"]);
         assert_eq!(world.release(&epoch, Level::Medium, 9).await.len(), 4);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_changed_account_is_tried_at_once_although_a_release_is_just_putting_its_mail_off() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        world.open(&epoch).await;
+        world
+            .run("UPDATE {s}.lane SET next_at = clock_timestamp() - interval '1 second'")
+            .await;
+        // A release that saw the account in trouble, and is about to commit.
+        let mut client = world.db.client().await.unwrap();
+        let release = client.transaction().await.unwrap();
+        let put_off = world
+            .db
+            .sql("UPDATE {s}.lane SET next_at = clock_timestamp() + interval '1 minute'");
+        release.batch_execute(&put_off).await.unwrap();
+        let change = world.run("SELECT {s}.reset_health_v1('acme/main')");
+        let release = async {
+            until("the change waits for the release", async || {
+                let waiting: i64 = world
+                    .one("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%{s}.reset_health%'")
+                    .await;
+                waiting > 0
+            })
+            .await;
+            release.commit().await.unwrap();
+        };
+        tokio::join!(change, release);
+        assert_eq!(world.release(&epoch, Level::Medium, 9).await.len(), 1);
     })
     .await;
 }
