@@ -31,6 +31,9 @@ fn with<I, F>(ledger: &Ledger, run: fn(Ledger, Vec<I>) -> F) -> impl Fn(Vec<I>) 
     move |batch| run(ledger.clone(), batch)
 }
 
+/// Most rows in one statement.
+const ROWS: usize = 256;
+
 /// Bodies in one statement, in bytes: it holds no lock others wait for, but must not hold the connection long.
 const BODY_BYTES: usize = 4 << 20;
 
@@ -46,7 +49,7 @@ impl Batches {
     #[must_use]
     pub fn new(ledger: &Ledger) -> Self {
         let rows = |parallel| Bounds {
-            rows: 256,
+            rows: ROWS,
             weight: BODY_BYTES,
             parallel,
             crowd: CROWD,
@@ -78,6 +81,27 @@ impl Batches {
         let settled = settled.unwrap_or(Settled::LeaseLost);
         // The batch has been dropped before it was answered: this copies nothing.
         (Arc::unwrap_or_clone(settlement), settled)
+    }
+
+    /// Writes outcomes that came together, in as few statements as they fit into; otherwise like [`Batches::settle`].
+    pub async fn settle_together(&self, settlements: Vec<Settlement>) -> Vec<(Settlement, Settled)> {
+        let mut settled = Vec::with_capacity(settlements.len());
+        let mut rest = settlements.into_iter().map(Arc::new).peekable();
+        while rest.peek().is_some() {
+            let (mut batch, mut weight) = (Vec::new(), 0);
+            while let Some(next) =
+                rest.next_if(|next| batch.is_empty() || weight + next.weight() <= BODY_BYTES)
+            {
+                weight += next.weight();
+                batch.push(next);
+                if batch.len() == ROWS {
+                    break;
+                }
+            }
+            let answers = settle(self.ledger.clone(), batch.clone()).await;
+            settled.extend(batch.into_iter().map(Arc::unwrap_or_clone).zip(answers));
+        }
+        settled
     }
 
     /// Takes a slot; `None` if Postgres cannot be asked.
