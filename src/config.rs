@@ -268,6 +268,32 @@ pub struct Process {
     pub grace_period: Duration,
 }
 
+/// Spans, and where they go; none without an endpoint. Variables of the OpenTelemetry specification.
+#[derive(Debug, Clone)]
+pub struct Traces {
+    /// Where spans are posted (`OTEL_EXPORTER_OTLP_TRACES_ENDPOINT`, or `OTEL_EXPORTER_OTLP_ENDPOINT` and `/v1/traces`).
+    pub endpoint: SecretString,
+    /// Headers of these requests (`OTEL_EXPORTER_OTLP_HEADERS`); values often are tokens.
+    pub headers: Vec<(String, SecretString)>,
+    /// Time limit of one request (`OTEL_EXPORTER_OTLP_TIMEOUT`, default 10 s).
+    pub timeout: Duration,
+    /// `service.name` (`OTEL_SERVICE_NAME`).
+    pub service_name: Option<String>,
+    /// More attributes of the resource (`OTEL_RESOURCE_ATTRIBUTES`).
+    pub attributes: Vec<(String, String)>,
+    /// Which jobs get spans (`OTEL_TRACES_SAMPLER`).
+    pub sampler: Sampler,
+}
+
+/// Which jobs get spans.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampler {
+    /// The flag of a parent decides, if there is a parent.
+    pub parent_based: bool,
+    /// Share of the traces otherwise, from 0 to 1.
+    pub ratio: f64,
+}
+
 /// Logs and the HTTP port.
 #[derive(Debug, Clone)]
 pub struct Telemetry {

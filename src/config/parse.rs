@@ -264,6 +264,71 @@ pub(super) fn public_url(text: &str) -> Parsed<String> {
     }
 }
 
+/// Where a collector listens. Its credentials, if it wants any, are headers.
+pub(super) fn collector_url(text: &str) -> Parsed<Url> {
+    match Url::parse(text) {
+        Ok(url)
+            if matches!(url.scheme(), "http" | "https")
+                && url.has_host()
+                && url.username().is_empty()
+                && url.password().is_none() =>
+        {
+            Ok(url)
+        }
+        _ => Err(
+            "give http://host:port or https://host:port, credentials as OTEL_EXPORTER_OTLP_HEADERS".into(),
+        ),
+    }
+}
+
+/// Where a collector takes spans, below the URL for all signals (OTLP 1.x, "Endpoint URLs for OTLP/HTTP").
+pub(super) fn traces_of(mut base: Url) -> Url {
+    let path = format!("{}/v1/traces", base.path().trim_end_matches('/'));
+    base.set_path(&path);
+    base
+}
+
+/// `name=value,name=value`, values percent-encoded (W3C Baggage without properties).
+pub(super) fn pairs(text: &str) -> Parsed<Vec<(String, String)>> {
+    let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
+    items
+        .map(|item| {
+            let pair = item
+                .split_once('=')
+                .map(|(name, value)| (name.trim(), value.trim()));
+            let decoded = pair
+                .filter(|(name, _)| !name.is_empty())
+                .and_then(|(name, value)| {
+                    let value = percent_encoding::percent_decode_str(value).decode_utf8().ok()?;
+                    Some((name.to_owned(), value.into_owned()))
+                });
+            decoded.ok_or_else(|| "give name=value pairs with commas, values percent-encoded".to_owned())
+        })
+        .collect()
+}
+
+/// Headers for the collector. An error does not repeat them.
+pub(super) fn otlp_headers(text: &str) -> Parsed<Vec<(String, String)>> {
+    use reqwest::header::{HeaderName, HeaderValue};
+    let headers = pairs(text)?;
+    for (name, value) in &headers {
+        if name.parse::<HeaderName>().is_err() || HeaderValue::from_str(value).is_err() {
+            return Err(
+                "give names and values that HTTP headers may have, as name=value pairs with commas".into(),
+            );
+        }
+    }
+    Ok(headers)
+}
+
+/// A share.
+pub(super) fn ratio(text: &str) -> Parsed<f64> {
+    match text.parse::<f64>() {
+        Ok(ratio) if (0.0..=1.0).contains(&ratio) => Ok(ratio),
+        _ => Err("give a number from 0 to 1".into()),
+    }
+}
+
 /// A host's name or an address literal (RFC 5321 §4.1.1.1).
 pub(super) fn ehlo_name(text: &str) -> Parsed<String> {
     let label = |label: &str| {

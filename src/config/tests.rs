@@ -260,7 +260,11 @@ fn a_build_without_fail_points_says_that_it_has_none() {
 #[test]
 fn every_setting_is_named_once_and_has_a_section() {
     for (at, setting) in SETTINGS.iter().enumerate() {
-        assert!(setting.name.starts_with("POSTROOM_"), "{}", setting.name);
+        assert!(
+            setting.name.starts_with("POSTROOM_") || setting.name.starts_with("OTEL_"),
+            "{}",
+            setting.name
+        );
         assert!(
             !setting.sections.is_empty() && !setting.help.is_empty(),
             "{}",

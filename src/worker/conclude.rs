@@ -2,6 +2,7 @@
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::time::Instant;
 
 use futures_util::FutureExt as _;
 use tracing::Instrument as _;
@@ -28,6 +29,7 @@ use crate::pipeline::task::Task;
 use crate::pipeline::{Attempt, Verdict};
 use crate::report::{RecipientResult, RecipientStatus};
 use crate::settlement::{Circumstances, all_pending, plan};
+use crate::telemetry::traces;
 
 type Right = Option<(Permit, InHand)>;
 
@@ -164,8 +166,9 @@ impl Worker {
     fn spawn_job(self: &Arc<Self>, task: Task, origin: Option<Origin>, right: Right) {
         let worker = Arc::clone(self);
         let span = tracing::info_span!("job", job = %task.job.id, tenant = %task.job.tenant);
-        self.tasks
-            .spawn(async move { worker.run_job(task, origin, right).await }.instrument(span));
+        let trace = self.trace(&task);
+        let work = async move { worker.run_job(task, origin, right).await }.instrument(span);
+        self.tasks.spawn(traces::follow(trace, work));
     }
 
     /// One job, from its lease to its report.
@@ -198,10 +201,11 @@ impl Worker {
         attempt.verdict = verdict;
         attempt.account = task.job.account.as_ref().map(ToString::to_string);
         let worker = Arc::clone(self);
-        self.tasks.spawn(async move {
+        let trace = self.trace(&task);
+        self.tasks.spawn(traces::follow(trace, async move {
             let _in_flight = worker.in_flight();
             worker.conclude(task, Some(origin), attempt).await;
-        });
+        }));
     }
 
     /// plan → settle → acknowledge → report.
@@ -214,11 +218,12 @@ impl Worker {
             Vec::new()
         };
         let message_id = attempt.message_id.clone().unwrap_or_default();
+        let traceparent = traces::traceparent();
         let at = Circumstances {
             job: &task.job,
             row: &task.row,
             correlation_id: &task.correlation_id,
-            traceparent: task.traceparent.as_deref(),
+            traceparent: traceparent.as_deref().or(task.traceparent.as_deref()),
             retry: self.retry,
             new: task.new,
             deferred_report_after: self.deferred_report_after,
@@ -226,13 +231,20 @@ impl Worker {
             jitter: rand::random(),
         };
         self.log_attempt(&task, &attempt);
+        self.summarise(
+            &task,
+            origin.as_ref().map(|origin| &*origin.delivery.queue),
+            &attempt,
+        );
         let mut settlement = plan(&at, attempt);
         if let Some(origin) = &origin {
             self.keep_body(&task, origin, &mut settlement.next);
         }
         let gives_back = matches!(settlement.next, Next::GiveBack);
         fail_point::hit(Point::Replied, [task.job.id.as_str()]);
+        let since = Instant::now();
         let (settlement, settled) = self.settle(&at, settlement).await;
+        traces::stage("settle", since);
         match settled {
             Settled::Written | Settled::Cancelled => {
                 self.count(&settlement);
