@@ -181,7 +181,7 @@ impl Attempt {
             }
         };
         let given = body::traceparent(&body).map(Cow::into_owned);
-        let trace = traced::begin(self.traces.as_ref(), given.as_deref(), &leased.event_id);
+        let trace = traced::begin(self.traces.as_ref(), given.as_deref());
         let traceparent = trace.as_ref().map(Recording::traceparent).or(given);
         let begun = Instant::now();
         let post = Post {

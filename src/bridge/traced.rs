@@ -2,21 +2,14 @@
 
 use std::sync::Arc;
 
-use sha2::{Digest as _, Sha256};
 use url::Url;
 
 use super::queue::{Leased, Settled};
-use crate::telemetry::traces::{Attributes, Kind, Recording, Summary, TraceId, Traces};
+use crate::telemetry::traces::{Attributes, Kind, Recording, Summary, Traces};
 
-/// Begins the span of one POST, below the attempt that the report is about.
-pub(super) fn begin(traces: Option<&Arc<Traces>>, parent: Option<&str>, event: &str) -> Option<Recording> {
-    let root = || {
-        let digest: [u8; 32] = Sha256::digest(event).into();
-        let mut id = [0; 16];
-        id.copy_from_slice(&digest[..16]);
-        TraceId::from_random(id)
-    };
-    traces?.begin(parent, root)
+/// Begins the span of one POST, below `parent`, the attempt that the report is about. A report without a trace begins none.
+pub(super) fn begin(traces: Option<&Arc<Traces>>, parent: Option<&str>) -> Option<Recording> {
+    traces?.begin_below(parent?)
 }
 
 /// Ends it. The host only: paths of webhooks often hold tokens. Nor what the receiver said, which may repeat what it was sent.

@@ -130,6 +130,17 @@ impl Traces {
     ) -> Option<Recording> {
         let parent = parent.and_then(Context::parse);
         let trace = parent.map_or_else(root, |parent| parent.trace);
+        self.sample(parent, trace)
+    }
+
+    /// Begins a span below `parent`, a `traceparent`. `None`: it is none, or not sampled.
+    #[must_use]
+    pub fn begin_below(self: &Arc<Self>, parent: &str) -> Option<Recording> {
+        let parent = Context::parse(parent)?;
+        self.sample(Some(parent), parent.trace)
+    }
+
+    fn sample(self: &Arc<Self>, parent: Option<Context>, trace: TraceId) -> Option<Recording> {
         let sampled = context::is_sampled(self.sampler, parent, trace);
         sampled.then(|| Recording {
             traces: Arc::clone(self),

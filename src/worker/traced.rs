@@ -32,10 +32,8 @@ impl Worker {
 
     /// Begins the span of a publish of a report, below that of the attempt that it is about.
     pub(super) fn trace_report(&self, report: &Report) -> Option<Recording> {
-        let parent = report.data.traceparent.as_deref()?;
-        // A parent there is; without a good one there is nothing that it belongs to.
-        let own = || TraceId::from_random(rand::random());
-        self.traces.as_ref()?.begin(Some(parent), own)
+        let traces = self.traces.as_ref()?;
+        traces.begin_below(report.data.traceparent.as_deref()?)
     }
 
     /// Ends it.

@@ -17,6 +17,7 @@ use secrecy::{ExposeSecret as _, SecretString};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use url::Url;
 
 use super::Attributes;
 use crate::config;
@@ -25,7 +26,7 @@ use crate::telemetry::metrics::Metrics;
 /// Pieces of work whose spans wait at most.
 const WAITING: usize = 2048;
 /// Spans from which on a request is made without waiting for more.
-const BATCH: usize = 512;
+const BATCH: usize = 1024;
 /// How long the first span of a request waits for company.
 const COMPANY: Duration = Duration::from_secs(1);
 /// Waits before a request is made again that may succeed then (OTLP, "Retryable response codes").
@@ -88,6 +89,11 @@ impl Exporter {
         for result in ["exported", "rejected", "failed", "dropped"] {
             metrics.trace_spans.with_label_values(&[result]).inc_by(0);
         }
+        let url = Url::parse(config.endpoint.expose_secret()).ok();
+        tracing::info!(
+            host = url.as_ref().and_then(Url::host_str),
+            "spans are sent to a collector"
+        );
         Ok(Self {
             queue: Queue { sender, metrics },
             stop,
@@ -228,9 +234,10 @@ impl Work {
                 Answer::Refused { why } => break why,
                 Answer::Again { why, after } => (why, after),
             };
-            let Some(wait) = waits.next().filter(|_| !self.stop.is_cancelled()) else {
+            let Some(wait) = waits.next() else {
                 break why;
             };
+            // At the end there is no time to wait.
             tokio::select! {
                 () = tokio::time::sleep(after.unwrap_or(wait).min(LONGEST)) => {}
                 () = self.stop.cancelled() => {}

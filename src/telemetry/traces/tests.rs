@@ -104,7 +104,7 @@ fn a_ratio_samples_about_that_share_of_traces() {
 async fn stages_are_children_of_the_work_and_the_last_of_the_failed_kind_is_marked() {
     let exporter = exporter("http://127.0.0.1:1", &metrics());
     let traces = Traces::new(always(), &exporter);
-    let recording = traces.begin(Some(PARENT), || unreachable!()).unwrap();
+    let recording = traces.begin_below(PARENT).unwrap();
     let noted = Noted {
         stages: ["resolve", "send", "send"]
             .map(|name| Stage {
@@ -177,7 +177,7 @@ async fn what_a_hanging_collector_leaves_no_room_for_is_dropped_and_counted() {
     let dropped = metrics.trace_spans.with_label_values(&["dropped"]);
     let mut made = 0;
     while dropped.get() == 0 {
-        let recording = traces.begin(Some(PARENT), || unreachable!()).unwrap();
+        let recording = traces.begin_below(PARENT).unwrap();
         recording.end(summary());
         made += 1;
         assert!(made < 100_000, "nothing is dropped");
@@ -186,6 +186,27 @@ async fn what_a_hanging_collector_leaves_no_room_for_is_dropped_and_counted() {
     let began = Instant::now();
     exporter.finish(Duration::from_millis(200)).await;
     assert!(began.elapsed() < Duration::from_secs(20));
+}
+
+#[tokio::test]
+async fn a_request_that_may_succeed_later_is_made_again_and_nothing_is_lost() {
+    use postroom_testkit::collector::{Collector, Reply};
+    let collector = Collector::start().await.unwrap();
+    collector.always(Reply::Status(503));
+    let metrics = metrics();
+    let exporter = exporter(collector.url(), &metrics);
+    let traces = Traces::new(always(), &exporter);
+    traces.begin_below(PARENT).unwrap().end(summary());
+    while collector.requests().len() < 2 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    collector.always(Reply::Take);
+    exporter.finish(Duration::from_secs(20)).await;
+    let count = |result| metrics.trace_spans.with_label_values(&[result]).get();
+    assert_eq!((count("exported"), count("failed")), (1, 0));
+    let requests = collector.requests();
+    assert!(requests.len() > 1);
+    assert!(requests.iter().all(|request| request.body == requests[0].body));
 }
 
 proptest! {
