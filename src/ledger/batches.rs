@@ -34,6 +34,9 @@ fn with<I, F>(ledger: &Ledger, run: fn(Ledger, Vec<I>) -> F) -> impl Fn(Vec<I>) 
 /// Bodies in one statement, in bytes: it holds no lock others wait for, but must not hold the connection long.
 const BODY_BYTES: usize = 4 << 20;
 
+/// Calls that make a second statement worth its while beside one that is running.
+const CROWD: usize = 32;
+
 /// How long a published report may stay in the outbox until others go with it. Nobody waits for that; what dies in
 /// between publishes its reports once more, under the same ids.
 const CLEAR_LINGER: Duration = Duration::from_millis(20);
@@ -46,6 +49,7 @@ impl Batches {
             rows: 256,
             weight: BODY_BYTES,
             parallel,
+            crowd: CROWD,
             linger: Duration::ZERO,
         };
         Self {

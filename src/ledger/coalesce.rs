@@ -1,11 +1,13 @@
 //! Makes one statement out of many concurrent calls. Batches form by load: while a statement runs, the calls that come
 //! in meanwhile become the next one; a lone call never waits for company, unless nobody waits for its answer.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
 
 /// Bounds of one batch.
 #[derive(Debug, Clone, Copy)]
@@ -16,6 +18,8 @@ pub struct Bounds {
     pub weight: usize,
     /// Batches in flight at once.
     pub parallel: usize,
+    /// Calls that a batch must have to go beside another: fewer wait until that is answered.
+    pub crowd: usize,
     /// How long the first call of a batch waits for company. Nothing for calls that somebody waits for.
     pub linger: Duration,
 }
@@ -75,43 +79,55 @@ where
     F: Fn(Vec<I>) -> Fut + Send + Sync + 'static,
     Fut: Future<Output = Vec<O>> + Send + 'static,
 {
-    let slots = Arc::new(Semaphore::new(bounds.parallel));
-    let mut held: Option<Call<I, O>> = None;
-    loop {
-        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else {
-            return;
-        };
-        let first = match held.take() {
-            Some(call) => call,
-            None => match incoming.recv().await {
-                Some(call) => call,
-                None => return,
-            },
-        };
-        if !bounds.linger.is_zero() {
-            tokio::time::sleep(bounds.linger).await;
-        }
-        let mut weight = first.weight;
-        let mut batch = vec![first];
-        while batch.len() < bounds.rows {
-            let Ok(call) = incoming.try_recv() else { break };
-            if weight + call.weight > bounds.weight {
-                held = Some(call);
-                break;
+    let mut waiting: VecDeque<Call<I, O>> = VecDeque::new();
+    let mut running = JoinSet::new();
+    let mut room = Vec::with_capacity(bounds.rows);
+    let mut closed = false;
+    while !(closed && waiting.is_empty()) {
+        let enough = if running.is_empty() { 1 } else { bounds.crowd };
+        if waiting.len() >= enough && running.len() < bounds.parallel {
+            if !bounds.linger.is_zero() {
+                tokio::time::sleep(bounds.linger).await;
+                while let Ok(call) = incoming.try_recv() {
+                    waiting.push_back(call);
+                }
             }
-            weight += call.weight;
-            batch.push(call);
+            let batch = next_batch(&mut waiting, bounds);
+            let run = Arc::clone(&run);
+            running.spawn(async move { answer(batch, run.as_ref()).await });
+            continue;
         }
-        let run = Arc::clone(&run);
-        tokio::spawn(async move {
-            let (items, answers): (Vec<_>, Vec<_>) =
-                batch.into_iter().map(|call| (call.item, call.answer)).unzip();
-            for (answer, result) in answers.into_iter().zip(run(items).await) {
-                // A caller that went away needs no answer.
-                let _ = answer.send(result);
+        tokio::select! {
+            taken = incoming.recv_many(&mut room, bounds.rows), if !closed && waiting.len() < bounds.rows => {
+                closed = taken == 0;
+                waiting.extend(room.drain(..));
             }
-            drop(slot);
-        });
+            _ = running.join_next(), if !running.is_empty() => {}
+        }
+    }
+    running.detach_all();
+}
+
+/// The first of those that wait, as many as may go together.
+fn next_batch<I, O>(waiting: &mut VecDeque<Call<I, O>>, bounds: Bounds) -> Vec<Call<I, O>> {
+    let mut weight = 0;
+    let fits = |call: &&Call<I, O>| {
+        weight += call.weight;
+        weight <= bounds.weight
+    };
+    let count = waiting.iter().take(bounds.rows).take_while(fits).count();
+    waiting.drain(..count.max(1)).collect()
+}
+
+async fn answer<I, O, F, Fut>(batch: Vec<Call<I, O>>, run: &F)
+where
+    F: Fn(Vec<I>) -> Fut,
+    Fut: Future<Output = Vec<O>>,
+{
+    let (items, answers): (Vec<_>, Vec<_>) = batch.into_iter().map(|call| (call.item, call.answer)).unzip();
+    for (answer, result) in answers.into_iter().zip(run(items).await) {
+        // A caller that went away needs no answer.
+        let _ = answer.send(result);
     }
 }
 
@@ -133,6 +149,7 @@ mod tests {
                 rows: 100,
                 weight: 1000,
                 parallel: 1,
+                crowd: 1,
                 linger: Duration::ZERO,
             },
             move |items: Vec<u32>| {
@@ -164,12 +181,55 @@ mod tests {
         assert_eq!(batches.load(Ordering::SeqCst), 2);
     }
 
+    #[tokio::test]
+    async fn a_second_batch_goes_beside_the_first_only_when_it_is_a_crowd() {
+        let running = Arc::new(AtomicUsize::new(0));
+        let (seen, gate) = (Arc::clone(&running), Arc::new(tokio::sync::Semaphore::new(0)));
+        let open = Arc::clone(&gate);
+        let bounds = Bounds {
+            rows: 100,
+            weight: 1000,
+            parallel: 2,
+            crowd: 10,
+            linger: Duration::ZERO,
+        };
+        let coalescer = Coalescer::spawn(bounds, move |items: Vec<u32>| {
+            let (seen, gate) = (Arc::clone(&seen), Arc::clone(&gate));
+            async move {
+                seen.fetch_add(1, Ordering::SeqCst);
+                let _pass = gate.acquire().await;
+                items
+            }
+        });
+        let call = |n| {
+            let coalescer = coalescer.clone();
+            tokio::spawn(async move { coalescer.call(n, 1).await })
+        };
+        let settle = async || {
+            for _ in 0..200 {
+                tokio::task::yield_now().await;
+            }
+            running.load(Ordering::SeqCst)
+        };
+        let mut calls = vec![call(0)];
+        assert_eq!(settle().await, 1);
+        calls.extend((1..10).map(call));
+        assert_eq!(settle().await, 1, "nine are no crowd");
+        calls.push(call(10));
+        assert_eq!(settle().await, 2);
+        open.add_permits(3);
+        for (n, call) in calls.into_iter().enumerate() {
+            assert_eq!(call.await.unwrap(), Some(n as u32));
+        }
+    }
+
     #[tokio::test(start_paused = true)]
     async fn calls_nobody_waits_for_are_gathered_for_a_moment() {
         let bounds = Bounds {
             rows: 100,
             weight: 1000,
             parallel: 1,
+            crowd: 1,
             linger: Duration::from_millis(20),
         };
         let coalescer = Coalescer::spawn(
@@ -194,6 +254,7 @@ mod tests {
                 rows: 100,
                 weight: 10,
                 parallel: 1,
+                crowd: 1,
                 linger: Duration::ZERO,
             },
             |items: Vec<usize>| async move {

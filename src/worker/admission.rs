@@ -4,10 +4,12 @@
 //! account when it has stood here for a while. With no permit free nothing is taken, and the backlog stays in RabbitMQ.
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Semaphore, mpsc};
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use super::Worker;
@@ -16,7 +18,8 @@ use super::load::InHand;
 use super::permits::Permit;
 use crate::broker::dead_letter::REPLAY;
 use crate::fail_point::{self, Point};
-use crate::id::{AccountKey, JobId, TenantId};
+use crate::id::AccountKey;
+use crate::job::MailJob;
 use crate::ledger::admit::{AdmitRequest, Admitted, Want};
 use crate::ledger::batches::pauses;
 use crate::ledger::release::ReleaseRequest;
@@ -39,6 +42,10 @@ pub struct Admission {
     /// Boxed: they are large, and move up when those before them go.
     levels: [VecDeque<Box<Arrival>>; 4],
     statements: Arc<Semaphore>,
+    /// The last look stopped for want of a permit.
+    lacks_permits: bool,
+    /// How many of each level have been looked at in vain since something was freed: those behind them are new.
+    passed: [usize; 4],
 }
 
 /// An arrival picked for a batch, with what it needs to run; without a permit it is to be parked.
@@ -60,22 +67,34 @@ impl Admission {
             worker,
             levels: Default::default(),
             statements: Arc::new(Semaphore::new(STATEMENTS)),
+            lacks_permits: false,
+            passed: [0; 4],
         }
     }
 
     /// Runs until `stop`; what is still in hand then is given back to RabbitMQ.
     pub async fn run(mut self, mut arrivals: mpsc::Receiver<Arrival>, stop: CancellationToken) {
+        let mut looks = tokio::time::interval(LOOK);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let waiting = self.levels.iter().any(|level| !level.is_empty());
+            let mut is_new = false;
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
                 arrival = arrivals.recv() => match arrival {
-                    Some(arrival) => self.take(arrival),
+                    Some(arrival) => {
+                        is_new = true;
+                        self.take(arrival);
+                    }
                     None => break,
                 },
-                () = self.worker.permits.freed(), if waiting => {}
-                () = tokio::time::sleep(LOOK), if waiting => {}
+                () = self.worker.permits.freed(), if waiting && self.lacks_permits => {}
+                () = self.worker.load.freed(), if waiting => {}
+                _ = looks.tick(), if waiting => {}
+            }
+            if !is_new {
+                self.passed = [0; 4];
             }
             while let Ok(arrival) = arrivals.try_recv() {
                 self.take(arrival);
@@ -121,8 +140,10 @@ impl Admission {
     fn pick(&mut self) -> Vec<Picked> {
         let mut picking = Picking::new(&self.worker);
         for level in self.worker.permits.order() {
-            picking.pick_from(&mut self.levels[level.index()], level);
+            let (queue, passed) = (&mut self.levels[level.index()], &mut self.passed[level.index()]);
+            *passed = picking.pick_from(queue, level, *passed);
         }
+        self.lacks_permits = picking.lacks_permits;
         picking.batch
     }
 }
@@ -132,9 +153,27 @@ struct Picking<'a> {
     worker: &'a Worker,
     now: Instant,
     batch: Vec<Picked>,
-    keys: HashSet<(TenantId, JobId)>,
+    picked: HashSet<SameJob>,
     /// Accounts found full in this look.
     full: HashSet<AccountKey>,
+    lacks_permits: bool,
+}
+
+/// A job by its name.
+struct SameJob(Arc<MailJob>);
+
+impl PartialEq for SameJob {
+    fn eq(&self, other: &Self) -> bool {
+        (&self.0.id, &self.0.tenant) == (&other.0.id, &other.0.tenant)
+    }
+}
+
+impl Eq for SameJob {}
+
+impl Hash for SameJob {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.id.hash(state);
+    }
 }
 
 /// What one look says about an arrival.
@@ -151,15 +190,15 @@ impl<'a> Picking<'a> {
             worker,
             now: Instant::now(),
             batch: Vec::new(),
-            keys: HashSet::new(),
+            picked: HashSet::new(),
             full: HashSet::new(),
+            lacks_permits: false,
         }
     }
 
-    /// Stops at the first arrival that finds no permit: those behind it are younger, and none of them is to be parked
-    /// unless it is.
-    fn pick_from(&mut self, queue: &mut VecDeque<Box<Arrival>>, level: Level) {
-        let mut place = 0;
+    /// Looks at a queue from `place` on, and returns up to where nothing more can be had. Stops at the first arrival that
+    /// finds no permit: those behind it are younger, and none of them is to be parked unless it is.
+    fn pick_from(&mut self, queue: &mut VecDeque<Box<Arrival>>, level: Level, mut place: usize) -> usize {
         while self.batch.len() < BATCH
             && let Some(arrival) = queue.get(place)
         {
@@ -173,10 +212,17 @@ impl<'a> Picking<'a> {
                         self.add(*arrival, want, right);
                     }
                 }
-                Turn::NoPermit if !self.has_stood_long(arrival) => return,
-                Turn::NoPermit | Turn::Later => place += 1,
+                Turn::NoPermit => {
+                    self.lacks_permits = true;
+                    if !self.has_stood_long(arrival) {
+                        return place;
+                    }
+                    place += 1;
+                }
+                Turn::Later => place += 1,
             }
         }
+        place
     }
 
     fn turn(&mut self, arrival: &Arrival, level: Level) -> Turn {
@@ -203,10 +249,12 @@ impl<'a> Picking<'a> {
     }
 
     fn is_full(&mut self, arrival: &Arrival) -> bool {
-        if self.full.contains(&arrival.account) {
+        let urgent = arrival.level == Level::Immediate;
+        if !urgent && self.full.contains(&arrival.account) {
             return true;
         }
-        let full = self.worker.load.is_full(&arrival.account, arrival.connections);
+        let load = &self.worker.load;
+        let full = load.is_full(&arrival.account, arrival.connections, urgent);
         if full {
             self.full.insert(arrival.account.clone());
         }
@@ -219,13 +267,11 @@ impl<'a> Picking<'a> {
 
     /// Whether the same job is in the batch: one statement cannot claim it twice.
     fn has_twin(&self, arrival: &Arrival) -> bool {
-        let key = (arrival.job.tenant.clone(), arrival.job.id.clone());
-        self.keys.contains(&key)
+        self.picked.contains(&SameJob(Arc::clone(&arrival.job)))
     }
 
     fn add(&mut self, arrival: Arrival, want: Want, permit: Option<(Permit, InHand)>) {
-        self.keys
-            .insert((arrival.job.tenant.clone(), arrival.job.id.clone()));
+        self.picked.insert(SameJob(Arc::clone(&arrival.job)));
         let (account, lease) = (arrival.account.clone(), self.worker.claim());
         let mut request = AdmitRequest::new(&arrival.job, arrival.level, account, lease, want);
         request.detour = arrival.may_detour;

@@ -2,8 +2,11 @@
 //! account from holding the permits of the others.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
 
 use crate::id::AccountKey;
 
@@ -18,17 +21,32 @@ const UNKNOWN: Duration = Duration::from_millis(100);
 const BUSY_FOR: Duration = Duration::from_millis(500);
 
 /// Jobs in hand per account.
-#[derive(Debug)]
+///
+/// An account that got all it can have in hand gets nothing more until most of what is not on a connection has gone: so
+/// admission takes many jobs in one statement rather than one for each that ends, and no connection stands idle for it.
 pub struct Load {
     accounts: Mutex<HashMap<AccountKey, Account>>,
     /// What one account may have in hand while others have something too.
     fair: usize,
+    room: Notify,
+}
+
+impl fmt::Debug for Load {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Load")
+            .field("accounts", &self.lock().len())
+            .finish()
+    }
 }
 
 #[derive(Debug)]
 struct Account {
     in_hand: usize,
     connections: usize,
+    /// It was full, and most of that is still there.
+    resting: bool,
+    /// Somebody waits for the next to go.
+    awaited: bool,
     busy_until: Option<Instant>,
     /// What was in hand when a job last found no connection: so many have one.
     held: usize,
@@ -41,10 +59,19 @@ impl Default for Account {
         Self {
             in_hand: 0,
             connections: 0,
+            resting: false,
+            awaited: false,
             busy_until: None,
             held: 0,
             send: UNKNOWN,
         }
+    }
+}
+
+impl Account {
+    /// Whether it has no connection but those it uses, as was seen a moment ago.
+    fn has_all_connections(&self) -> bool {
+        self.in_hand >= self.held && self.busy_until.is_some_and(|until| until > Instant::now())
     }
 }
 
@@ -62,7 +89,13 @@ impl Load {
         Arc::new(Self {
             accounts: Mutex::default(),
             fair: (permits / 2).max(1),
+            room: Notify::new(),
         })
+    }
+
+    /// Waits until an account that was full may have more in hand.
+    pub async fn freed(&self) {
+        self.room.notified().await;
     }
 
     /// Counts one more job of this account, which has so many connections here.
@@ -79,15 +112,20 @@ impl Load {
         }
     }
 
-    /// Whether an account has as much in hand as its connections can take. With nobody else about it may use every
-    /// permit; otherwise at most half.
+    /// Whether an account gets nothing more now. With nobody else about it may have all its connections busy; otherwise
+    /// it may use half of the permits. `urgent`: what cannot wait until others have gone, if there is room at all.
     #[must_use]
-    pub fn is_full(&self, account: &AccountKey, connections: usize) -> bool {
-        let accounts = self.lock();
-        let Some(entry) = accounts.get(account) else {
+    pub fn is_full(&self, account: &AccountKey, connections: usize, urgent: bool) -> bool {
+        let mut accounts = self.lock();
+        let shared = accounts.len() > 1;
+        let Some(entry) = accounts.get_mut(account) else {
             return false;
         };
-        self.full(entry, connections, accounts.len() > 1)
+        let is_over = entry.in_hand > 0 && entry.in_hand >= self.room(entry, connections, shared);
+        entry.resting |= is_over;
+        let waits_for_next = entry.has_all_connections() || (is_over && urgent);
+        entry.awaited |= waits_for_next;
+        waits_for_next || (entry.resting && !urgent)
     }
 
     /// Accounts that are full.
@@ -95,9 +133,10 @@ impl Load {
     pub fn full_accounts(&self) -> Vec<AccountKey> {
         let accounts = self.lock();
         let shared = accounts.len() > 1;
-        let full = accounts
-            .iter()
-            .filter(|(_, entry)| self.full(entry, entry.connections, shared));
+        let full = accounts.iter().filter(|(_, entry)| {
+            let is_over = entry.in_hand > 0 && entry.in_hand >= self.room(entry, entry.connections, shared);
+            entry.resting || is_over || entry.has_all_connections()
+        });
         full.map(|(account, _)| account.clone()).collect()
     }
 
@@ -112,12 +151,22 @@ impl Load {
         entry.held = entry.in_hand;
     }
 
-    fn full(&self, entry: &Account, connections: usize, shared: bool) -> bool {
+    /// How much an account may have in hand.
+    fn room(&self, entry: &Account, connections: usize, shared: bool) -> usize {
         let ahead = ADMISSION.as_micros() as usize * connections / (entry.send.as_micros() as usize).max(1);
-        let room = connections.saturating_add(ahead.min(connections * (PER_CONNECTION - 1)));
-        let room = if shared { room.min(self.fair) } else { room };
-        let busy = entry.busy_until.is_some_and(|until| until > Instant::now());
-        (busy && entry.in_hand >= entry.held) || (entry.in_hand > 0 && entry.in_hand >= room)
+        let ahead = ahead.min(connections.saturating_mul(PER_CONNECTION - 1));
+        let connections = if shared {
+            connections.min(self.fair)
+        } else {
+            connections
+        };
+        connections.saturating_add(ahead).min(self.fair.max(connections))
+    }
+
+    /// How much of it is left when an account gets more again: all connections, and a quarter of what is ahead of them.
+    fn low(&self, entry: &Account, shared: bool) -> usize {
+        let room = self.room(entry, entry.connections, shared);
+        room - room.saturating_sub(entry.connections) / 4 * 3
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<AccountKey, Account>> {
@@ -138,12 +187,22 @@ impl InHand {
 impl Drop for InHand {
     fn drop(&mut self) {
         let mut accounts = self.load.lock();
+        let shared = accounts.len() > 1;
         let Some(entry) = accounts.get_mut(&self.account) else {
             return;
         };
         entry.in_hand -= 1;
+        let has_rested = entry.resting && entry.in_hand <= self.load.low(entry, shared);
+        let is_news = has_rested || std::mem::take(&mut entry.awaited);
+        if has_rested {
+            entry.resting = false;
+        }
         if entry.in_hand == 0 && entry.busy_until.is_none_or(|until| until <= Instant::now()) {
             accounts.remove(&self.account);
+        }
+        drop(accounts);
+        if is_news {
+            self.load.room.notify_one();
         }
     }
 }
@@ -156,17 +215,21 @@ mod tests {
         AccountKey::from_stored(name)
     }
 
+    fn is_full(load: &Load, account: &str, connections: usize) -> bool {
+        load.is_full(&key(account), connections, false)
+    }
+
     #[test]
     fn an_account_is_full_when_its_connections_have_enough_in_hand() {
         let load = Load::new(64);
         let mut held: Vec<_> = (0..2).map(|_| load.enter(&key("t/a"), 2)).collect();
-        assert!(!load.is_full(&key("t/a"), 2));
+        assert!(!is_full(&load, "t/a", 2));
         held.push(load.enter(&key("t/a"), 2));
-        assert!(load.is_full(&key("t/a"), 2));
-        assert!(!load.is_full(&key("t/b"), 2));
+        assert!(is_full(&load, "t/a", 2));
+        assert!(!is_full(&load, "t/b", 2));
         assert_eq!(load.full_accounts(), [key("t/a")]);
         drop(held);
-        assert!(!load.is_full(&key("t/a"), 2));
+        assert!(!is_full(&load, "t/a", 2));
     }
 
     #[test]
@@ -177,7 +240,7 @@ mod tests {
             for _ in 0..50 {
                 held[0].note_send(took);
             }
-            while !load.is_full(&key(account), 2) {
+            while !is_full(&load, account, 2) {
                 held.push(load.enter(&key(account), 2));
             }
             held.len()
@@ -187,12 +250,43 @@ mod tests {
     }
 
     #[test]
+    fn an_account_that_was_full_gets_more_when_most_of_what_is_ahead_has_gone() {
+        let load = Load::new(128);
+        let first = load.enter(&key("t/a"), 4);
+        for _ in 0..50 {
+            first.note_send(Duration::from_millis(1));
+        }
+        let mut held = vec![first];
+        while !is_full(&load, "t/a", 4) {
+            held.push(load.enter(&key("t/a"), 4));
+        }
+        assert_eq!(held.len(), 32, "its connections, and seven ahead of each");
+        while is_full(&load, "t/a", 4) {
+            assert!(load.full_accounts().contains(&key("t/a")));
+            held.pop();
+        }
+        assert_eq!(held.len(), 11, "its connections, and a quarter of what is ahead");
+    }
+
+    #[tokio::test]
+    async fn what_is_urgent_does_not_wait_until_most_has_gone() {
+        let load = Load::new(64);
+        let mut held: Vec<_> = (0..12).map(|_| load.enter(&key("t/a"), 8)).collect();
+        assert!(load.is_full(&key("t/a"), 8, true));
+        assert!(load.is_full(&key("t/a"), 8, false));
+        held.pop();
+        load.freed().await;
+        assert!(!load.is_full(&key("t/a"), 8, true));
+        assert!(load.is_full(&key("t/a"), 8, false));
+    }
+
+    #[test]
     fn an_account_may_use_every_permit_only_while_it_is_alone() {
         let load = Load::new(8);
         let held: Vec<_> = (0..4).map(|_| load.enter(&key("t/a"), 16)).collect();
-        assert!(!load.is_full(&key("t/a"), 16));
+        assert!(!is_full(&load, "t/a", 16));
         let other = load.enter(&key("t/b"), 16);
-        assert!(load.is_full(&key("t/a"), 16));
+        assert!(is_full(&load, "t/a", 16));
         drop((held, other));
     }
 
@@ -201,17 +295,17 @@ mod tests {
         let load = Load::new(64);
         let mut held: Vec<_> = (0..3).map(|_| load.enter(&key("t/a"), 16)).collect();
         load.note_busy(&key("t/a"));
-        assert!(load.is_full(&key("t/a"), 16));
+        assert!(is_full(&load, "t/a", 16));
         held.pop();
-        assert!(!load.is_full(&key("t/a"), 16));
+        assert!(!is_full(&load, "t/a", 16));
     }
 
     #[test]
     fn an_account_without_a_free_connection_is_full_for_a_moment() {
         let load = Load::new(8);
         load.note_busy(&key("t/a"));
-        assert!(load.is_full(&key("t/a"), 16));
+        assert!(is_full(&load, "t/a", 16));
         std::thread::sleep(BUSY_FOR);
-        assert!(!load.is_full(&key("t/a"), 16));
+        assert!(!is_full(&load, "t/a", 16));
     }
 }
