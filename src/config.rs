@@ -6,6 +6,7 @@ mod load;
 mod parse;
 mod sections;
 pub mod settings;
+mod traces;
 mod unknown;
 
 #[cfg(test)]

@@ -2,12 +2,10 @@
 
 use std::time::Duration;
 
-use secrecy::{ExposeSecret as _, SecretString};
-
 use super::load::{FromSettings, Reader};
 use super::{
-    Broker, BrokerNames, Database, Egress, Fetch, JobLimits, Keys, Process, Sampler, Smtp, SmtpTimeouts,
-    Storage, Telemetry, TopologyMode, Traces, UnknownTenant, Webhook, Worker, parse,
+    Broker, BrokerNames, Database, Egress, Fetch, JobLimits, Keys, Process, Smtp, SmtpTimeouts, Storage,
+    Telemetry, TopologyMode, UnknownTenant, Webhook, Worker, parse,
 };
 
 use crate::memory::least_budget;
@@ -349,73 +347,6 @@ impl FromSettings for Telemetry {
             http_addr: http_addr?,
         })
     }
-}
-
-impl FromSettings for Option<Traces> {
-    fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let disabled = r.get("OTEL_SDK_DISABLED", |text| {
-            let words = [("true", true), ("false", false)];
-            parse::one_of(&text.to_ascii_lowercase(), &words)
-        })?;
-        let base = r.optional("OTEL_EXPORTER_OTLP_ENDPOINT", parse::collector_url);
-        let whole = r.optional("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", parse::collector_url);
-        let endpoint = whole.or_else(|| base.map(parse::traces_of));
-        // Without an endpoint the rest may be meant for other programs.
-        let Some(endpoint) = endpoint.filter(|_| !disabled) else {
-            return Some(None);
-        };
-        let headers = r.optional_secret("OTEL_EXPORTER_OTLP_HEADERS", |text| {
-            parse::otlp_headers(text).map(drop)
-        });
-        let protocol = r.get("OTEL_EXPORTER_OTLP_PROTOCOL", |text| {
-            parse::one_of(text, &[("http/protobuf", ())])
-        });
-        let timeout = r.get("OTEL_EXPORTER_OTLP_TIMEOUT", |text| {
-            parse::number(text, 1..=60_000)
-        });
-        let service_name = r.optional("OTEL_SERVICE_NAME", |text| Ok(text.to_owned()));
-        let attributes = r.optional("OTEL_RESOURCE_ATTRIBUTES", parse::pairs);
-        let sampler = sampler(r);
-        protocol?;
-        Some(Some(Traces {
-            endpoint: String::from(endpoint).into(),
-            headers: header_values(headers),
-            timeout: Duration::from_millis(timeout?),
-            service_name,
-            attributes: attributes.unwrap_or_default(),
-            sampler: sampler?,
-        }))
-    }
-}
-
-fn header_values(text: Option<SecretString>) -> Vec<(String, SecretString)> {
-    let text = text.unwrap_or_default();
-    // Checked when it was read.
-    let headers = parse::otlp_headers(text.expose_secret()).unwrap_or_default();
-    headers
-        .into_iter()
-        .map(|(name, value)| (name, value.into()))
-        .collect()
-}
-
-fn sampler(r: &mut Reader<'_>) -> Option<Sampler> {
-    let ratio = r.get("OTEL_TRACES_SAMPLER_ARG", parse::ratio);
-    let kind = r.get("OTEL_TRACES_SAMPLER", |text| {
-        let words = [
-            ("always_on", (false, Some(1.0))),
-            ("always_off", (false, Some(0.0))),
-            ("traceidratio", (false, None)),
-            ("parentbased_always_on", (true, Some(1.0))),
-            ("parentbased_always_off", (true, Some(0.0))),
-            ("parentbased_traceidratio", (true, None)),
-        ];
-        parse::one_of(text, &words)
-    });
-    let (ratio, (parent_based, fixed)) = (ratio?, kind?);
-    Some(Sampler {
-        parent_based,
-        ratio: fixed.unwrap_or(ratio),
-    })
 }
 
 macro_rules! tuples {

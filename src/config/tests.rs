@@ -234,7 +234,7 @@ const COLLECTOR: (&str, &str) = (
     "https://collector.example:4318/base/",
 );
 
-fn traces(env: &[(&str, &str)]) -> Traces {
+fn read_traces(env: &[(&str, &str)]) -> Traces {
     load::<Option<Traces>>(&sources(env)).unwrap().unwrap()
 }
 
@@ -255,7 +255,7 @@ fn without_an_endpoint_there_are_no_traces_and_the_rest_is_not_looked_at() {
 
 #[test]
 fn the_endpoint_of_all_signals_gets_a_path_and_that_of_traces_wins_as_it_is() {
-    let endpoint = |env: &[(&str, &str)]| traces(env).endpoint.expose_secret().to_owned();
+    let endpoint = |env: &[(&str, &str)]| read_traces(env).endpoint.expose_secret().to_owned();
     assert_eq!(
         endpoint(&[COLLECTOR]),
         "https://collector.example:4318/base/v1/traces"
@@ -266,7 +266,7 @@ fn the_endpoint_of_all_signals_gets_a_path_and_that_of_traces_wins_as_it_is() {
 
 #[test]
 fn headers_and_attributes_are_percent_encoded_pairs() {
-    let read = traces(&[
+    let read = read_traces(&[
         COLLECTOR,
         (
             "OTEL_EXPORTER_OTLP_HEADERS",
@@ -450,7 +450,7 @@ proptest! {
         let _ = parse::duration(&text, Duration::ZERO..=Duration::MAX);
         let _ = parse::size(&text, 0..=u64::MAX);
         let _ = (parse::queues(&text).is_ok(), parse::networks(&text).is_ok(), parse::http_addr(&text).is_ok());
-        let _ = (parse::collector_url(&text).is_ok(), parse::pairs(&text).is_ok(), parse::otlp_headers(&text).is_ok());
+        let _ = (super::traces::collector_url(&text).is_ok(), traces::pairs(&text).is_ok(), traces::headers(&text).is_ok());
         let _ = (parse::storage_url(&text).is_ok(), parse::ehlo_name(&text).is_ok(), parse::prefix(&text).is_ok());
     }
 }
