@@ -280,7 +280,7 @@ mod tests {
     #[test]
     fn who_found_an_account_full_is_told_when_it_has_room() {
         let load = Load::new(64);
-        let mut room = load.watch();
+        let room = load.watch();
         let mut held: Vec<_> = (0..12).map(|_| load.enter(&key("t/a"), 8)).collect();
         assert_eq!(load.full_accounts(), [key("t/a")]);
         while !load.full_accounts().is_empty() {
