@@ -297,21 +297,19 @@ BEGIN
     END LOOP;
 END $$;
 
--- Advances the rings of one locked row to time t, counts what was granted, and notes when more can be had if
--- something was denied that needed so much.
-CREATE FUNCTION rate_count(p_key text, t bigint, p_messages integer, p_recipients integer,
-                           p_denied boolean, p_need_recipients integer) RETURNS bigint
-LANGUAGE plpgsql AS $$
+-- A row with its rings advanced to time t, what was granted counted, and when more can be had if something was denied
+-- that needed so much.
+CREATE FUNCTION rate_counted(r rate, t bigint, p_messages integer, p_recipients integer,
+                             p_denied boolean, p_need_recipients integer) RETURNS rate
+LANGUAGE plpgsql IMMUTABLE AS $$
 DECLARE
-    r rate; l integer; g bigint; i bigint; k integer; need integer; acc integer; free_at bigint := 0;
-    v_ring integer[]; v_used integer[]; v_head bigint[];
+    l integer; g bigint; i bigint; k integer; more integer; need integer; acc integer; free_at bigint := 0;
+    v_ring integer[] := r.ring; v_used integer[] := r.used; v_head bigint[] := r.head;
 BEGIN
-    SELECT * INTO r FROM rate WHERE key = p_key;
-    v_ring := r.ring; v_used := r.used; v_head := r.head;
     FOR l IN 1 .. array_length(r.lim, 1) LOOP
         g := t / r.width[l];
         IF g - v_head[l] >= r.size[l] THEN
-            FOR k IN 1 .. r.size[l] LOOP v_ring[r.base[l] + k] := 0; END LOOP;
+            v_ring[r.base[l] + 1 : r.base[l] + r.size[l]] := array_fill(0, ARRAY[r.size[l]]);
             v_used[l] := 0;
         ELSE
             i := v_head[l] + 1;
@@ -324,8 +322,9 @@ BEGIN
         END IF;
         v_head[l] := greatest(g, v_head[l]);
         k := r.base[l] + (v_head[l] % r.size[l])::integer + 1;
-        v_ring[k] := v_ring[k] + CASE WHEN r.unit[l] = 0 THEN p_messages ELSE p_recipients END;
-        v_used[l] := v_used[l] + CASE WHEN r.unit[l] = 0 THEN p_messages ELSE p_recipients END;
+        more := CASE WHEN r.unit[l] = 0 THEN p_messages ELSE p_recipients END;
+        v_ring[k] := v_ring[k] + more;
+        v_used[l] := v_used[l] + more;
         IF p_denied THEN
             need := v_used[l] + CASE WHEN r.unit[l] = 0 THEN 1 ELSE p_need_recipients END - r.lim[l];
             acc := 0;
@@ -342,24 +341,23 @@ BEGIN
             END IF;
         END IF;
     END LOOP;
-    UPDATE rate SET ring = v_ring, used = v_used, head = v_head,
-        last = t, next_at = free_at WHERE key = p_key;
-    RETURN free_at;
+    r.ring := v_ring; r.used := v_used; r.head := v_head; r.last := t; r.next_at := free_at;
+    RETURN r;
 END $$;
 
--- Grants slots in the order given. granted: recipients covered, 0 if denied; slot_us: null if nothing limits it.
--- The locks come first and the clock is read after them, so that waiting for a lock cannot reopen a window.
--- p_held: the keys that the caller has locked already; null: to be locked here.
+-- Grants slots in the order given. granted: recipients covered, 0 if denied or if nothing is asked for (cost 0); slot_us: null
+-- if nothing limits it. The locks come first and the clock is read after them, so that waiting for a lock cannot reopen a
+-- window. p_held: the keys that the caller has locked already; null: to be locked here.
 CREATE FUNCTION take_slots(p_tenants text[], p_accounts text[], p_costs integer[], p_held text[])
 RETURNS TABLE (granted integer[], slot_us bigint, valid_us bigint[], next_us bigint[])
 LANGUAGE plpgsql AS $$
 DECLARE
     n integer := coalesce(array_length(p_tenants, 1), 0);
-    v_keys text[]; v_held text[] := p_held; v_names text[] := '{}'; v_next bigint[] := '{}'; v_m integer[] := '{}';
+    v_keys text[]; v_held text[] := p_held; v_rows rate[]; v_names text[] := '{}'; v_next bigint[] := '{}'; v_m integer[] := '{}';
     v_r integer[] := '{}'; v_largest integer[] := '{}'; v_valid bigint[] := '{}'; v_gm integer[]; v_gr integer[];
-    v_need integer[]; v_denied boolean[]; v_shut boolean[] := '{}';
-    rec rate; room record; i integer; p integer := 0; c integer; t bigint; shut bigint; ok boolean;
-    v_pos integer[]; key text;
+    v_need integer[]; v_denied boolean[]; v_shut boolean[] := '{}'; v_counted rate[] := '{}'; v_row rate;
+    room record; i integer; p integer := 0; c integer; t bigint; shut bigint; ok boolean;
+    v_pos integer[]; key text; v_tenant text; v_account text; v_most integer; v_until bigint;
 BEGIN
     granted := p_costs; slot_us := NULL;
     valid_us := array_fill(NULL::bigint, ARRAY[n]); next_us := array_fill(NULL::bigint, ARRAY[n]);
@@ -371,37 +369,39 @@ BEGIN
         SELECT coalesce(array_agg(q.key), '{}') INTO v_held
             FROM (SELECT r.key FROM rate r WHERE r.key = ANY (v_keys) AND r.next_at <= t ORDER BY r.key FOR UPDATE) q;
     END IF;
-    t := micros(clock_timestamp());
-    FOR rec IN SELECT * FROM rate r WHERE r.key = ANY (v_keys) ORDER BY r.key LOOP
-        p := p + 1;
-        -- What is not locked must not be granted, even if it has become free since.
-        v_names[p] := rec.key; v_next[p] := rec.next_at; v_shut[p] := rec.key <> ALL (v_held);
-        IF NOT v_shut[p] THEN
-            t := greatest(t, rec.last);
-        END IF;
-    END LOOP;
-    IF p = 0 THEN
+    -- What is not locked must not be granted, even if it has become free since.
+    SELECT array_agg(r ORDER BY r.key), array_agg(r.key ORDER BY r.key), array_agg(r.next_at ORDER BY r.key),
+           array_agg(r.key <> ALL (v_held) ORDER BY r.key),
+           greatest(micros(clock_timestamp()), max(r.last) FILTER (WHERE r.key = ANY (v_held)))
+        INTO v_rows, v_names, v_next, v_shut, t
+        FROM rate r WHERE r.key = ANY (v_keys);
+    IF v_rows IS NULL THEN
         RETURN NEXT;
         RETURN;
     END IF;
+    p := cardinality(v_rows);
     slot_us := t;
-    v_gm := array_fill(0, ARRAY[p]); v_gr := array_fill(0, ARRAY[p]); v_need := array_fill(1, ARRAY[p]);
-    v_denied := array_fill(false, ARRAY[p]);
+    v_gm := array_fill(0, ARRAY[p]); v_gr := v_gm; v_need := array_fill(1, ARRAY[p]); v_denied := array_fill(false, ARRAY[p]);
     p := 0;
-    FOR rec IN SELECT * FROM rate r WHERE r.key = ANY (v_names) ORDER BY r.key LOOP
+    FOREACH v_row IN ARRAY v_rows LOOP
         p := p + 1;
-        SELECT * INTO room FROM rate_room(rec, t);
+        room := rate_room(v_row, t);
         v_m[p] := room.messages; v_r[p] := room.recipients; v_largest[p] := room.largest; v_valid[p] := room.valid;
     END LOOP;
     FOR i IN 1 .. n LOOP
-        v_pos := '{}'; ok := true; shut := NULL; c := p_costs[i];
-        FOREACH key IN ARRAY charged_keys(p_tenants[i], p_accounts[i]) LOOP
-            p := array_position(v_names, key);
-            CONTINUE WHEN p IS NULL;
-            v_pos := v_pos || p;
-            c := least(c, v_largest[p]);
-            valid_us[i] := least(valid_us[i], v_valid[p]);
-        END LOOP;
+        c := p_costs[i];
+        CONTINUE WHEN c = 0;
+        IF p_accounts[i] IS DISTINCT FROM v_account OR p_tenants[i] IS DISTINCT FROM v_tenant THEN
+            v_account := p_accounts[i]; v_tenant := p_tenants[i];
+            v_pos := '{}'; v_most := 2147483647; v_until := NULL;
+            FOREACH key IN ARRAY charged_keys(v_tenant, v_account) LOOP
+                p := array_position(v_names, key);
+                CONTINUE WHEN p IS NULL;
+                v_pos := v_pos || p; v_most := least(v_most, v_largest[p]); v_until := least(v_until, v_valid[p]);
+            END LOOP;
+        END IF;
+        CONTINUE WHEN v_until IS NULL;
+        ok := true; shut := NULL; c := least(c, v_most); valid_us[i] := v_until;
         FOREACH p IN ARRAY v_pos LOOP
             IF v_shut[p] THEN
                 ok := false; shut := greatest(shut, v_next[p]);
@@ -422,18 +422,26 @@ BEGIN
             granted[i] := 0; next_us[i] := shut;
         END IF;
     END LOOP;
-    FOR p IN 1 .. array_length(v_names, 1) LOOP
+    p := 0;
+    FOREACH v_row IN ARRAY v_rows LOOP
+        p := p + 1;
         CONTINUE WHEN v_shut[p] OR (v_gm[p] = 0 AND NOT v_denied[p]);
-        v_next[p] := rate_count(v_names[p], t, v_gm[p], v_gr[p], v_denied[p], v_need[p]);
+        v_row := rate_counted(v_row, t, v_gm[p], v_gr[p], v_denied[p], v_need[p]);
+        v_next[p] := v_row.next_at;
+        v_counted := v_counted || v_row;
     END LOOP;
-    FOR i IN 1 .. n LOOP
-        CONTINUE WHEN granted[i] > 0;
-        FOREACH key IN ARRAY charged_keys(p_tenants[i], p_accounts[i]) LOOP
-            p := array_position(v_names, key);
-            CONTINUE WHEN p IS NULL OR NOT (v_denied[p] OR v_shut[p]);
-            next_us[i] := greatest(next_us[i], v_next[p]);
+    UPDATE rate r SET ring = u.ring, used = u.used, head = u.head, last = u.last, next_at = u.next_at
+        FROM unnest(v_counted) u WHERE r.key = u.key;
+    IF 0 = ANY (granted) THEN
+        FOR i IN 1 .. n LOOP
+            CONTINUE WHEN granted[i] > 0 OR p_costs[i] = 0;
+            FOREACH key IN ARRAY charged_keys(p_tenants[i], p_accounts[i]) LOOP
+                p := array_position(v_names, key);
+                CONTINUE WHEN p IS NULL OR NOT (v_denied[p] OR v_shut[p]);
+                next_us[i] := greatest(next_us[i], v_next[p]);
+            END LOOP;
         END LOOP;
-    END LOOP;
+    END IF;
     RETURN NEXT;
 END $$;
 
@@ -644,14 +652,13 @@ LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generi
 SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
 DECLARE
     n integer := coalesce(array_length(p_ids, 1), 0);
-    v_now timestamptz := clock_timestamp(); v_born bigint;
-    v_known boolean[]; v_behind boolean[]; v_shut bigint[]; v_pick integer[] := '{}';
-    v_granted integer[] := array_fill(0, ARRAY[n]); v_slot bigint[] := array_fill(NULL::bigint, ARRAY[n]);
-    v_valid bigint[] := array_fill(NULL::bigint, ARRAY[n]); v_wait bigint[] := array_fill(NULL::bigint, ARRAY[n]);
-    v_verdict smallint[] := array_fill(1::smallint, ARRAY[n]); v_reason smallint[] := array_fill(NULL::smallint, ARRAY[n]);
-    v_new boolean[]; s record; j record; i integer; k integer; lost integer[]; v_own boolean;
-    v_ill bigint[] := array_fill(NULL::bigint, ARRAY[n]); v_claims bigint[] := '{}';
-    v_plain boolean;
+    v_now timestamptz := clock_timestamp(); v_us bigint; v_born bigint; v_plain boolean;
+    -- per job: known already; granted and until when; when it may go
+    v_known boolean[]; v_granted integer[]; v_valid bigint[]; v_wait bigint[]; v_verdict smallint[]; v_reason smallint[];
+    v_ask integer[]; v_ill bigint[] := array_fill(NULL::bigint, ARRAY[n]);
+    -- claims of the jobs entered here
+    v_plain_claims bigint[] := '{}'; v_claims bigint[] := '{}';
+    s record; j record; i integer; lost integer[]; v_own boolean; v_is_ill boolean;
 BEGIN
     -- Most batches: nothing is asked for, and nothing known, that keeps a new job from going.
     v_plain := 2 <> ALL (p_want) AND array_remove(p_send_at, NULL) = '{}' AND array_remove(p_expires_at, NULL) = '{}'
@@ -670,102 +677,89 @@ BEGIN
             ORDER BY u.t COLLATE "C", u.id COLLATE "C"
             ON CONFLICT ON CONSTRAINT job_pkey DO NOTHING
             RETURNING x.claim)
-        SELECT coalesce(array_agg(m.claim), '{}') INTO v_claims FROM made m;
+        SELECT coalesce(array_agg(m.claim), '{}') INTO v_plain_claims FROM made m;
         RETURN QUERY SELECT q.p - 1, 1::smallint, v_born, v_born, 0, micros(v_now), p_costs[q.p] * p_want[q.p],
             NULL::bigint, NULL::bigint, NULL::bigint, NULL::smallint, NULL::jsonb, NULL::text, 0, false, 0, 0,
             NULL::bigint, false
-            FROM (SELECT array_position(p_claims, m.claim) AS p FROM unnest(v_claims) m(claim)) q;
-        IF cardinality(v_claims) = n THEN
+            FROM (SELECT array_position(p_claims, m.claim) AS p FROM unnest(v_plain_claims) m(claim)) q;
+        IF cardinality(v_plain_claims) = n THEN
             RETURN;
         END IF;
     END IF;
-    IF EXISTS (SELECT FROM account_health h WHERE h.state > 0) THEN
+    v_is_ill := EXISTS (SELECT FROM account_health h WHERE h.state > 0);
+    IF v_is_ill THEN
         SELECT array_agg((SELECT greatest(micros(ill_until(h)) - micros(v_now), 0) FROM account_health h
                           WHERE h.account = u.a AND h.state > 0) ORDER BY u.o)
             INTO v_ill FROM unnest(p_accounts) WITH ORDINALITY u(a, o);
     END IF;
-    SELECT array_agg(e.known ORDER BY e.o), array_agg(e.behind ORDER BY e.o), array_agg(e.shut ORDER BY e.o)
-        INTO v_known, v_behind, v_shut
-    FROM (SELECT u.o,
-                 EXISTS (SELECT FROM job x WHERE x.tenant = u.t AND x.id = u.id) AS known,
-                 EXISTS (SELECT FROM lane y WHERE y.account = u.a AND y.level <= u.l AND y.fifo > 0) AS behind,
-                 (SELECT max(z.next_at) FROM rate z WHERE z.key = ANY (charged_keys(u.t, u.a))) AS shut
-          FROM unnest(p_tenants, p_ids, p_accounts, p_levels) WITH ORDINALITY u(t, id, a, l, o)) e;
-    FOR i IN 1 .. n LOOP
-        CONTINUE WHEN v_known[i];
-        IF p_expires_at[i] <= v_now THEN
-            v_verdict[i] := 9;
-        ELSIF p_send_at[i] > v_now THEN
-            v_verdict[i] := 2; v_reason[i] := 3; v_wait[i] := micros(p_send_at[i]) - micros(v_now);
-        ELSIF v_ill[i] IS NOT NULL THEN
-            -- Go, if it becomes the probe or may take a detour; without a slot.
-            IF p_want[i] = 2 THEN
-                v_verdict[i] := 2; v_reason[i] := 7; v_wait[i] := v_ill[i];
-            END IF;
-        ELSIF v_shut[i] > micros(v_now) THEN
-            v_verdict[i] := 2; v_reason[i] := 1; v_wait[i] := v_shut[i] - micros(v_now);
-        ELSIF p_want[i] = 2 THEN
-            v_verdict[i] := 2; v_reason[i] := 4; v_wait[i] := 0;
-        ELSIF v_behind[i] THEN
-            v_verdict[i] := 8;
-        ELSIF p_want[i] = 1 THEN
-            v_pick := v_pick || i;
+    -- what: 0 known, 1 over a limit, 3 for later, 4 its account is busy, 7 its account is in trouble (these are the reasons to
+    -- wait), 8 others wait in front, 9 expired, 10 it may become the probe or take a detour, without a slot; 11 go
+    v_us := micros(v_now);
+    SELECT array_agg(e.what = 0 ORDER BY e.o),
+           array_agg(CASE WHEN e.what IN (8, 9) THEN e.what WHEN e.what IN (1, 3, 4, 7) THEN 2 ELSE 1 END::smallint ORDER BY e.o),
+           array_agg(CASE WHEN e.what IN (1, 3, 4, 7) THEN e.what END::smallint ORDER BY e.o),
+           array_agg(CASE e.what WHEN 1 THEN e.shut - v_us WHEN 3 THEN micros(e.sa) - v_us WHEN 4 THEN 0 WHEN 7 THEN e.ill END
+                     ORDER BY e.o),
+           array_agg(CASE WHEN e.what = 11 AND e.w = 1 THEN e.cost ELSE 0 END ORDER BY e.o)
+        INTO v_known, v_verdict, v_reason, v_wait, v_ask
+    FROM (SELECT d.*,
+                 CASE WHEN d.known THEN 0 WHEN d.ea <= v_now THEN 9 WHEN d.sa > v_now THEN 3
+                      WHEN d.ill IS NOT NULL THEN CASE d.w WHEN 2 THEN 7 ELSE 10 END
+                      WHEN d.shut > v_us THEN 1 WHEN d.w = 2 THEN 4 WHEN d.behind THEN 8 ELSE 11 END AS what
+          FROM (SELECT u.*,
+                       EXISTS (SELECT FROM job x WHERE x.tenant = u.t AND x.id = u.id) AS known,
+                       EXISTS (SELECT FROM lane y WHERE y.account = u.a AND y.level <= u.l AND y.fifo > 0) AS behind,
+                       (SELECT max(z.next_at) FROM rate z WHERE z.key = ANY (charged_keys(u.t, u.a))) AS shut
+                FROM unnest(p_tenants, p_ids, p_accounts, p_levels, p_costs, p_send_at, p_expires_at, p_want, v_ill)
+                     WITH ORDINALITY u(t, id, a, l, cost, sa, ea, w, ill, o)) d) e;
+    v_granted := v_ask; v_valid := v_ill;
+    IF 0 < ANY (v_ask) THEN
+        SELECT g.granted, g.slot_us, g.valid_us, g.next_us INTO s FROM take_slots(p_tenants, p_accounts, v_ask, NULL) g;
+        v_granted := s.granted; v_valid := s.valid_us;
+        IF 0 = ANY (s.granted) THEN
+            FOR i IN 1 .. n LOOP
+                CONTINUE WHEN v_ask[i] = 0 OR s.granted[i] > 0;
+                v_verdict[i] := 2; v_reason[i] := 1; v_valid[i] := NULL;
+                v_wait[i] := greatest(s.next_us[i] - s.slot_us, 0);
+            END LOOP;
         END IF;
-    END LOOP;
-    IF array_length(v_pick, 1) > 0 THEN
-        -- the more urgent first
-        SELECT array_agg(q.p ORDER BY p_levels[q.p], q.o) INTO v_pick FROM unnest(v_pick) WITH ORDINALITY q(p, o);
-        SELECT g.granted, g.slot_us, g.valid_us, g.next_us INTO s FROM take_slots(
-            (SELECT array_agg(p_tenants[q.p] ORDER BY q.o) FROM unnest(v_pick) WITH ORDINALITY q(p, o)),
-            (SELECT array_agg(p_accounts[q.p] ORDER BY q.o) FROM unnest(v_pick) WITH ORDINALITY q(p, o)),
-            (SELECT array_agg(p_costs[q.p] ORDER BY q.o) FROM unnest(v_pick) WITH ORDINALITY q(p, o)), NULL) g;
-        FOR k IN 1 .. array_length(v_pick, 1) LOOP
-            i := v_pick[k];
-            v_granted[i] := s.granted[k];
-            IF s.granted[k] > 0 THEN
-                IF s.valid_us[k] IS NOT NULL THEN
-                    v_slot[i] := s.slot_us; v_valid[i] := s.valid_us[k];
-                END IF;
-            ELSE
-                v_verdict[i] := 2; v_reason[i] := 1;
-                v_wait[i] := greatest(s.next_us[k] - s.slot_us, 0);
-            END IF;
-        END LOOP;
+    ELSE
+        SELECT NULL::bigint AS slot_us INTO s;
+        v_valid := array_fill(NULL::bigint, ARRAY[n]);
     END IF;
     v_now := clock_timestamp();
     v_born := floor(extract(epoch FROM v_now))::bigint * 1000;
-    SELECT array_agg(u.c = ANY (v_claims) ORDER BY u.o) INTO v_new FROM unnest(p_claims) WITH ORDINALITY u(c, o);
-    FOR j IN
+    WITH made AS (
         INSERT INTO job AS x (tenant, id, state, level, account, digest, born, seq, epoch, claim, leased_at,
                               slot_at, slot_cost, batch, created_at, updated_at)
-        SELECT u.t, u.id, 1, u.l, u.a, u.d, v_born, v_born, p_epoch, u.c, v_now, u.s,
-               CASE WHEN u.s IS NULL THEN NULL ELSE u.g END, u.b, v_now, v_now
-        FROM unnest(p_tenants, p_ids, p_levels, p_accounts, p_digests, p_claims, v_slot, v_granted, v_known, p_batches)
-             u(t, id, l, a, d, c, s, g, k, b)
+        SELECT u.t, u.id, 1, u.l, u.a, u.d, v_born, v_born, p_epoch, u.c, v_now, CASE WHEN u.v IS NOT NULL THEN s.slot_us END,
+               CASE WHEN u.v IS NOT NULL THEN u.g END, u.b, v_now, v_now
+        FROM unnest(p_tenants, p_ids, p_levels, p_accounts, p_digests, p_claims, v_valid, v_granted, v_known, p_batches)
+             u(t, id, l, a, d, c, v, g, k, b)
         WHERE NOT u.k
         ORDER BY u.t COLLATE "C", u.id COLLATE "C"
         ON CONFLICT ON CONSTRAINT job_pkey DO NOTHING
-        RETURNING x.claim
-    LOOP
-        v_new[array_position(p_claims, j.claim)] := true;
-    END LOOP;
-    -- Somebody else was faster: what was granted goes back.
-    SELECT array_agg(q.o::integer) INTO lost FROM unnest(v_new, v_slot) WITH ORDINALITY q(w, s, o)
-        WHERE NOT q.w AND q.s IS NOT NULL;
-    IF lost IS NOT NULL THEN
-        PERFORM wake_lanes(refund_slots((SELECT array_agg(p_tenants[l]) FROM unnest(lost) l),
-                                        (SELECT array_agg(p_accounts[l]) FROM unnest(lost) l),
-                                        (SELECT array_agg(v_granted[l]) FROM unnest(lost) l),
-                                        (SELECT array_agg(v_slot[l]) FROM unnest(lost) l)), false);
+        RETURNING x.claim)
+    SELECT coalesce(array_agg(m.claim), '{}') INTO v_claims FROM made m;
+    IF cardinality(v_claims) < n THEN
+        -- Somebody else was faster: what was granted goes back.
+        SELECT array_agg(q.o::integer) INTO lost FROM unnest(p_claims, v_valid) WITH ORDINALITY q(c, v, o)
+            WHERE q.v IS NOT NULL AND q.c <> ALL (v_claims);
+        IF lost IS NOT NULL THEN
+            PERFORM wake_lanes(refund_slots((SELECT array_agg(p_tenants[l]) FROM unnest(lost) l),
+                                            (SELECT array_agg(p_accounts[l]) FROM unnest(lost) l),
+                                            (SELECT array_agg(v_granted[l]) FROM unnest(lost) l),
+                                            (SELECT array_agg(s.slot_us) FROM unnest(lost) l)), false);
+        END IF;
     END IF;
     FOR j IN
         SELECT x.tenant, x.id, x.state, x.epoch, x.claim, x.digest, x.cancel, x.born, x.seq, x.attempt, x.created_at,
                x.recipients, x.message_id, x.uncertain, x.crashes, x.deaths, x.outbox IS NOT NULL AS owed0,
                (u.o - 1)::integer AS idx0, u.c AS my_claim, u.d AS my_digest, u.sa, u.ea, u.wa,
                x.state = 6 AND u.re AS anew
-        FROM job x JOIN unnest(p_tenants, p_ids, p_claims, p_digests, v_new, p_send_at, p_expires_at, p_want, p_replay)
-             WITH ORDINALITY u(t, id, c, d, w, sa, ea, wa, re, o) ON x.tenant = u.t AND x.id = u.id
-        WHERE NOT u.w
+        FROM job x JOIN unnest(p_tenants, p_ids, p_claims, p_digests, p_send_at, p_expires_at, p_want, p_replay)
+             WITH ORDINALITY u(t, id, c, d, sa, ea, wa, re, o) ON x.tenant = u.t AND x.id = u.id
+        WHERE cardinality(v_claims) < n AND u.c <> ALL (v_claims) AND u.c <> ALL (v_plain_claims)
         ORDER BY x.tenant, x.id
         FOR UPDATE OF x
     LOOP
@@ -804,20 +798,30 @@ BEGIN
         RETURN NEXT;
     END LOOP;
     -- Last, behind all locks that are waited for: probes.
-    FOR i IN 1 .. n LOOP
-        CONTINUE WHEN NOT v_new[i] OR p_claims[i] = ANY (v_claims);
-        idx := i - 1; verdict := v_verdict[i]; born := v_born; seq := born;
-        attempt := 0; created_us := micros(v_now); granted := v_granted[i]; slot_us := v_slot[i];
-        valid_us := v_valid[i]; wait_us := v_wait[i]; reason := v_reason[i]; recipients := NULL; message_id := NULL;
-        uncertain := 0; owed := false; crashes := 0; deaths := 0; ill_us := v_ill[i]; probe := false;
-        IF verdict = 1 AND ill_us IS NOT NULL THEN
-            probe := take_probe(p_accounts[i], p_epoch, p_claims[i]);
-            IF NOT probe AND NOT p_detour[i] THEN
-                verdict := 2; reason := 7; wait_us := ill_us;
+    IF v_is_ill THEN
+        FOR i IN 1 .. n LOOP
+            CONTINUE WHEN p_claims[i] <> ALL (v_claims);
+            idx := i - 1; verdict := v_verdict[i]; born := v_born; seq := born;
+            attempt := 0; created_us := micros(v_now); granted := v_granted[i];
+            slot_us := CASE WHEN v_valid[i] IS NOT NULL THEN s.slot_us END;
+            valid_us := v_valid[i]; wait_us := v_wait[i]; reason := v_reason[i]; recipients := NULL; message_id := NULL;
+            uncertain := 0; owed := false; crashes := 0; deaths := 0; ill_us := v_ill[i]; probe := false;
+            IF verdict = 1 AND ill_us IS NOT NULL THEN
+                probe := take_probe(p_accounts[i], p_epoch, p_claims[i]);
+                IF NOT probe AND NOT p_detour[i] THEN
+                    verdict := 2; reason := 7; wait_us := ill_us;
+                END IF;
             END IF;
-        END IF;
-        RETURN NEXT;
-    END LOOP;
+            RETURN NEXT;
+        END LOOP;
+    ELSE
+        RETURN QUERY SELECT (u.o - 1)::integer, u.verdict, v_born, v_born, 0, micros(v_now), u.granted,
+            CASE WHEN u.v IS NOT NULL THEN s.slot_us END, u.v, u.wait, u.reason, NULL::jsonb, NULL::text, 0, false, 0, 0,
+            NULL::bigint, false
+            FROM unnest(p_claims, v_verdict, v_granted, v_valid, v_wait, v_reason)
+                 WITH ORDINALITY u(c, verdict, granted, v, wait, reason, o)
+            WHERE cardinality(v_claims) = n OR u.c = ANY (v_claims);
+    END IF;
 END $$;
 
 -- Takes (or takes anew) the slots of jobs that are leased, on the account that will really send; an older slot of the

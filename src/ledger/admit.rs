@@ -121,7 +121,10 @@ impl Ledger {
         let Some(epoch) = batch.first().map(|r| r.lease.epoch.number()) else {
             return Ok(Vec::new());
         };
-        let columns = Columns::new(batch);
+        // Slots are granted in this order: the more urgent first.
+        let mut order: Vec<usize> = (0..batch.len()).collect();
+        order.sort_by_key(|place| batch[*place].level);
+        let columns = Columns::new(&order.iter().map(|place| &batch[*place]).collect::<Vec<_>>());
         let client = self.db.client().await?;
         let statement = client.prepare_cached(&self.sql.admit).await?;
         let sent = Instant::now();
@@ -149,7 +152,8 @@ impl Ledger {
         self.observe("admit", batch.len(), sent.elapsed());
         let mut answers: Vec<Option<Admitted>> = batch.iter().map(|_| None).collect();
         for row in &rows {
-            let index = row.try_get::<_, i32>(column::IDX)? as usize;
+            let index = order.get(row.try_get::<_, i32>(column::IDX)? as usize).copied();
+            let index = index.unwrap_or(usize::MAX);
             if let (Some(place), Some(request)) = (answers.get_mut(index), batch.get(index)) {
                 let ill = row
                     .try_get::<_, Option<i64>>(column::ILL_US)?
@@ -237,7 +241,7 @@ struct Columns<'a> {
 }
 
 impl<'a> Columns<'a> {
-    fn new(batch: &'a [AdmitRequest]) -> Self {
+    fn new(batch: &[&'a AdmitRequest]) -> Self {
         Self {
             claims: batch.iter().map(|r| r.lease.claim).collect(),
             tenants: batch.iter().map(|r| r.tenant.as_str()).collect(),
