@@ -7,8 +7,8 @@ use backon::{BackoffBuilder, ExponentialBuilder};
 
 use super::admit::Absorb;
 use super::coalesce::{Bounds, Coalescer};
-use super::outbox::ReportKey;
-use super::settle::{Settled, Settlement};
+use super::outbox::ReportNumber;
+use super::settle::{Answer, Settlement};
 use super::slots::{SlotAnswer, SlotRequest};
 use super::{Ledger, Row};
 use crate::db::DbError;
@@ -18,10 +18,10 @@ use crate::fail_point::{self, Point};
 #[derive(Debug, Clone)]
 pub struct Batches {
     ledger: Ledger,
-    settle: Coalescer<Arc<Settlement>, Settled>,
+    settle: Coalescer<Arc<Settlement>, Answer>,
     slots: Coalescer<SlotRequest, Option<SlotAnswer>>,
     absorb: Coalescer<Absorb, bool>,
-    clear: Coalescer<ReportKey, bool>,
+    clear: Coalescer<ReportNumber, bool>,
     mark: Coalescer<Row, bool>,
 }
 
@@ -70,14 +70,14 @@ impl Batches {
 
     /// Writes an outcome, and gives back what was to be written. Repeated until Postgres has it: without it nothing may be
     /// acknowledged.
-    pub async fn settle(&self, settlement: Settlement) -> (Settlement, Settled) {
+    pub async fn settle(&self, settlement: Settlement) -> (Settlement, Answer) {
         let weight = settlement.weight();
         let settlement = Arc::new(settlement);
-        let settled = self.settle.call(Arc::clone(&settlement), weight).await;
+        let answer = self.settle.call(Arc::clone(&settlement), weight).await;
         // The task ends only with the process; then nobody reads this.
-        let settled = settled.unwrap_or(Settled::LeaseLost);
+        let answer = answer.unwrap_or(Answer::LEASE_LOST);
         // The batch has been dropped before it was answered: this copies nothing.
-        (Arc::unwrap_or_clone(settlement), settled)
+        (Arc::unwrap_or_clone(settlement), answer)
     }
 
     /// Takes a slot; `None` if Postgres cannot be asked.
@@ -92,8 +92,8 @@ impl Batches {
     }
 
     /// Strikes a published report off the outbox. If that fails it is published once more, under the same id.
-    pub async fn clear(&self, key: ReportKey) {
-        self.clear.call(key, 64).await;
+    pub async fn clear(&self, report: ReportNumber) {
+        self.clear.call(report, 8).await;
     }
 
     /// Marks the beginning of the final write. `false`: it must not begin.
@@ -121,8 +121,8 @@ impl Batches {
     }
 }
 
-async fn settle(ledger: Ledger, batch: Vec<Arc<Settlement>>) -> Vec<Settled> {
-    let mut answers = vec![Settled::LeaseLost; batch.len()];
+async fn settle(ledger: Ledger, batch: Vec<Arc<Settlement>>) -> Vec<Answer> {
+    let mut answers = vec![Answer::LEASE_LOST; batch.len()];
     for (places, part) in by_epoch(batch, |s| s.row.lease.epoch.number()) {
         for (place, answer) in places.into_iter().zip(settle_all(&ledger, part).await) {
             answers[place] = answer;
@@ -132,7 +132,7 @@ async fn settle(ledger: Ledger, batch: Vec<Arc<Settlement>>) -> Vec<Settled> {
 }
 
 /// Repeats passing trouble for ever; splits a batch that one row poisons until that row stands alone.
-async fn settle_all(ledger: &Ledger, mut batch: Vec<Arc<Settlement>>) -> Vec<Settled> {
+async fn settle_all(ledger: &Ledger, mut batch: Vec<Arc<Settlement>>) -> Vec<Answer> {
     let mut waits = pauses();
     loop {
         match ledger.settle(&batch).await {
@@ -159,16 +159,17 @@ async fn settle_all(ledger: &Ledger, mut batch: Vec<Arc<Settlement>>) -> Vec<Set
 }
 
 /// What is left of a settlement that Postgres refuses: the outcome and a report without foreign text.
-fn reduce(batch: &mut [Arc<Settlement>]) {
+pub(super) fn reduce(batch: &mut [Arc<Settlement>]) {
     for settlement in batch.iter_mut().map(Arc::make_mut) {
         settlement.recipients = None;
         settlement.error = None;
         settlement.evidence.clear();
         if let Some(report) = &mut settlement.report {
-            report.data.metadata = None;
-            report.data.detail = None;
-            report.data.tags.clear();
-            for recipient in &mut report.data.recipients {
+            let data = report.data_mut();
+            data.metadata = None;
+            data.detail = None;
+            data.tags.clear();
+            for recipient in &mut data.recipients {
                 recipient.text = None;
             }
         }
@@ -205,7 +206,7 @@ async fn absorb(ledger: Ledger, batch: Vec<Absorb>) -> Vec<bool> {
     }
 }
 
-async fn clear(ledger: Ledger, batch: Vec<ReportKey>) -> Vec<bool> {
+async fn clear(ledger: Ledger, batch: Vec<ReportNumber>) -> Vec<bool> {
     let cleared = ledger.clear_outbox(&batch).await;
     if let Err(error) = &cleared {
         trouble(&ledger, "clear", error);

@@ -20,7 +20,7 @@ use crate::job::MailJob;
 use crate::job::decode::{self, Incoming, RejectReason};
 use crate::ledger::admit::{Absorb, Admitted};
 use crate::ledger::release::Released;
-use crate::ledger::settle::{Body, Next, Settled, Settlement};
+use crate::ledger::settle::{Answer, Body, Next, Settled, Settlement};
 use crate::ledger::{Row, WaitReason};
 use crate::memory::{self, Held, Share};
 use crate::pipeline::attempt::panicked;
@@ -83,7 +83,7 @@ impl Worker {
                 self.conclude_at_once(task, origin, Verdict::Cancelled);
             }
             Admitted::InFlight | Admitted::Held => self.absorb(arrival),
-            Admitted::Waiting | Admitted::Done { .. } => {
+            Admitted::Waiting | Admitted::Done => {
                 // Answered from the ledger; a report still owed is the sweeper's.
                 self.metrics.jobs.with_label_values(&["duplicate"]).inc();
                 arrival.ack();
@@ -232,8 +232,8 @@ impl Worker {
         }
         let gives_back = matches!(settlement.next, Next::GiveBack);
         fail_point::hit(Point::Replied, [task.job.id.as_str()]);
-        let (settlement, settled) = self.settle(&at, settlement).await;
-        match settled {
+        let (settlement, answer) = self.settle(&at, settlement).await;
+        match answer.settled {
             Settled::Written | Settled::Cancelled => {
                 self.count(&settlement);
                 fail_point::hit(Point::BeforeAck, [task.job.id.as_str()]);
@@ -243,8 +243,8 @@ impl Worker {
                     None => {}
                 }
                 fail_point::hit(Point::Acked, [task.job.id.as_str()]);
-                if let Some(report) = settlement.report {
-                    self.reporter.publish(self, report);
+                if let (Some(report), Some(number)) = (settlement.report, answer.report) {
+                    self.reporter.publish(self, report, number);
                 }
             }
             Settled::LeaseLost => self.lost(&task, origin, &results, &message_id).await,
@@ -283,10 +283,10 @@ impl Worker {
     }
 
     /// Writes the settlement; a cancel that came in between wins over anything but an outcome.
-    async fn settle(&self, at: &Circumstances<'_>, settlement: Settlement) -> (Settlement, Settled) {
-        let (settlement, settled) = self.batches.settle(settlement).await;
-        if settled != Settled::Cancelled {
-            return (settlement, settled);
+    async fn settle(&self, at: &Circumstances<'_>, settlement: Settlement) -> (Settlement, Answer) {
+        let (settlement, answer) = self.batches.settle(settlement).await;
+        if answer.settled != Settled::Cancelled {
+            return (settlement, answer);
         }
         let recipients = settlement
             .recipients
