@@ -2,7 +2,7 @@
 //! in the outbox; the sweeper comes for it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use lapin::types::{AMQPValue, FieldTable, ShortString};
@@ -26,9 +26,6 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const SWEEP: Duration = Duration::from_secs(5);
 /// Swept reports that are struck off the outbox together.
 const CLEARED_AT_ONCE: usize = 32;
-/// While reports are confirmed as they come, only every so manieth look at how full the outbox is goes to the database:
-/// counting costs more the more reports have passed through since the last count.
-const CALM: u32 = 8;
 /// How long a swept report is nobody else's.
 const HOLD: Duration = Duration::from_mins(1);
 
@@ -39,10 +36,6 @@ pub struct Reporter {
     /// Reports owed above which nothing new is begun.
     limit: usize,
     full: AtomicBool,
-    /// A publish has failed since the last look at how full the outbox is.
-    failed: AtomicBool,
-    /// Such looks.
-    looks: AtomicU32,
 }
 
 impl Reporter {
@@ -53,21 +46,7 @@ impl Reporter {
             room: Arc::new(Semaphore::new(ON_THEIR_WAY)),
             limit,
             full: AtomicBool::new(false),
-            failed: AtomicBool::new(false),
-            looks: AtomicU32::new(0),
         }
-    }
-
-    /// Whether this is one of the looks that count while all is well. The first is.
-    fn is_time(&self) -> bool {
-        self.looks.fetch_add(1, Ordering::Relaxed).is_multiple_of(CALM)
-    }
-
-    /// Whether the outbox may be filling: many reports of this worker wait for their confirm, or one has failed.
-    fn is_behind(&self) -> bool {
-        self.failed.swap(false, Ordering::Relaxed)
-            || self.is_full()
-            || self.room.available_permits() < ON_THEIR_WAY / 2
     }
 
     /// Whether so many reports wait that nothing new should be sent: each mail would add one.
@@ -98,16 +77,9 @@ impl Reporter {
     }
 }
 
-/// Looks how full the outbox is, if this worker has reason to think that it fills, or has not looked for long. What fills it
-/// is workers whose reports are not confirmed, and each of them knows.
+/// Looks how full the outbox is.
 pub async fn measure(worker: &Arc<Worker>) {
-    let reporter = &worker.reporter;
-    let is_time = reporter.is_time();
-    let fills = reporter.is_behind() || worker.publisher.is_blocked() || !worker.is_connected();
-    if !is_time && !fills {
-        return;
-    }
-    let limit = reporter.limit;
+    let limit = worker.reporter.limit;
     let most = i64::try_from(limit).unwrap_or(i64::MAX).saturating_add(1);
     match worker.ledger.outbox_size(most).await {
         Ok(owed) => {
@@ -134,10 +106,7 @@ impl Reporter {
                         worker.batches.clear(number).await;
                         break;
                     }
-                    Err(error) => {
-                        worker.reporter.failed.store(true, Ordering::Relaxed);
-                        tracing::debug!(%error, "a report stays in the outbox");
-                    }
+                    Err(error) => tracing::debug!(%error, "a report stays in the outbox"),
                 }
             }
             drop(room);
@@ -347,20 +316,6 @@ fn head(json: &str) -> Option<StoredHead> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_calm_reporter_counts_the_outbox_now_and_then_and_a_failed_publish_makes_it_look_at_once() {
-        let reporter = Reporter::new(80);
-        let counts: Vec<u32> = (0..20).filter(|_| reporter.is_time()).collect();
-        assert_eq!(counts, [0, 8, 16]);
-        assert!(!reporter.is_behind());
-        reporter.failed.store(true, Ordering::Relaxed);
-        assert!(reporter.is_behind());
-        assert!(!reporter.is_behind(), "looked at");
-        let room = Arc::clone(&reporter.room);
-        let _on_their_way = room.try_acquire_many(ON_THEIR_WAY as u32 / 2 + 1).unwrap();
-        assert!(reporter.is_behind());
-    }
 
     #[test]
     fn the_outbox_is_full_from_its_limit_until_an_eighth_is_free() {
