@@ -193,7 +193,10 @@ async fn parked(on: &mut Installation, entry: &Entry, running: &mut Running) -> 
     let count = entry.jobs.count as u64;
     let (mut first, mut last, mut moved) = (None, 0, Instant::now());
     let rate = loop {
+        let asked = Instant::now();
         let waiting = on.waiting().await?;
+        // Counting costs the database the more, the more there is.
+        let pause = LOOK.max(asked.elapsed() * 20);
         if waiting > last {
             (last, moved) = (waiting, Instant::now());
         }
@@ -206,7 +209,7 @@ async fn parked(on: &mut Installation, entry: &Entry, running: &mut Running) -> 
         if moved.elapsed() > STUCK {
             return Err(format!("stuck at {waiting} of {count} parked").into());
         }
-        sleep(LOOK).await;
+        sleep(pause).await;
     };
     on.make_due().await?;
     let mut measured = drain(on, entry, running).await?;

@@ -7,7 +7,8 @@
 -- which callers repeat.
 -- The functions of the hot path fix their plans: with the statistics of an empty table, or of one that has just grown,
 -- the planner would walk all leased or all waiting jobs for every batch. IS NOT DISTINCT FROM keeps it off the partial
--- indexes on job for the same reason: rows named by their key are to be found by their key.
+-- indexes on job for the same reason: rows named by their key are to be found by their key. They are in plpgsql, however
+-- small, because it keeps plans: a function in SQL that cannot be inlined is planned at every call.
 
 CREATE TABLE worker (
     epoch        bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -182,10 +183,11 @@ CREATE TABLE account_event (
     created_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 
-CREATE FUNCTION micros(t timestamptz) RETURNS bigint LANGUAGE sql IMMUTABLE PARALLEL SAFE
+-- STABLE, as what they are made of: an immutable function of stable parts is not inlined, but planned anew by every statement.
+CREATE FUNCTION micros(t timestamptz) RETURNS bigint LANGUAGE sql STABLE PARALLEL SAFE
     AS $$ SELECT (extract(epoch FROM t) * 1000000)::bigint $$;
 
-CREATE FUNCTION instant(us bigint) RETURNS timestamptz LANGUAGE sql IMMUTABLE PARALLEL SAFE
+CREATE FUNCTION instant(us bigint) RETURNS timestamptz LANGUAGE sql STABLE PARALLEL SAFE
     AS $$ SELECT timestamptz 'epoch' + us * interval '1 microsecond' $$;
 
 -- The limits a send counts against: the tenant's, the owner's of a borrowed account, the account's.
@@ -900,15 +902,17 @@ END $$;
 -- still stands.
 CREATE FUNCTION mark_data_v1(p_epoch bigint, p_tenants text[], p_ids text[], p_claims bigint[])
 RETURNS TABLE (idx integer)
-LANGUAGE sql SET search_path FROM CURRENT SET enable_seqscan = off SET enable_hashjoin = off
-SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
+LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
+BEGIN
+    RETURN QUERY
     UPDATE job x SET phase = 1, leased_at = clock_timestamp()
     FROM (SELECT * FROM unnest(p_tenants, p_ids, p_claims) WITH ORDINALITY q(t, id, c, o)
           ORDER BY q.t COLLATE "C", q.id COLLATE "C") u
     WHERE x.tenant = u.t AND x.id = u.id AND x.state IS NOT DISTINCT FROM 1
       AND x.epoch IS NOT DISTINCT FROM p_epoch AND x.claim = u.c
-    RETURNING (u.o - 1)::integer
-$$;
+    RETURNING (u.o - 1)::integer;
+END $$;
 
 -- Says that work on the content of a suspect begins (or is over): a worker that dies in between died of it. Whether its
 -- lease still stands.
@@ -1094,8 +1098,9 @@ END $$;
 -- Enters jobs that have just become waiting into their lanes. Where a limit is known to be shut, the lane is not
 -- looked at before.
 CREATE FUNCTION touch_lanes(p_tenants text[], p_ids text[]) RETURNS void
-LANGUAGE sql SET search_path FROM CURRENT SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
-SET enable_bitmapscan = off SET jit = off AS $$
+LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
+BEGIN
     WITH j AS MATERIALIZED (    -- by primary key, whatever is known of the number of waiting jobs
         SELECT x.account, x.level, x.tenant, x.state, x.due_at, x.reason
         FROM unnest(p_tenants, p_ids) u(t, id) JOIN job x ON x.tenant = u.t AND x.id = u.id
@@ -1118,8 +1123,8 @@ SET enable_bitmapscan = off SET jit = off AS $$
     ON CONFLICT (account, level, tenant) DO UPDATE
         SET next_at = least(l.next_at, excluded.next_at), fifo = l.fifo + excluded.fifo,
             oldest_at = least(l.oldest_at, excluded.oldest_at)
-        WHERE l.next_at > excluded.next_at OR excluded.fifo > 0 OR l.oldest_at > excluded.oldest_at
-$$;
+        WHERE l.next_at > excluded.next_at OR excluded.fifo > 0 OR l.oldest_at > excluded.oldest_at;
+END $$;
 
 -- ── Release ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

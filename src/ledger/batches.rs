@@ -31,6 +31,9 @@ fn with<I, F>(ledger: &Ledger, run: fn(Ledger, Vec<I>) -> F) -> impl Fn(Vec<I>) 
     move |batch| run(ledger.clone(), batch)
 }
 
+/// Most rows in one statement.
+const ROWS: usize = 256;
+
 /// Bodies in one statement, in bytes: it holds no lock others wait for, but must not hold the connection long.
 const BODY_BYTES: usize = 4 << 20;
 
@@ -46,7 +49,7 @@ impl Batches {
     #[must_use]
     pub fn new(ledger: &Ledger) -> Self {
         let rows = |parallel| Bounds {
-            rows: 256,
+            rows: ROWS,
             weight: BODY_BYTES,
             parallel,
             crowd: CROWD,
@@ -78,6 +81,27 @@ impl Batches {
         let answer = answer.unwrap_or(Answer::LEASE_LOST);
         // The batch has been dropped before it was answered: this copies nothing.
         (Arc::unwrap_or_clone(settlement), answer)
+    }
+
+    /// Writes outcomes that came together, in as few statements as they fit into; otherwise like [`Batches::settle`].
+    pub async fn settle_together(&self, settlements: Vec<Settlement>) -> Vec<(Settlement, Answer)> {
+        let mut settled = Vec::with_capacity(settlements.len());
+        let mut rest = settlements.into_iter().map(Arc::new).peekable();
+        while rest.peek().is_some() {
+            let (mut batch, mut weight) = (Vec::new(), 0);
+            while let Some(next) =
+                rest.next_if(|next| batch.is_empty() || weight + next.weight() <= BODY_BYTES)
+            {
+                weight += next.weight();
+                batch.push(next);
+                if batch.len() == ROWS {
+                    break;
+                }
+            }
+            let answers = settle(self.ledger.clone(), batch.clone()).await;
+            settled.extend(batch.into_iter().map(Arc::unwrap_or_clone).zip(answers));
+        }
+        settled
     }
 
     /// Takes a slot; `None` if Postgres cannot be asked.
@@ -134,9 +158,18 @@ async fn settle(ledger: Ledger, batch: Vec<Arc<Settlement>>) -> Vec<Answer> {
 /// Repeats passing trouble for ever; splits a batch that one row poisons until that row stands alone.
 async fn settle_all(ledger: &Ledger, mut batch: Vec<Arc<Settlement>>) -> Vec<Answer> {
     let mut waits = pauses();
+    let mut reduced = false;
     loop {
         match ledger.settle(&batch).await {
             Ok(_) if fail_point::loses(Point::Settled, batch.iter().map(|s| s.row.id.as_str())) => {}
+            // The caller has the report as it was: what was stored is for the sweeper to publish.
+            Ok(answers) if reduced => {
+                let left = |answer: Answer| Answer {
+                    report: None,
+                    ..answer
+                };
+                return answers.into_iter().map(left).collect();
+            }
             Ok(answers) => return answers,
             Err(error) if error.is_retryable() => {
                 trouble(ledger, "settle", &error);
@@ -152,6 +185,7 @@ async fn settle_all(ledger: &Ledger, mut batch: Vec<Arc<Settlement>>) -> Vec<Ans
             Err(error) => {
                 tracing::error!(%error, "a settlement cannot be written as it is; its details are dropped, its outcome is kept");
                 reduce(&mut batch);
+                reduced = true;
                 tokio::time::sleep(waits.next().unwrap_or(Duration::from_secs(5))).await;
             }
         }
@@ -159,7 +193,7 @@ async fn settle_all(ledger: &Ledger, mut batch: Vec<Arc<Settlement>>) -> Vec<Ans
 }
 
 /// What is left of a settlement that Postgres refuses: the outcome and a report without foreign text.
-pub(super) fn reduce(batch: &mut [Arc<Settlement>]) {
+fn reduce(batch: &mut [Arc<Settlement>]) {
     for settlement in batch.iter_mut().map(Arc::make_mut) {
         settlement.recipients = None;
         settlement.error = None;

@@ -8,12 +8,14 @@ use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use jiff::{SignedDuration, Timestamp};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use super::Worker;
 use super::arrival::Arrival;
+use super::conclude::Over;
 use super::load::InHand;
 use super::permits::Permit;
 use crate::broker::dead_letter::REPLAY;
@@ -30,6 +32,9 @@ use crate::pipeline::task::Task;
 const BATCH: usize = 128;
 /// How long a job may stand in hand because its account is busy before it is parked.
 const PARK_AFTER: Duration = Duration::from_secs(1);
+/// A job that is to be sent later than this is parked at once. Sooner ones are due by the time a statement is answered, or
+/// the clocks may differ by as much.
+const LATER: SignedDuration = SignedDuration::from_secs(2);
 /// How often jobs in hand are looked at when nothing else happens.
 const LOOK: Duration = Duration::from_millis(100);
 /// Admission statements at once.
@@ -76,6 +81,7 @@ impl Admission {
     pub async fn run(mut self, mut arrivals: mpsc::Receiver<Arrival>, stop: CancellationToken) {
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut room = self.worker.load.watch();
         loop {
             let waiting = self.levels.iter().any(|level| !level.is_empty());
             let mut is_new = false;
@@ -90,7 +96,7 @@ impl Admission {
                     None => break,
                 },
                 () = self.worker.permits.freed(), if waiting && self.lacks_permits => {}
-                () = self.worker.load.freed(), if waiting => {}
+                Ok(()) = room.changed(), if waiting => {}
                 _ = looks.tick(), if waiting => {}
             }
             if !is_new {
@@ -152,6 +158,8 @@ impl Admission {
 struct Picking<'a> {
     worker: &'a Worker,
     now: Instant,
+    /// On the database's clock.
+    clock_now: Timestamp,
     batch: Vec<Picked>,
     picked: HashSet<SameJob>,
     /// Accounts found full in this look.
@@ -189,6 +197,7 @@ impl<'a> Picking<'a> {
         Self {
             worker,
             now: Instant::now(),
+            clock_now: worker.clock.now(),
             batch: Vec::new(),
             picked: HashSet::new(),
             full: HashSet::new(),
@@ -226,6 +235,13 @@ impl<'a> Picking<'a> {
     }
 
     fn turn(&mut self, arrival: &Arrival, level: Level) -> Turn {
+        if self.is_for_later(arrival) {
+            return if self.has_twin(arrival) {
+                Turn::Later
+            } else {
+                Turn::Now(Want::Park, None)
+            };
+        }
         if self.is_full(arrival) {
             return if self.has_stood_long(arrival) && !self.has_twin(arrival) {
                 Turn::Now(Want::Park, None)
@@ -246,6 +262,14 @@ impl<'a> Picking<'a> {
             Want::Claim
         };
         Turn::Now(want, Some((permit, in_hand)))
+    }
+
+    /// Whether it is to be sent some time from now: parking takes neither permit nor connection.
+    fn is_for_later(&self, arrival: &Arrival) -> bool {
+        arrival
+            .job
+            .send_at
+            .is_some_and(|at| at.duration_since(self.clock_now) > LATER)
     }
 
     fn is_full(&mut self, arrival: &Arrival) -> bool {
@@ -310,15 +334,17 @@ async fn admit(worker: &Arc<Worker>, batch: Vec<Picked>) {
         }
     };
     let mut behind: HashMap<_, Vec<_>> = HashMap::new();
+    let mut over = Vec::new();
     for (picked, answer) in batch.into_iter().zip(answers) {
         match answer {
             Admitted::Behind(row) => {
                 let key = (row.account.clone(), picked.arrival.level);
                 behind.entry(key).or_default().push((picked, row));
             }
-            other => worker.follow(picked, other),
+            other => over.extend(worker.follow(picked, other)),
         }
     }
+    worker.conclude_at_once(over);
     for ((account, level), jobs) in behind {
         release_first(worker, account, level, jobs).await;
     }
@@ -355,18 +381,20 @@ async fn release_first(
         }
     };
     let mut jobs = VecDeque::from(jobs);
+    let mut over = Vec::new();
     for job in released {
         // The youngest of the new ones gives its permit up.
         match jobs.pop_back() {
             Some((mut picked, row)) => {
                 let permit = picked.permit.take();
-                worker.park_busy(picked, *row);
+                over.push(Over::busy(picked, *row));
                 worker.run_released(job, permit);
             }
             None => worker.run_released(job, None),
         }
     }
     for (picked, row) in jobs {
-        worker.follow(picked, Admitted::Go(row));
+        over.extend(worker.follow(picked, Admitted::Go(row)));
     }
+    worker.conclude_at_once(over);
 }

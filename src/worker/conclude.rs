@@ -40,6 +40,42 @@ struct Origin {
     properties: Properties,
 }
 
+/// A claimed job that is over, or has to wait, before anything was tried.
+#[derive(Debug)]
+pub struct Over {
+    task: Task,
+    origin: Origin,
+    verdict: Verdict,
+}
+
+impl Over {
+    fn new(arrival: Arrival, row: Row, verdict: Verdict) -> Self {
+        let (task, origin) = task(arrival, row);
+        Self {
+            task,
+            origin,
+            verdict,
+        }
+    }
+
+    /// One that waits behind older ones of its account.
+    #[must_use]
+    pub fn busy(picked: Picked, row: Row) -> Self {
+        let (reason, delay) = (WaitReason::Busy, std::time::Duration::ZERO);
+        Self::new(picked.arrival, row, Verdict::Wait { reason, delay })
+    }
+}
+
+/// What is left to do when an outcome is written.
+struct End {
+    task: Task,
+    origin: Option<Origin>,
+    /// What the server said, if it took the mail for anybody.
+    results: Vec<RecipientResult>,
+    message_id: String,
+    gives_back: bool,
+}
+
 /// An admitted arrival as the pipeline takes it, and what is left of it.
 fn task(arrival: Arrival, row: Row) -> (Task, Origin) {
     let correlation_id = arrival.properties.correlation_id.clone();
@@ -61,27 +97,23 @@ fn task(arrival: Arrival, row: Row) -> (Task, Origin) {
 }
 
 impl Worker {
-    /// Sends an admitted job on its way.
-    pub fn follow(self: &Arc<Self>, picked: Picked, answer: Admitted) {
+    /// Sends an admitted job on its way; one that is over, or has to wait, comes back to be concluded with others.
+    #[must_use]
+    pub fn follow(self: &Arc<Self>, picked: Picked, answer: Admitted) -> Option<Over> {
         let Picked { arrival, permit, .. } = picked;
         match answer {
-            Admitted::Go(row) | Admitted::Behind(row) if row.is_poison() => self.bury_poison(Doomed::arrived(arrival, *row)),
+            Admitted::Go(row) | Admitted::Behind(row) if row.is_poison() => {
+                self.bury_poison(Doomed::arrived(arrival, *row));
+            }
             Admitted::Go(row) | Admitted::Behind(row) => {
                 let (task, origin) = task(arrival, *row);
                 self.spawn_job(task, Some(origin), permit);
             }
             Admitted::Wait { row, reason, delay } => {
-                let (task, origin) = task(arrival, *row);
-                self.conclude_at_once(task, origin, Verdict::Wait { reason, delay });
+                return Some(Over::new(arrival, *row, Verdict::Wait { reason, delay }));
             }
-            Admitted::Expired(row) => {
-                let (task, origin) = task(arrival, *row);
-                self.conclude_at_once(task, origin, Verdict::Expired);
-            }
-            Admitted::Cancelled(row) => {
-                let (task, origin) = task(arrival, *row);
-                self.conclude_at_once(task, origin, Verdict::Cancelled);
-            }
+            Admitted::Expired(row) => return Some(Over::new(arrival, *row, Verdict::Expired)),
+            Admitted::Cancelled(row) => return Some(Over::new(arrival, *row, Verdict::Cancelled)),
             Admitted::InFlight | Admitted::Held => self.absorb(arrival),
             Admitted::Waiting | Admitted::Done => {
                 // Answered from the ledger; a report still owed is the sweeper's.
@@ -94,20 +126,7 @@ impl Worker {
                 "another job with different content has been published under this id; ids must be unique per tenant",
             ),
         }
-    }
-
-    /// Parks a claimed job behind older ones of its account.
-    pub fn park_busy(self: &Arc<Self>, picked: Picked, row: Row) {
-        let delay = std::time::Duration::ZERO;
-        let (task, origin) = task(picked.arrival, row);
-        self.conclude_at_once(
-            task,
-            origin,
-            Verdict::Wait {
-                reason: WaitReason::Busy,
-                delay,
-            },
-        );
+        None
     }
 
     /// Runs a job out of the waiting room.
@@ -192,29 +211,43 @@ impl Worker {
         self.conclude(task, origin, attempt).await;
     }
 
-    /// For jobs that are over, or have to wait, before anything is tried.
-    fn conclude_at_once(self: &Arc<Self>, task: Task, origin: Origin, verdict: Verdict) {
-        let mut attempt = Attempt::of(known_recipients(&task), task.row.message_id.clone());
-        attempt.verdict = verdict;
-        attempt.account = task.job.account.as_ref().map(ToString::to_string);
+    /// For jobs that are over, or have to wait, before anything is tried: all in one statement.
+    pub fn conclude_at_once(self: &Arc<Self>, over: Vec<Over>) {
+        if over.is_empty() {
+            return;
+        }
         let worker = Arc::clone(self);
         self.tasks.spawn(async move {
             let _in_flight = worker.in_flight();
-            worker.conclude(task, Some(origin), attempt).await;
+            let concluding = over.into_iter().map(|over| {
+                let Over {
+                    task,
+                    origin,
+                    verdict,
+                } = over;
+                let mut attempt = Attempt::of(known_recipients(&task), task.row.message_id.clone());
+                attempt.verdict = verdict;
+                attempt.account = task.job.account.as_ref().map(ToString::to_string);
+                worker.plan(task, Some(origin), attempt)
+            });
+            let (ends, settlements): (Vec<_>, Vec<_>) = concluding.unzip();
+            let settled = worker.batches.settle_together(settlements).await;
+            for (end, (settlement, answer)) in ends.into_iter().zip(settled) {
+                worker.end(end, settlement, answer).await;
+            }
         });
     }
 
     /// plan → settle → acknowledge → report.
     async fn conclude(self: &Arc<Self>, task: Task, origin: Option<Origin>, attempt: Attempt) {
-        let accepted = |r: &RecipientResult| r.status == RecipientStatus::Accepted;
-        // True even if the lease is lost. All of them: those that were not accepted are still to be tried.
-        let results = if attempt.recipients.iter().any(accepted) {
-            attempt.recipients.clone()
-        } else {
-            Vec::new()
-        };
-        let message_id = attempt.message_id.clone().unwrap_or_default();
-        let at = Circumstances {
+        let (end, settlement) = self.plan(task, origin, attempt);
+        fail_point::hit(Point::Replied, [end.task.job.id.as_str()]);
+        let (settlement, answer) = self.batches.settle(settlement).await;
+        self.end(end, settlement, answer).await;
+    }
+
+    fn circumstances<'a>(&self, task: &'a Task) -> Circumstances<'a> {
+        Circumstances {
             job: &task.job,
             row: &task.row,
             correlation_id: &task.correlation_id,
@@ -224,30 +257,58 @@ impl Worker {
             deferred_report_after: self.deferred_report_after,
             now: self.clock.now(),
             jitter: rand::random(),
+        }
+    }
+
+    /// What is to be written of an attempt, and what is left to do then.
+    fn plan(&self, task: Task, origin: Option<Origin>, attempt: Attempt) -> (End, Settlement) {
+        let accepted = |r: &RecipientResult| r.status == RecipientStatus::Accepted;
+        // True even if the lease is lost. All of them: those that were not accepted are still to be tried.
+        let results = if attempt.recipients.iter().any(accepted) {
+            attempt.recipients.clone()
+        } else {
+            Vec::new()
         };
+        let message_id = attempt.message_id.clone().unwrap_or_default();
         self.log_attempt(&task, &attempt);
-        let mut settlement = plan(&at, attempt);
+        let mut settlement = plan(&self.circumstances(&task), attempt);
         if let Some(origin) = &origin {
             self.keep_body(&task, origin, &mut settlement.next);
         }
         let gives_back = matches!(settlement.next, Next::GiveBack);
-        fail_point::hit(Point::Replied, [task.job.id.as_str()]);
-        let (settlement, answer) = self.settle(&at, settlement).await;
+        let end = End {
+            task,
+            origin,
+            results,
+            message_id,
+            gives_back,
+        };
+        (end, settlement)
+    }
+
+    /// What follows when the outcome is written, or could not be: acknowledge, then report.
+    async fn end(self: &Arc<Self>, end: End, settlement: Settlement, answer: Answer) {
+        let (settlement, answer) = if answer.settled == Settled::Cancelled {
+            self.settle_cancelled(&end.task, settlement).await
+        } else {
+            (settlement, answer)
+        };
+        let id = end.task.job.id.as_str();
         match answer.settled {
             Settled::Written | Settled::Cancelled => {
                 self.count(&settlement);
-                fail_point::hit(Point::BeforeAck, [task.job.id.as_str()]);
-                match origin {
-                    Some(origin) if gives_back => origin.delivery.receipt.give_back(),
+                fail_point::hit(Point::BeforeAck, [id]);
+                match end.origin {
+                    Some(origin) if end.gives_back => origin.delivery.receipt.give_back(),
                     Some(origin) => origin.delivery.receipt.ack(),
                     None => {}
                 }
-                fail_point::hit(Point::Acked, [task.job.id.as_str()]);
+                fail_point::hit(Point::Acked, [id]);
                 if let (Some(report), Some(number)) = (settlement.report, answer.report) {
                     self.reporter.publish(self, report, number);
                 }
             }
-            Settled::LeaseLost => self.lost(&task, origin, &results, &message_id).await,
+            Settled::LeaseLost => self.lost(end).await,
         }
         if matches!(
             settlement.next,
@@ -282,20 +343,16 @@ impl Worker {
             .ok()
     }
 
-    /// Writes the settlement; a cancel that came in between wins over anything but an outcome.
-    async fn settle(&self, at: &Circumstances<'_>, settlement: Settlement) -> (Settlement, Answer) {
-        let (settlement, answer) = self.batches.settle(settlement).await;
-        if answer.settled != Settled::Cancelled {
-            return (settlement, answer);
-        }
+    /// A cancel that came in between wins over anything but an outcome.
+    async fn settle_cancelled(&self, task: &Task, settlement: Settlement) -> (Settlement, Answer) {
         let recipients = settlement
             .recipients
             .clone()
-            .unwrap_or_else(|| all_pending(at.job));
+            .unwrap_or_else(|| all_pending(&task.job));
         let mut attempt = Attempt::of(recipients, settlement.message_id.clone());
         attempt.verdict = Verdict::Cancelled;
         attempt.reached_mail_from = !settlement.refund;
-        let mut cancelled = plan(at, attempt);
+        let mut cancelled = plan(&self.circumstances(task), attempt);
         // What the attempt found out is true all the same.
         cancelled.evidence = settlement.evidence;
         cancelled.uncertain = settlement.uncertain;
@@ -304,15 +361,16 @@ impl Worker {
     }
 
     /// Somebody else has the job by now. What the server took is true all the same.
-    async fn lost(&self, task: &Task, origin: Option<Origin>, results: &[RecipientResult], message_id: &str) {
+    async fn lost(&self, end: End) {
         self.metrics.leases_lost.inc();
         tracing::warn!("the lease was lost before the outcome was written");
+        let (row, results) = (&end.task.row, &end.results);
         if !results.is_empty() {
             let mut waits = crate::ledger::batches::pauses();
             let merged = loop {
                 match self
                     .ledger
-                    .merge_acceptance(&task.row.tenant, &task.row.id, results, message_id)
+                    .merge_acceptance(&row.tenant, &row.id, results, &end.message_id)
                     .await
                 {
                     Ok(was_final) => break was_final,
@@ -325,7 +383,7 @@ impl Worker {
             }
         }
         // Whoever has the job now may lack its body: RabbitMQ offers it once more.
-        if let Some(origin) = origin {
+        if let Some(origin) = end.origin {
             origin.delivery.receipt.give_back();
         }
     }

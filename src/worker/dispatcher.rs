@@ -23,13 +23,18 @@ const MOST: usize = 128;
 pub async fn run(worker: Arc<Worker>, stop: CancellationToken) {
     let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut room = worker.load.watch();
+    // The last look left something that is due: worth another as soon as there is room.
+    let mut more = false;
     loop {
         tokio::select! {
             biased;
             () = stop.cancelled() => return,
             _ = ticks.tick() => {}
             () = worker.nudge.notified() => {}
+            Ok(()) = room.changed(), if more => {}
         }
+        more = false;
         loop {
             // Counts as a job in flight: what it takes out is waited for when the worker ends.
             let _taking = worker.tasks.token();
@@ -41,7 +46,7 @@ pub async fn run(worker: Arc<Worker>, stop: CancellationToken) {
             }
             match turn(&worker).await {
                 Ok(0) => break,
-                Ok(_) => {}
+                Ok(_) => more = true,
                 Err(error) => {
                     worker.database_trouble("release", &error);
                     tokio::time::sleep(TICK * 5).await;

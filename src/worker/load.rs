@@ -6,7 +6,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::Notify;
+use tokio::sync::watch;
 
 use crate::id::AccountKey;
 
@@ -28,7 +28,8 @@ pub struct Load {
     accounts: Mutex<HashMap<AccountKey, Account>>,
     /// What one account may have in hand while others have something too.
     fair: usize,
-    room: Notify,
+    /// Changes when an account that was full may have more.
+    room: watch::Sender<()>,
 }
 
 impl fmt::Debug for Load {
@@ -89,13 +90,14 @@ impl Load {
         Arc::new(Self {
             accounts: Mutex::default(),
             fair: (permits / 2).max(1),
-            room: Notify::new(),
+            room: watch::Sender::new(()),
         })
     }
 
-    /// Waits until an account that was full may have more in hand.
-    pub async fn freed(&self) {
-        self.room.notified().await;
+    /// Changes whenever an account that was full may have more in hand.
+    #[must_use]
+    pub fn watch(&self) -> watch::Receiver<()> {
+        self.room.subscribe()
     }
 
     /// Counts one more job of this account, which has so many connections here.
@@ -202,7 +204,7 @@ impl Drop for InHand {
         }
         drop(accounts);
         if is_news {
-            self.load.room.notify_one();
+            self.load.room.send_replace(());
         }
     }
 }
@@ -271,11 +273,12 @@ mod tests {
     #[tokio::test]
     async fn what_is_urgent_does_not_wait_until_most_has_gone() {
         let load = Load::new(64);
+        let mut room = load.watch();
         let mut held: Vec<_> = (0..12).map(|_| load.enter(&key("t/a"), 8)).collect();
         assert!(load.is_full(&key("t/a"), 8, true));
         assert!(load.is_full(&key("t/a"), 8, false));
         held.pop();
-        load.freed().await;
+        room.changed().await.unwrap();
         assert!(!load.is_full(&key("t/a"), 8, true));
         assert!(load.is_full(&key("t/a"), 8, false));
     }

@@ -186,6 +186,7 @@ async fn a_limit_raised_or_removed_while_jobs_wait_takes_effect_at_once() {
         parked(&[&worker]).await >= 35.0
     })
     .await;
+    server.wait_for(5, Duration::from_secs(20)).await;
     assert_eq!(server.received_count(), 5);
     let shown = world
         .postroom(&["job", "list", "--state", "waiting"])
