@@ -16,6 +16,7 @@ pub mod signature;
 pub mod source;
 #[cfg(test)]
 mod tests;
+mod traced;
 mod upkeep;
 
 use std::sync::Arc;
@@ -29,6 +30,7 @@ use crate::db::{Database, DbError};
 use crate::egress::EgressGuard;
 use crate::secret::SharedKeyring;
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::traces::Traces;
 use client::Client;
 pub use run::{RunError, Settings, run};
 pub use source::{Delivery, OwnReport, ReportSink, ReportSource};
@@ -61,6 +63,7 @@ pub struct Bridge {
     client: Client,
     config: config::Webhook,
     metrics: Arc<Metrics>,
+    traces: Option<Arc<Traces>>,
     /// Something was recorded that may be due.
     due: Notify,
     /// A report of our own is owed.
@@ -86,9 +89,17 @@ impl Bridge {
             client,
             config,
             metrics,
+            traces: None,
             due: Notify::new(),
             owed: Notify::new(),
         })
+    }
+
+    /// Makes spans of its POSTs too.
+    #[must_use]
+    pub fn with_traces(mut self, traces: Option<Arc<Traces>>) -> Self {
+        self.traces = traces;
+        self
     }
 
     /// Works until shutdown: then takes nothing more in, finishes POSTs in flight within their time limit, and

@@ -6,6 +6,7 @@ mod load;
 mod parse;
 mod sections;
 pub mod settings;
+mod traces;
 mod unknown;
 
 #[cfg(test)]
@@ -266,6 +267,32 @@ pub struct Egress {
 pub struct Process {
     /// How long SIGTERM waits for work in flight (`POSTROOM_GRACE_PERIOD`, default 60 s).
     pub grace_period: Duration,
+}
+
+/// Spans, and where they go; none without an endpoint. Variables of the OpenTelemetry specification.
+#[derive(Debug, Clone)]
+pub struct Traces {
+    /// Where spans are posted (`OTEL_EXPORTER_OTLP_TRACES_ENDPOINT`, or `OTEL_EXPORTER_OTLP_ENDPOINT` and `/v1/traces`).
+    pub endpoint: SecretString,
+    /// Headers of these requests (`OTEL_EXPORTER_OTLP_HEADERS`); values often are tokens.
+    pub headers: Vec<(String, SecretString)>,
+    /// Time limit of one request (`OTEL_EXPORTER_OTLP_TIMEOUT`, default 10 s).
+    pub timeout: Duration,
+    /// `service.name` (`OTEL_SERVICE_NAME`).
+    pub service_name: Option<String>,
+    /// More attributes of the resource (`OTEL_RESOURCE_ATTRIBUTES`).
+    pub attributes: Vec<(String, String)>,
+    /// Which jobs get spans (`OTEL_TRACES_SAMPLER`).
+    pub sampler: Sampler,
+}
+
+/// Which jobs get spans.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampler {
+    /// The flag of a parent decides, if there is a parent.
+    pub parent_based: bool,
+    /// Share of the traces otherwise, from 0 to 1.
+    pub ratio: f64,
 }
 
 /// Logs and the HTTP port.

@@ -168,7 +168,7 @@ pub struct ReportData {
     /// AMQP `correlation_id` of the job, else its id.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub correlation_id: Option<String>,
-    /// W3C trace context of the producer, as in the job's header.
+    /// W3C trace context of the producer, as in the job's header; of the attempt, if it has a span.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,
     /// When the next attempt is expected.

@@ -1,6 +1,7 @@
-//! What people see of a running process: logs and metrics.
+//! What people see of a running process: logs, metrics and spans.
 
 pub mod metrics;
+pub mod traces;
 
 use std::io::IsTerminal;
 use std::panic::PanicHookInfo;

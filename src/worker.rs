@@ -19,6 +19,7 @@ pub mod load;
 pub mod permits;
 pub mod reporter;
 mod run;
+mod traced;
 
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -43,6 +44,7 @@ use crate::pipeline::task::{SharedClock, Task};
 use crate::report::{RecipientResult, RecipientStatus};
 use crate::retry::RetryPolicy;
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::traces::Traces;
 
 pub use run::{Settings, WorkerError, run};
 
@@ -92,6 +94,8 @@ pub struct Worker {
     pub clock: Arc<SharedClock>,
     /// Counters.
     pub metrics: Arc<Metrics>,
+    /// Spans, if there is a collector.
+    pub traces: Option<Arc<Traces>>,
     /// Every job in flight; draining waits for them.
     pub tasks: TaskTracker,
     /// Something may be due in the waiting room.

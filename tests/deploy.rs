@@ -309,7 +309,7 @@ fn every_alert_has_a_runbook_a_test_and_says_what_is_wrong() {
 fn variables(text: &str) -> BTreeSet<String> {
     text.lines()
         .map(|line| line.trim_start().trim_start_matches('#'))
-        .filter(|line| line.starts_with("POSTROOM_"))
+        .filter(|line| line.starts_with("POSTROOM_") || line.starts_with("OTEL_"))
         .filter_map(|line| line.split([':', '=']).next())
         .map(str::to_owned)
         .collect()

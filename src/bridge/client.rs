@@ -63,6 +63,8 @@ pub(super) struct Post<'a> {
     pub(super) body: Vec<u8>,
     pub(super) secrets: &'a [SecretString],
     pub(super) auth: &'a Auth,
+    /// The trace context that the receiver is to go on with.
+    pub(super) traceparent: Option<&'a str>,
 }
 
 /// Makes POSTs over shared connections.
@@ -107,8 +109,8 @@ fn headers(post: &Post<'_>) -> Result<HeaderMap, Refusal> {
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     headers.insert("webhook-id", value(post.event_id)?);
     headers.insert("webhook-timestamp", HeaderValue::from(timestamp));
-    if let Some(traceparent) = super::body::traceparent(&post.body) {
-        headers.insert("traceparent", value(&traceparent)?);
+    if let Some(traceparent) = post.traceparent {
+        headers.insert("traceparent", value(traceparent)?);
     }
     if !keys.is_empty() {
         let signatures = signature::header(&keys, post.event_id, timestamp, &post.body);

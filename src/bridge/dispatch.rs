@@ -1,5 +1,6 @@
 //! Calls webhooks: leases what is due, endpoints in turn, POSTs it and settles the outcome.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,10 +10,11 @@ use url::Url;
 
 use super::client::{Answer, Client, Post, Refusal};
 use super::queue::{Leased, Outcome, Settled};
-use super::{Bridge, schedule};
+use super::{Bridge, body, schedule, traced};
 use crate::config;
 use crate::fail_point::{self, Point};
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::traces::{Recording, Traces};
 
 /// How often to look for work that nothing announced: retries, other bridges' intake.
 const IDLE: Duration = Duration::from_millis(500);
@@ -42,6 +44,7 @@ impl Bridge {
                 client: self.client.clone(),
                 config: self.config.clone(),
                 metrics: Arc::clone(&self.metrics),
+                traces: self.traces.clone(),
             }),
             posts: JoinSet::new(),
             finished: Vec::new(),
@@ -158,6 +161,7 @@ struct Attempt {
     client: Client,
     config: config::Webhook,
     metrics: Arc<Metrics>,
+    traces: Option<Arc<Traces>>,
 }
 
 impl Attempt {
@@ -176,6 +180,9 @@ impl Attempt {
                 return release(&leased, error, NO_KEY_WAIT * self.config.retry_scale);
             }
         };
+        let given = body::traceparent(&body).map(Cow::into_owned);
+        let trace = traced::begin(self.traces.as_ref(), given.as_deref());
+        let traceparent = trace.as_ref().map(Recording::traceparent).or(given);
         let begun = Instant::now();
         let post = Post {
             url: &leased.url,
@@ -183,18 +190,22 @@ impl Attempt {
             body,
             secrets,
             auth,
+            traceparent: traceparent.as_deref(),
         };
         let answer = self.client.post(post).await;
         let took = begun.elapsed();
         fail_point::hit(Point::WebhookAnswered, [leased.event_id.as_str()]);
         self.metrics.webhook_seconds.observe(took.as_secs_f64());
         let settled = judge(&leased, answer, &self.config);
-        self.note(&leased, &settled, took);
+        let result = self.note(&leased, &settled, took);
+        if let Some(trace) = trace {
+            traced::end(trace, &leased, &settled, result);
+        }
         settled
     }
 
-    /// One line per attempt, and the count. The host only: paths of webhooks often hold tokens.
-    fn note(&self, leased: &Leased, settled: &Settled, took: Duration) {
+    /// One line per attempt, and the count; gives the result in a word. The host only: paths of webhooks often hold tokens.
+    fn note(&self, leased: &Leased, settled: &Settled, took: Duration) -> &'static str {
         let result = match settled.outcome {
             _ if settled.gone => "gone",
             Outcome::Delivered => "delivered",
@@ -218,6 +229,7 @@ impl Attempt {
             next_in_s = Some(settled.outcome.delay()).filter(|delay| *delay > 0.0),
             "webhook"
         );
+        result
     }
 }
 

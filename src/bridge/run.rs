@@ -79,7 +79,8 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), RunError> {
         guard,
         settings.webhook,
         metrics,
-    )?;
+    )?
+    .with_traces(service.traces.clone());
     let (reports, taken) = mpsc::channel(usize::from(PREFETCH));
     let (publisher, topology) = (supervisor.publisher(), supervisor.topology().clone());
     let source = Source {

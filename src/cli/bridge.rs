@@ -5,7 +5,7 @@ use crate::bridge;
 use crate::config::{self, Sources};
 
 type Sections = (
-    (config::Telemetry, config::Process),
+    (config::Telemetry, Option<config::Traces>, config::Process),
     (
         config::Broker,
         config::Database,
@@ -17,8 +17,8 @@ type Sections = (
 
 /// Runs a bridge until it is told to end.
 pub(super) async fn run(sources: &Sources) -> Result<(), CliError> {
-    let ((telemetry, process), (broker, database, keys, webhook, egress)): Sections = load(sources)?;
-    let service = Service::start("bridge", &telemetry, process, sources).await?;
+    let ((telemetry, traces, process), (broker, database, keys, webhook, egress)): Sections = load(sources)?;
+    let service = Service::start("bridge", &telemetry, traces.as_ref(), process, sources).await?;
     let settings = bridge::Settings {
         broker,
         database,

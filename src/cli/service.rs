@@ -15,9 +15,13 @@ use crate::health::{self, HealthError, Readiness, Server};
 use crate::secret::Keys;
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::traces::{self, Exporter, Traces};
 
 /// How long tasks may take to notice the hard token.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long the last spans may take at the end.
+const LAST_SPANS: Duration = Duration::from_secs(2);
 
 /// When to try again after keys could not be checked.
 const KEYS_AGAIN: Duration = Duration::from_secs(5);
@@ -31,6 +35,9 @@ pub struct Service {
     pub readiness: Readiness,
     /// What `/metrics` shows.
     pub metrics: Arc<Metrics>,
+    /// Makes spans, if there is a collector.
+    pub traces: Option<Arc<Traces>>,
+    exporter: Option<Exporter>,
     sources: Sources,
     http: Option<(CancellationToken, JoinHandle<()>)>,
 }
@@ -47,6 +54,9 @@ pub enum ServiceError {
     /// The port cannot be opened.
     #[error(transparent)]
     Http(#[from] HealthError),
+    /// Spans cannot be exported.
+    #[error(transparent)]
+    Traces(#[from] traces::SetupError),
     /// A task died; its error has been logged.
     #[error("a part of the process died")]
     Crashed,
@@ -61,6 +71,7 @@ impl Service {
     pub async fn start(
         name: &str,
         telemetry: &config::Telemetry,
+        traces: Option<&config::Traces>,
         process: config::Process,
         sources: &Sources,
     ) -> Result<Self, ServiceError> {
@@ -76,6 +87,10 @@ impl Service {
         for dependency in ["amqp", "database"] {
             metrics.connected.with_label_values(&[dependency]).set(0);
         }
+        let exporter = match traces {
+            None => None,
+            Some(traces) => Some(Exporter::start(traces, name, Arc::clone(&metrics))?),
+        };
         let http = match telemetry.http_addr {
             None => None,
             Some(addr) => {
@@ -96,6 +111,10 @@ impl Service {
             shutdown,
             readiness,
             metrics,
+            traces: traces
+                .zip(exporter.as_ref())
+                .map(|(config, exporter)| Traces::new(config.sampler, exporter)),
+            exporter,
             sources: sources.clone(),
             http,
         })
@@ -175,6 +194,9 @@ impl Service {
     pub async fn finish(self) -> Result<(), ServiceError> {
         self.shutdown.soft.cancelled().await;
         let complete = self.shutdown.drained(PATIENCE).await;
+        if let Some(exporter) = self.exporter {
+            exporter.finish(LAST_SPANS).await;
+        }
         if let Some((end, server)) = self.http {
             end.cancel();
             // It bounds itself, and an error has been logged.

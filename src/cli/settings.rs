@@ -11,13 +11,13 @@ use crate::config::settings::{SETTINGS, Section, Setting};
 /// What each command reads, besides the settings of the log, which all have.
 pub(super) fn sections(command: &str) -> &'static [Section] {
     use Section::{
-        Broker, Database, Egress, Fetch, Http, Job, Keys, Process, Smtp, Storage, Webhook, Worker,
+        Broker, Database, Egress, Fetch, Http, Job, Keys, Process, Smtp, Storage, Traces, Webhook, Worker,
     };
     match command {
         "worker" => &[
-            Broker, Database, Keys, Worker, Smtp, Job, Fetch, Storage, Egress, Process, Http,
+            Broker, Database, Keys, Worker, Smtp, Job, Fetch, Storage, Egress, Process, Http, Traces,
         ],
-        "bridge" => &[Broker, Database, Keys, Webhook, Egress, Process, Http],
+        "bridge" => &[Broker, Database, Keys, Webhook, Egress, Process, Http, Traces],
         "migrate" | "tenant" | "job" => &[Database],
         "account" | "endpoint" => &[Database, Keys, Egress],
         "key" => &[Database, Keys],

@@ -269,8 +269,8 @@ async fn a_service_is_not_ready_while_it_ends_and_tells_a_crash() {
         ("POSTROOM_HTTP_ADDR", "127.0.0.1:0"),
         ("POSTROOM_GRACE_PERIOD", "10s"),
     ];
-    let (telemetry, process) = config::load(&sources(&env)).unwrap();
-    let service = Service::start("worker", &telemetry, process, &Sources::default())
+    let (telemetry, process): (config::Telemetry, config::Process) = config::load(&sources(&env)).unwrap();
+    let service = Service::start("worker", &telemetry, None, process, &Sources::default())
         .await
         .unwrap();
     let (readiness, hard) = (service.readiness.clone(), service.shutdown.hard.clone());

@@ -7,6 +7,7 @@ use crate::worker;
 type Sections = (
     (
         config::Telemetry,
+        Option<config::Traces>,
         config::Process,
         config::Broker,
         config::Database,
@@ -25,10 +26,10 @@ type Sections = (
 /// Runs a worker until it is told to end.
 pub(super) async fn run(sources: &Sources) -> Result<(), CliError> {
     let (
-        (telemetry, process, broker, database, keys),
+        (telemetry, traces, process, broker, database, keys),
         (smtp, storage, fetch, limits, worker, egress),
     ): Sections = load(sources)?;
-    let service = Service::start("worker", &telemetry, process, sources).await?;
+    let service = Service::start("worker", &telemetry, traces.as_ref(), process, sources).await?;
     let settings = worker::Settings {
         broker,
         database,

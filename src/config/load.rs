@@ -229,7 +229,7 @@ impl Reader<'_> {
         parse: impl FnOnce(&str) -> Result<T, String>,
     ) -> Option<T> {
         // A URL may have been given with credentials, though none belong there.
-        let problem = if setting.name.ends_with("_URL") {
+        let problem = if setting.name.ends_with("_URL") || setting.name.ends_with("_ENDPOINT") {
             "has a wrong form".to_owned()
         } else {
             format!("`{text}` cannot be used")

@@ -2,7 +2,8 @@
 //! come from this table.
 
 use Section::{
-    Broker, Database, Egress, Fetch, Http, Job, Keys, Process, Smtp, Storage, Telemetry, Webhook, Worker,
+    Broker, Database, Egress, Fetch, Http, Job, Keys, Process, Smtp, Storage, Telemetry, Traces, Webhook,
+    Worker,
 };
 
 /// What a setting belongs to. A command declares the sections that it reads, and has their flags.
@@ -12,6 +13,8 @@ pub enum Section {
     Telemetry,
     /// The HTTP port.
     Http,
+    /// Spans.
+    Traces,
     /// `RabbitMQ`.
     Broker,
     /// Postgres.
@@ -38,8 +41,9 @@ pub enum Section {
 
 impl Section {
     /// All sections, in the order of the documentation.
-    pub const ALL: [Self; 13] = [
-        Broker, Database, Keys, Worker, Smtp, Job, Fetch, Storage, Egress, Webhook, Process, Http, Telemetry,
+    pub const ALL: [Self; 14] = [
+        Broker, Database, Keys, Worker, Smtp, Job, Fetch, Storage, Egress, Webhook, Process, Http, Traces,
+        Telemetry,
     ];
 
     /// Heading in `--help` and in the documentation.
@@ -48,6 +52,7 @@ impl Section {
         match self {
             Self::Telemetry => "Logs",
             Self::Http => "Health and metrics",
+            Self::Traces => "Traces",
             Self::Broker => "RabbitMQ",
             Self::Database => "Postgres",
             Self::Keys => "Keys",
@@ -66,7 +71,7 @@ impl Section {
 /// One setting.
 #[derive(Debug, Clone, Copy)]
 pub struct Setting {
-    /// Environment variable.
+    /// Environment variable: `POSTROOM_…`, or one that a specification names.
     pub name: &'static str,
     /// Form of the value, as `--help` shows it.
     pub form: &'static str,
@@ -552,5 +557,74 @@ pub const SETTINGS: &[Setting] = &[
         Some("0.0.0.0:9090"),
         &[Http],
         "Where /livez, /readyz, /healthz and /metrics are served.",
+    ),
+    plain(
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        "URL",
+        None,
+        &[Traces],
+        "Collector that spans are sent to, such as http://localhost:4318; /v1/traces is added. Without an endpoint there are no spans.",
+    ),
+    plain(
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+        "URL",
+        None,
+        &[Traces],
+        "The same as a whole URL, to which nothing is added; wins over OTEL_EXPORTER_OTLP_ENDPOINT.",
+    ),
+    secret(
+        "OTEL_EXPORTER_OTLP_HEADERS",
+        "NAME=VALUE,…",
+        &[Traces],
+        "HTTP headers for the collector, values percent-encoded.",
+    ),
+    plain(
+        "OTEL_EXPORTER_OTLP_PROTOCOL",
+        "http/protobuf",
+        Some("http/protobuf"),
+        &[Traces],
+        "The protocol; there is only this one, most collectors have it on port 4318.",
+    ),
+    plain(
+        "OTEL_EXPORTER_OTLP_TIMEOUT",
+        "MILLISECONDS",
+        Some("10000"),
+        &[Traces],
+        "Time limit of one request to the collector.",
+    ),
+    plain(
+        "OTEL_SERVICE_NAME",
+        "NAME",
+        None,
+        &[Traces],
+        "Resource attribute service.name; by default postroom-worker or postroom-bridge.",
+    ),
+    plain(
+        "OTEL_RESOURCE_ATTRIBUTES",
+        "NAME=VALUE,…",
+        None,
+        &[Traces],
+        "More resource attributes, values percent-encoded.",
+    ),
+    plain(
+        "OTEL_TRACES_SAMPLER",
+        "always_on|always_off|traceidratio|parentbased_always_on|parentbased_always_off|parentbased_traceidratio",
+        Some("parentbased_always_on"),
+        &[Traces],
+        "Which jobs get spans; parentbased: as the traceparent of the job says, if it has one.",
+    ),
+    plain(
+        "OTEL_TRACES_SAMPLER_ARG",
+        "RATIO",
+        Some("1"),
+        &[Traces],
+        "Share of the traces for the samplers of that name, from 0 to 1.",
+    ),
+    plain(
+        "OTEL_SDK_DISABLED",
+        "true|false",
+        Some("false"),
+        &[Traces],
+        "No spans, whatever else is set.",
     ),
 ];

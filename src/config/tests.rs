@@ -229,6 +229,110 @@ fn a_local_folder_needs_a_public_url() {
     assert_eq!(storage.url, "file:///srv/f");
 }
 
+const COLLECTOR: (&str, &str) = (
+    "OTEL_EXPORTER_OTLP_ENDPOINT",
+    "https://collector.example:4318/base/",
+);
+
+fn read_traces(env: &[(&str, &str)]) -> Traces {
+    load::<Option<Traces>>(&sources(env)).unwrap().unwrap()
+}
+
+#[test]
+fn without_an_endpoint_there_are_no_traces_and_the_rest_is_not_looked_at() {
+    let grpc = ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc");
+    for env in [
+        &[grpc][..],
+        &[grpc, COLLECTOR, ("OTEL_SDK_DISABLED", "TRUE")],
+        &[grpc, ("OTEL_EXPORTER_OTLP_ENDPOINT", "")],
+    ] {
+        assert!(
+            load::<Option<Traces>>(&sources(env)).unwrap().is_none(),
+            "{env:?}"
+        );
+    }
+}
+
+#[test]
+fn the_endpoint_of_all_signals_gets_a_path_and_that_of_traces_wins_as_it_is() {
+    let endpoint = |env: &[(&str, &str)]| read_traces(env).endpoint.expose_secret().to_owned();
+    assert_eq!(
+        endpoint(&[COLLECTOR]),
+        "https://collector.example:4318/base/v1/traces"
+    );
+    let own = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://127.0.0.1:4318/x");
+    assert_eq!(endpoint(&[COLLECTOR, own]), own.1);
+}
+
+#[test]
+fn headers_and_attributes_are_percent_encoded_pairs() {
+    let read = read_traces(&[
+        COLLECTOR,
+        (
+            "OTEL_EXPORTER_OTLP_HEADERS",
+            "authorization=Bearer%20hunter2==, x-team = mail ,",
+        ),
+        (
+            "OTEL_RESOURCE_ATTRIBUTES",
+            "deployment.environment.name=pr%C3%BCf",
+        ),
+        ("OTEL_TRACES_SAMPLER", "parentbased_traceidratio"),
+        ("OTEL_TRACES_SAMPLER_ARG", "0.25"),
+        ("OTEL_EXPORTER_OTLP_TIMEOUT", "2500"),
+    ]);
+    let headers: Vec<_> = read
+        .headers
+        .iter()
+        .map(|(name, value)| (name.as_str(), value.expose_secret()))
+        .collect();
+    assert_eq!(
+        headers,
+        [("authorization", "Bearer hunter2=="), ("x-team", "mail")]
+    );
+    assert_eq!(
+        read.attributes,
+        [("deployment.environment.name".to_owned(), "prüf".to_owned())]
+    );
+    assert_eq!(
+        read.sampler,
+        Sampler {
+            parent_based: true,
+            ratio: 0.25
+        }
+    );
+    assert_eq!(read.timeout, Duration::from_millis(2500));
+    assert!(!format!("{read:?}").contains("hunter2"));
+}
+
+#[test]
+fn what_the_collector_cannot_be_asked_for_is_refused_without_repeating_secrets() {
+    for setting in [
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"),
+        ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "collector:4318"),
+        (
+            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+            "https://user:hunter2@collector",
+        ),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "hunter2"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "a b=hunter2"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "a=hunter2%0a"),
+        ("OTEL_EXPORTER_OTLP_TIMEOUT", "10s"),
+        ("OTEL_RESOURCE_ATTRIBUTES", "team"),
+        ("OTEL_TRACES_SAMPLER", "jaeger_remote"),
+        ("OTEL_TRACES_SAMPLER_ARG", "1.5"),
+        ("OTEL_SDK_DISABLED", "yes"),
+    ] {
+        let found = errors::<Option<Traces>>(&[COLLECTOR, setting]);
+        assert_eq!(found.len(), 1, "{setting:?}: {found:?}");
+        assert!(
+            found[0].starts_with(setting.0) && found[0].contains("give "),
+            "{}",
+            found[0]
+        );
+        assert!(!found[0].contains("hunter2"), "{}", found[0]);
+    }
+}
+
 #[test]
 fn misspelt_variables_are_told_with_the_nearest_name() {
     let unknown = sources(&[
@@ -260,7 +364,11 @@ fn a_build_without_fail_points_says_that_it_has_none() {
 #[test]
 fn every_setting_is_named_once_and_has_a_section() {
     for (at, setting) in SETTINGS.iter().enumerate() {
-        assert!(setting.name.starts_with("POSTROOM_"), "{}", setting.name);
+        assert!(
+            setting.name.starts_with("POSTROOM_") || setting.name.starts_with("OTEL_"),
+            "{}",
+            setting.name
+        );
         assert!(
             !setting.sections.is_empty() && !setting.help.is_empty(),
             "{}",
@@ -342,6 +450,7 @@ proptest! {
         let _ = parse::duration(&text, Duration::ZERO..=Duration::MAX);
         let _ = parse::size(&text, 0..=u64::MAX);
         let _ = (parse::queues(&text).is_ok(), parse::networks(&text).is_ok(), parse::http_addr(&text).is_ok());
+        let _ = (super::traces::collector_url(&text).is_ok(), traces::pairs(&text).is_ok(), traces::headers(&text).is_ok());
         let _ = (parse::storage_url(&text).is_ok(), parse::ehlo_name(&text).is_ok(), parse::prefix(&text).is_ok());
     }
 }

@@ -25,6 +25,7 @@ use crate::secret::{Keys, SharedKeyring};
 use crate::settlement::all_pending;
 use crate::smtp::{self, CheckoutError, Envelope, NotAtOnce, Outcome, Pools, Submission};
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::traces;
 
 /// How long a job waits in the waiting room when its account has no connection free.
 const BUSY_DELAY: Duration = Duration::from_millis(250);
@@ -102,7 +103,9 @@ impl Pipeline {
             // The account may have been mended a moment ago.
             self.directory.forget(&[&task.job.tenant, &TenantId::platform()]);
         }
+        let since = Instant::now();
         let resolved = self.resolve(&task.job).await;
+        traces::stage("resolve", since);
         let (entries, mut chosen) = resolved.map_err(|verdict| match verdict {
             // No attempt: nothing was tried, and the key may come at any time.
             Verdict::Failed(failure) if failure.is_missing_key() => {
@@ -417,6 +420,7 @@ impl Pipeline {
     ) -> Result<smtp::Lease, Verdict> {
         let since = Instant::now();
         let account = &chosen.account;
+        traces::server(&account.server.host, account.server.port);
         let checked_out = if chosen.via == Via::Override {
             self.pools
                 .connect_once(&account.server)
@@ -542,7 +546,8 @@ impl Pipeline {
         is_ours
     }
 
-    fn observe(&self, stage: &str, since: Instant) {
+    fn observe(&self, stage: &'static str, since: Instant) {
+        traces::stage(stage, since);
         self.metrics
             .stage
             .with_label_values(&[stage])

@@ -137,6 +137,9 @@ metrics! {
     webhook_pending: IntGauge "postroom_webhook_pending";
     /// Age of the oldest event waiting for delivery.
     webhook_oldest: IntGauge "postroom_webhook_oldest_pending_seconds";
+    /// Spans by what became of them: exported, rejected (by the collector), failed (the collector could not be reached or did
+    /// not take the request), dropped (no room).
+    trace_spans: IntCounterVec "postroom_trace_spans_total" ["result"];
     /// Whether a dependency is connected: amqp, database.
     connected: IntGaugeVec "postroom_connected" ["dependency"];
     /// Sessions with the broker begun.

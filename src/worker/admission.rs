@@ -47,8 +47,8 @@ pub struct Admission {
     /// Boxed: they are large, and move up when those before them go.
     levels: [VecDeque<Box<Arrival>>; 4],
     statements: Arc<Semaphore>,
-    /// The last look stopped for want of a permit.
-    lacks_permits: bool,
+    /// Something urgent lacks a permit.
+    lacks_urgent_permits: bool,
     /// How many of each level have been looked at in vain since something was freed: those behind them are new.
     passed: [usize; 4],
 }
@@ -72,7 +72,7 @@ impl Admission {
             worker,
             levels: Default::default(),
             statements: Arc::new(Semaphore::new(STATEMENTS)),
-            lacks_permits: false,
+            lacks_urgent_permits: false,
             passed: [0; 4],
         }
     }
@@ -81,7 +81,7 @@ impl Admission {
     pub async fn run(mut self, mut arrivals: mpsc::Receiver<Arrival>, stop: CancellationToken) {
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut room = self.worker.load.watch();
+        let (mut room, mut permits) = (self.worker.load.watch(), self.worker.permits.watch());
         loop {
             let waiting = self.levels.iter().any(|level| !level.is_empty());
             let mut is_new = false;
@@ -95,7 +95,8 @@ impl Admission {
                     }
                     None => break,
                 },
-                () = self.worker.permits.freed(), if waiting && self.lacks_permits => {}
+                () = self.worker.permits.freed(), if self.lacks_urgent_permits => {}
+                Ok(()) = permits.changed(), if waiting => {}
                 Ok(()) = room.changed(), if waiting => {}
                 _ = looks.tick(), if waiting => {}
             }
@@ -149,7 +150,7 @@ impl Admission {
             let (queue, passed) = (&mut self.levels[level.index()], &mut self.passed[level.index()]);
             *passed = picking.pick_from(queue, level, *passed);
         }
-        self.lacks_permits = picking.lacks_permits;
+        self.lacks_urgent_permits = picking.lacks_urgent_permits;
         picking.batch
     }
 }
@@ -164,7 +165,7 @@ struct Picking<'a> {
     picked: HashSet<SameJob>,
     /// Accounts found full in this look.
     full: HashSet<AccountKey>,
-    lacks_permits: bool,
+    lacks_urgent_permits: bool,
 }
 
 /// A job by its name.
@@ -201,7 +202,7 @@ impl<'a> Picking<'a> {
             batch: Vec::new(),
             picked: HashSet::new(),
             full: HashSet::new(),
-            lacks_permits: false,
+            lacks_urgent_permits: false,
         }
     }
 
@@ -222,7 +223,7 @@ impl<'a> Picking<'a> {
                     }
                 }
                 Turn::NoPermit => {
-                    self.lacks_permits = true;
+                    self.lacks_urgent_permits |= level == Level::Immediate;
                     if !self.has_stood_long(arrival) {
                         return place;
                     }

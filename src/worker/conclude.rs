@@ -2,6 +2,7 @@
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::time::Instant;
 
 use futures_util::FutureExt as _;
 use tracing::Instrument as _;
@@ -28,6 +29,7 @@ use crate::pipeline::task::Task;
 use crate::pipeline::{Attempt, Verdict};
 use crate::report::{RecipientResult, RecipientStatus};
 use crate::settlement::{Circumstances, all_pending, plan};
+use crate::telemetry::traces;
 
 type Right = Option<(Permit, InHand)>;
 
@@ -183,8 +185,9 @@ impl Worker {
     fn spawn_job(self: &Arc<Self>, task: Task, origin: Option<Origin>, right: Right) {
         let worker = Arc::clone(self);
         let span = tracing::info_span!("job", job = %task.job.id, tenant = %task.job.tenant);
-        self.tasks
-            .spawn(async move { worker.run_job(task, origin, right).await }.instrument(span));
+        let trace = self.trace(&task);
+        let work = async move { worker.run_job(task, origin, right).await }.instrument(span);
+        self.tasks.spawn(traces::follow(trace, work));
     }
 
     /// One job, from its lease to its report.
@@ -242,16 +245,19 @@ impl Worker {
     async fn conclude(self: &Arc<Self>, task: Task, origin: Option<Origin>, attempt: Attempt) {
         let (end, settlement) = self.plan(task, origin, attempt);
         fail_point::hit(Point::Replied, [end.task.job.id.as_str()]);
+        let since = Instant::now();
         let (settlement, answer) = self.batches.settle(settlement).await;
+        traces::stage("settle", since);
         self.end(end, settlement, answer).await;
     }
 
-    fn circumstances<'a>(&self, task: &'a Task) -> Circumstances<'a> {
+    /// `traceparent`: that of the attempt, if it has a span.
+    fn circumstances<'a>(&self, task: &'a Task, traceparent: Option<&'a str>) -> Circumstances<'a> {
         Circumstances {
             job: &task.job,
             row: &task.row,
             correlation_id: &task.correlation_id,
-            traceparent: task.traceparent.as_deref(),
+            traceparent: traceparent.or(task.traceparent.as_deref()),
             retry: self.retry,
             new: task.new,
             deferred_report_after: self.deferred_report_after,
@@ -271,7 +277,10 @@ impl Worker {
         };
         let message_id = attempt.message_id.clone().unwrap_or_default();
         self.log_attempt(&task, &attempt);
-        let mut settlement = plan(&self.circumstances(&task), attempt);
+        let queue = origin.as_ref().map(|origin| &*origin.delivery.queue);
+        self.summarise(&task, queue, &attempt);
+        let traceparent = traces::traceparent();
+        let mut settlement = plan(&self.circumstances(&task, traceparent.as_deref()), attempt);
         if let Some(origin) = &origin {
             self.keep_body(&task, origin, &mut settlement.next);
         }
@@ -352,7 +361,8 @@ impl Worker {
         let mut attempt = Attempt::of(recipients, settlement.message_id.clone());
         attempt.verdict = Verdict::Cancelled;
         attempt.reached_mail_from = !settlement.refund;
-        let mut cancelled = plan(&self.circumstances(task), attempt);
+        let traceparent = traces::traceparent();
+        let mut cancelled = plan(&self.circumstances(task, traceparent.as_deref()), attempt);
         // What the attempt found out is true all the same.
         cancelled.evidence = settlement.evidence;
         cancelled.uncertain = settlement.uncertain;

@@ -23,18 +23,18 @@ const MOST: usize = 128;
 pub async fn run(worker: Arc<Worker>, stop: CancellationToken) {
     let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut room = worker.load.watch();
-    // The last look left something that is due: worth another as soon as there is room.
-    let mut more = false;
+    let (mut room, mut permits) = (worker.load.watch(), worker.permits.watch());
+    // Something is due: worth another look as soon as there is room.
+    let mut is_due = false;
     loop {
         tokio::select! {
             biased;
             () = stop.cancelled() => return,
             _ = ticks.tick() => {}
             () = worker.nudge.notified() => {}
-            Ok(()) = room.changed(), if more => {}
+            Ok(()) = room.changed(), if is_due => {}
+            Ok(()) = permits.changed(), if is_due => {}
         }
-        more = false;
         loop {
             // Counts as a job in flight: what it takes out is waited for when the worker ends.
             let _taking = worker.tasks.token();
@@ -45,8 +45,12 @@ pub async fn run(worker: Arc<Worker>, stop: CancellationToken) {
                 break;
             }
             match turn(&worker).await {
-                Ok(0) => break,
-                Ok(_) => more = true,
+                Ok(seen) => {
+                    is_due = seen.is_due;
+                    if seen.taken == 0 {
+                        break;
+                    }
+                }
                 Err(error) => {
                     worker.database_trouble("release", &error);
                     tokio::time::sleep(TICK * 5).await;
@@ -57,9 +61,17 @@ pub async fn run(worker: Arc<Worker>, stop: CancellationToken) {
     }
 }
 
-/// One look at every level that has something due. Returns how many jobs were taken out.
-async fn turn(worker: &Arc<Worker>) -> Result<usize, DbError> {
+/// What one look found.
+struct Seen {
+    is_due: bool,
+    /// Jobs taken out.
+    taken: usize,
+}
+
+/// One look at every level that has something due.
+async fn turn(worker: &Arc<Worker>) -> Result<Seen, DbError> {
     let due = worker.ledger.due_levels().await?;
+    let is_due = !due.is_empty();
     let mut taken = 0;
     for level in worker
         .permits
@@ -69,7 +81,7 @@ async fn turn(worker: &Arc<Worker>) -> Result<usize, DbError> {
     {
         taken += level_turn(worker, level).await?;
     }
-    Ok(taken)
+    Ok(Seen { is_due, taken })
 }
 
 impl Worker {

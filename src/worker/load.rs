@@ -123,23 +123,30 @@ impl Load {
         let Some(entry) = accounts.get_mut(account) else {
             return false;
         };
-        let is_over = entry.in_hand > 0 && entry.in_hand >= self.room(entry, connections, shared);
-        entry.resting |= is_over;
-        let waits_for_next = entry.has_all_connections() || (is_over && urgent);
-        entry.awaited |= waits_for_next;
-        waits_for_next || (entry.resting && !urgent)
+        self.look(entry, connections, shared, urgent)
     }
 
-    /// Accounts that are full.
+    /// Accounts that get nothing more now.
     #[must_use]
     pub fn full_accounts(&self) -> Vec<AccountKey> {
-        let accounts = self.lock();
+        let mut accounts = self.lock();
         let shared = accounts.len() > 1;
-        let full = accounts.iter().filter(|(_, entry)| {
-            let is_over = entry.in_hand > 0 && entry.in_hand >= self.room(entry, entry.connections, shared);
-            entry.resting || is_over || entry.has_all_connections()
-        });
-        full.map(|(account, _)| account.clone()).collect()
+        let mut full = Vec::new();
+        for (account, entry) in accounts.iter_mut() {
+            if self.look(entry, entry.connections, shared, false) {
+                full.push(account.clone());
+            }
+        }
+        full
+    }
+
+    /// Whether an account gets nothing more now. If so, what frees it is told.
+    fn look(&self, entry: &mut Account, connections: usize, shared: bool, urgent: bool) -> bool {
+        let is_over = entry.in_hand > 0 && entry.in_hand >= self.room(entry, connections, shared);
+        let waits_for_next = entry.has_all_connections() || (is_over && urgent);
+        entry.resting |= is_over;
+        entry.awaited |= waits_for_next;
+        waits_for_next || (entry.resting && !urgent)
     }
 
     /// A job of this account, no longer in hand, found no connection: for a moment those in hand are as many as there
@@ -268,6 +275,20 @@ mod tests {
             held.pop();
         }
         assert_eq!(held.len(), 11, "its connections, and a quarter of what is ahead");
+    }
+
+    #[test]
+    fn who_found_an_account_full_is_told_when_it_has_room() {
+        let load = Load::new(64);
+        let room = load.watch();
+        let mut held: Vec<_> = (0..12).map(|_| load.enter(&key("t/a"), 8)).collect();
+        assert_eq!(load.full_accounts(), [key("t/a")]);
+        while !load.full_accounts().is_empty() {
+            assert!(!room.has_changed().unwrap());
+            held.pop();
+        }
+        assert!(room.has_changed().unwrap());
+        assert!(held.len() >= 8, "its connections stay busy");
     }
 
     #[tokio::test]

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use crate::level::Level;
 use crate::telemetry::metrics::Metrics;
@@ -16,6 +16,8 @@ const AGEING: u64 = 8;
 pub struct Permits {
     state: Mutex<State>,
     freed: Notify,
+    /// Changes when a quarter of what a level can have has become free.
+    plenty: watch::Sender<()>,
     metrics: Arc<Metrics>,
 }
 
@@ -60,6 +62,7 @@ impl Permits {
         Arc::new(Self {
             state: Mutex::new(state),
             freed: Notify::new(),
+            plenty: watch::Sender::new(()),
             metrics,
         })
     }
@@ -93,9 +96,7 @@ impl Permits {
     /// How many permits this level could get now.
     #[must_use]
     pub fn available(&self, level: Level) -> usize {
-        let state = self.lock();
-        let i = level.index();
-        (state.reserved[i] - state.used[i]) + (state.shared - state.shared_used)
+        self.lock().available(level.index())
     }
 
     /// The order in which levels should ask now.
@@ -120,14 +121,25 @@ impl Permits {
         self.freed.notified().await;
     }
 
+    /// Changes when so many are free again that it is worth taking several jobs at once.
+    #[must_use]
+    pub fn watch(&self) -> watch::Receiver<()> {
+        self.plenty.subscribe()
+    }
+
     fn release(&self, level: Level, shared: bool) {
         let mut state = self.lock();
+        let before: [bool; 4] = std::array::from_fn(|i| state.has_plenty(i));
         if shared {
             state.shared_used -= 1;
         } else {
             state.used[level.index()] -= 1;
         }
+        let is_news = (0..4).any(|i| !before[i] && state.has_plenty(i));
         drop(state);
+        if is_news {
+            self.plenty.send_replace(());
+        }
         self.metrics
             .permits_used
             .with_label_values(&[level.as_str()])
@@ -138,6 +150,16 @@ impl Permits {
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         // The counters are consistent whenever the lock is free: no code panics while it is held.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn available(&self, i: usize) -> usize {
+        (self.reserved[i] - self.used[i]) + (self.shared - self.shared_used)
+    }
+
+    fn has_plenty(&self, i: usize) -> bool {
+        self.available(i) * 4 >= self.reserved[i] + self.shared
     }
 }
 
@@ -191,6 +213,22 @@ mod tests {
         held.pop();
         assert!(permits.try_acquire(Level::Medium).is_some());
         assert_eq!(permits.in_use(), held.len());
+    }
+
+    #[test]
+    fn it_is_told_when_a_quarter_of_what_a_level_can_have_is_free_again() {
+        let permits = permits(64);
+        let mut held = drain(&permits, Level::Low);
+        let mut told = permits.watch();
+        let mut at = Vec::new();
+        while held.pop().is_some() {
+            if told.has_changed().unwrap() {
+                told.mark_unchanged();
+                at.push(permits.available(Level::Low));
+            }
+        }
+        // `immediate` has plenty all the time; the other levels have a quarter at these.
+        assert_eq!(at, [2, 5, 9]);
     }
 
     #[test]

@@ -101,7 +101,12 @@ impl Reporter {
             // Once more if the session ends under it; the id makes a repeat recognisable.
             for _ in 0..2 {
                 worker.wait_connected().await;
-                match worker.publish_report(&report).await {
+                let trace = worker.trace_report(&report);
+                let published = worker.publish_report(&report).await;
+                if let Some(trace) = trace {
+                    worker.report_traced(trace, &report, published.is_ok());
+                }
+                match published {
                     Ok(()) => {
                         worker.batches.clear(number).await;
                         break;

@@ -155,8 +155,7 @@ async fn build(
     let guard = Arc::new(EgressGuard::new(settings.egress));
     let caps = Arc::new(Caps::new(&ledger, &epoch));
     let (arrivals, taken) = mpsc::channel(64);
-    let clock = Arc::new(SharedClock::default());
-    let batches = Batches::new(&ledger);
+    let (clock, batches) = (Arc::new(SharedClock::default()), Batches::new(&ledger));
     let (pool_size, timeouts) = (settings.smtp.pool_size, settings.smtp.timeouts);
     let memory = Memory::new(settings.worker.job_memory, metrics.job_bytes.clone());
     let pipeline = Pipeline {
@@ -215,6 +214,7 @@ async fn build(
         pipeline,
         clock,
         metrics,
+        traces: service.traces.clone(),
     });
     Ok((worker, taken))
 }

@@ -1,5 +1,6 @@
 //! Servers and instruments for the tests, the demo and the benchmarks of postroom.
 pub mod chaos;
+pub mod collector;
 pub mod files;
 pub mod private;
 pub mod proxy;

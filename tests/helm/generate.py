@@ -27,6 +27,7 @@ ELSEWHERE = {
     "POSTROOM_STORAGE_PUBLIC_URL": "storage.publicUrl",
     "POSTROOM_LINK_LIFETIME": "storage.linkLifetime",
     "POSTROOM_HTTP_ADDR": "http",
+    "OTEL_EXPORTER_OTLP_HEADERS": "traces.headers",
 }
 
 # Objects of Kubernetes: taken over as they are, and checked by Kubernetes.
@@ -58,7 +59,7 @@ MORE: dict[str, Object] = {
     "secret": NAME,
     "configMap": NAME,
     "rabbitmq.urlKey": {"pattern": "^[A-Za-z0-9._-]*$"},
-    "usernameKey": KEY, "passwordKey": KEY, "hostKey": KEY, "portKey": KEY, "postgres.urlKey": KEY, "ca.key": KEY,
+    "headers.key": KEY, "usernameKey": KEY, "passwordKey": KEY, "hostKey": KEY, "portKey": KEY, "postgres.urlKey": KEY, "ca.key": KEY,
     "encryptionKey": KEY,
     "overrideKey": {"pattern": "^[A-Za-z0-9._-]*$"},
     "rabbitmq.vhost": {"minLength": 1},
@@ -120,7 +121,7 @@ def comments(source: str) -> dict[str, str]:
 def setting_rows() -> list[tuple[str, str, str, str]]:
     """Variable, form, default and meaning of every setting."""
     page = (TOP / "docs/configuration.md").read_text()
-    rows = re.findall(r"^\| `(POSTROOM_\w+)` \| `--[\w-]+` \| `(.*?)` \| (.*?) \| (.*?) \|$", page, re.M)
+    rows = re.findall(r"^\| `((?:POSTROOM|OTEL)_\w+)` \| `--[\w-]+` \| `(.*?)` \| (.*?) \| (.*?) \|$", page, re.M)
     return [(name, form.replace("\\|", "|"), default.strip("`"), meaning) for name, form, default, meaning in rows]
 
 
@@ -132,6 +133,12 @@ def camel(variable: str) -> str:
 def setting_schema(form: str) -> Object:
     if form == "NUMBER":
         return {"type": "integer", "minimum": 1}
+    if form == "MILLISECONDS":
+        return {"type": "integer", "minimum": 1, "maximum": 60000}
+    if form == "RATIO":
+        return {"type": "number", "minimum": 0, "maximum": 1}
+    if form == "true|false":
+        return {"type": "boolean"}
     if form == "DURATION":
         return {"type": "string", "pattern": f"^{DURATION}$"}
     if form == "SIZE":
@@ -140,7 +147,7 @@ def setting_schema(form: str) -> Object:
         return {"type": "number", "exclusiveMinimum": 0}
     if form.endswith(",…"):
         return {"type": "array", "items": {"type": "string", "minLength": 1, "pattern": queue_or_any(form)}}
-    if re.fullmatch(r"[a-z]+(\|[a-z]+)+", form):
+    if re.fullmatch(r"[a-z_/]+(\|[a-z_/]+)*", form):
         return {"enum": form.split("|")}
     return {"type": "string", "minLength": 1}
 

@@ -24,7 +24,7 @@ def variables():
     """Every variable that the binary reads, and the default of each, as its help has them."""
     page = help_of().split("\nSettings:")[1]
     found = {}
-    for name, secret, text in re.findall(r"^  (POSTROOM_\w+)=\S*( \(or POSTROOM_\w+\))?((?:\n      .*)+)", page, re.M):
+    for name, secret, text in re.findall(r"^  ((?:POSTROOM|OTEL)_\w+)=\S*( \(or (?:POSTROOM|OTEL)_\w+\))?((?:\n      .*)+)", page, re.M):
         default = re.search(r"\[default:\s+(.*?)\]", " ".join(text.split()))
         found[name] = default[1] if default else None
         if secret:
@@ -48,13 +48,14 @@ class Binary(unittest.TestCase):
         for name, values in value_sets().items():
             for pod in pods(objects(values)):
                 for container in containers(pod):
-                    unknown = {it for it in env(container) if it.startswith("POSTROOM_")} - set(known)
+                    unknown = {it for it in env(container) if it.startswith(("POSTROOM_", "OTEL_"))} - set(known)
                     self.assertEqual(unknown, set(), f"{name}: {pod['metadata']['name']}")
 
     def test_the_binary_accepts_what_the_chart_sets(self):
         """The binary names all wrong settings at once: beside one made wrong on purpose there is no other."""
         url = {"rabbitmq": "amqps://user:password@host:5671/vhost", "postgres": "postgres://user:password@host/database"}
         keys = {name: subprocess.check_output([BINARY, "key", "generate"], text=True) for name in ("encryption", "override")}
+        keys["headers"] = "authorization=Bearer%20token"
         for name, values in value_sets().items():
             for kind, wrong in (("worker", "POSTROOM_CONCURRENCY"), ("bridge", "POSTROOM_WEBHOOK_CONCURRENCY")):
                 found = [c for pod in pods(objects(values)) for c in pod["spec"]["containers"] if c["args"] == [kind]]
@@ -64,7 +65,7 @@ class Binary(unittest.TestCase):
                         environment[wrong] = "0"
                         done = subprocess.run([BINARY, kind], env=environment, capture_output=True, text=True, timeout=60)
                         self.assertEqual(done.returncode, 2, done.stderr)
-                        named = set(re.findall(r"POSTROOM_\w+", done.stderr))
+                        named = set(re.findall(r"(?:POSTROOM|OTEL)_\w+", done.stderr))
                         self.assertEqual(named, {wrong}, done.stderr)
 
     def environment(self, container, folder, contents):

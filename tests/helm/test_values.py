@@ -135,7 +135,8 @@ class Settings(unittest.TestCase):
         found = objects(required(**{f"settings__{name}": value}))
         (worker,) = [it for it in found if it["metadata"]["name"] == "post-postroom-worker" and it["kind"] == "Deployment"]
         env = worker["spec"]["template"]["spec"]["containers"][0]["env"]
-        variable = "POSTROOM_" + re.sub("([A-Z])", r"_\1", name).upper()
+        variable = re.sub("([A-Z])", r"_\1", name).upper()
+        variable = variable if variable.startswith("OTEL_") else f"POSTROOM_{variable}"
         return [it["value"] for it in env if it["name"] == variable]
 
     def test_large_numbers_are_not_floating_point(self):
@@ -147,11 +148,11 @@ class Settings(unittest.TestCase):
         self.assertEqual(self.value_of("egressAllow", ["10.0.0.0/8", "fd00::/8"]), ["10.0.0.0/8,fd00::/8"])
 
     def test_every_setting_becomes_its_variable(self):
-        samples = {"NUMBER": 7, "DURATION": "7s", "SIZE": "7MiB", "FACTOR": 2}
+        samples = {"NUMBER": 7, "DURATION": "7s", "SIZE": "7MiB", "FACTOR": 2, "MILLISECONDS": 7, "RATIO": 1, "true|false": True}
         for variable, form, _, _ in generate.setting_rows():
             if variable in generate.ELSEWHERE:
                 continue
             sample = samples.get(form, "high:q" if form.startswith("LEVEL:") else form.split("|")[0].removesuffix(",…"))
             value = [sample] if form.endswith(",…") else sample
             with self.subTest(variable):
-                self.assertEqual(self.value_of(generate.camel(variable), value), [str(sample)])
+                self.assertEqual(self.value_of(generate.camel(variable), value), [sample if isinstance(sample, str) else json.dumps(sample)])

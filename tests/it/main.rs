@@ -42,6 +42,7 @@ mod secrets;
 mod sends;
 mod smtp_trouble;
 mod support;
+mod traces;
 mod watching;
 mod webhooks;
 mod who_sends;

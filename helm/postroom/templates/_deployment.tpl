@@ -81,6 +81,9 @@ spec:
             {{- if and (eq .component "worker") (or $values.smtp.ca.secret $values.smtp.ca.configMap) }}
             {{- include "postroom.mount" "smtp-ca" | nindent 12 }}
             {{- end }}
+            {{- if $values.traces.headers.secret }}
+            {{- include "postroom.mount" "traces" | nindent 12 }}
+            {{- end }}
             {{- with $it.extraVolumeMounts }}
             {{- toYaml . | nindent 12 }}
             {{- end }}
@@ -96,6 +99,11 @@ spec:
         {{- include "postroom.secretVolume" (dict "name" "keys" "secret" (include "postroom.keysSecret" $root) "items" $keys) | nindent 8 }}
         {{- if eq .component "worker" }}
         {{- include "postroom.block" (list 8 (include "postroom.caVolume" (dict "name" "smtp-ca" "ca" $values.smtp.ca))) }}
+        {{- end }}
+        {{- with $values.traces.headers }}
+        {{- if .secret }}
+        {{- include "postroom.secretVolume" (dict "name" "traces" "secret" .secret "items" (dict "headers" .key)) | nindent 8 }}
+        {{- end }}
         {{- end }}
         {{- if and $init $values.setup.postgres.secret }}
         {{- include "postroom.secretVolume" (dict "name" "setup-postgres" "secret" $values.setup.postgres.secret "items" (dict "url" $values.setup.postgres.urlKey)) | nindent 8 }}
@@ -147,6 +155,10 @@ spec:
 {{- if $values.keys.overrideKey }}
 - name: POSTROOM_OVERRIDE_KEYS_FILE
   value: /etc/postroom/keys/override
+{{- end }}
+{{- if $values.traces.headers.secret }}
+- name: OTEL_EXPORTER_OTLP_HEADERS_FILE
+  value: /etc/postroom/traces/headers
 {{- end }}
 - name: POSTROOM_HTTP_ADDR
   value: {{ printf "%s:%d" $values.http.address (int $values.http.port) | quote }}

@@ -88,10 +88,11 @@ annotations:
 {{- end -}}
 {{- end -}}
 
-{{/* As variables. Argument: the settings. */}}
+{{/* As variables; those of OpenTelemetry have its names. Argument: the settings. */}}
 {{- define "postroom.settings" -}}
 {{- range $name, $value := . }}
-- name: POSTROOM_{{ snakecase $name | upper }}
+{{- $variable := snakecase $name | upper }}
+- name: {{ hasPrefix "OTEL_" $variable | ternary "" "POSTROOM_" }}{{ $variable }}
   value: {{ include "postroom.text" $value | quote }}
 {{- end }}
 {{- end -}}

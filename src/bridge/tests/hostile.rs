@@ -40,6 +40,7 @@ async fn post(port: u16) -> Answer {
         body: b"{}".to_vec(),
         secrets: &[],
         auth: &Auth::None,
+        traceparent: None,
     };
     client.post(report).await
 }

@@ -155,7 +155,10 @@ impl World {
         let mut command = Command::new(env!("CARGO_BIN_EXE_postroom"));
         for (name, _) in std::env::vars_os() {
             let text = name.to_string_lossy();
-            if text.starts_with("POSTROOM_") || text.starts_with("AWS_") {
+            if ["POSTROOM_", "AWS_", "OTEL_"]
+                .iter()
+                .any(|own| text.starts_with(own))
+            {
                 command.env_remove(&name);
             }
         }
