@@ -1,6 +1,8 @@
 //! Reports: what tenants are told. The same JSON goes to the reports exchange and to webhooks.
 
 use std::fmt::Write as _;
+use std::ops::Deref;
+use std::sync::OnceLock;
 
 use jiff::Timestamp;
 use serde::Serialize;
@@ -75,6 +77,46 @@ pub struct Report {
     pub timestamp: Timestamp,
     /// The particulars.
     pub data: ReportData,
+}
+
+/// A report and its JSON, made once: what is published is what was stored, byte for byte.
+#[derive(Debug, Clone)]
+pub struct ReportMessage {
+    report: Report,
+    json: OnceLock<String>,
+}
+
+impl ReportMessage {
+    /// The JSON, as it is stored, published and delivered.
+    #[must_use]
+    pub fn json(&self) -> &str {
+        // Strings, numbers and checked JSON values: serialising cannot fail.
+        self.json
+            .get_or_init(|| serde_json::to_string(&self.report).unwrap_or_default())
+    }
+
+    /// The particulars, to be changed; the JSON is made anew.
+    pub fn data_mut(&mut self) -> &mut ReportData {
+        self.json.take();
+        &mut self.report.data
+    }
+}
+
+impl From<Report> for ReportMessage {
+    fn from(report: Report) -> Self {
+        Self {
+            report,
+            json: OnceLock::new(),
+        }
+    }
+}
+
+impl Deref for ReportMessage {
+    type Target = Report;
+
+    fn deref(&self) -> &Report {
+        &self.report
+    }
 }
 
 /// `data` of a job's report. Consumers ignore fields they do not know.

@@ -10,7 +10,9 @@ use crate::job::{MailJob, OnUncertain};
 use crate::ledger::settle::{Next, Settlement};
 use crate::ledger::{Row, WaitReason};
 use crate::pipeline::{Attempt, Verdict};
-use crate::report::{RecipientResult, RecipientStatus, Report, ReportData, ReportType, Timings, event_id};
+use crate::report::{
+    RecipientResult, RecipientStatus, Report, ReportData, ReportMessage, ReportType, Timings, event_id,
+};
 use crate::retry::RetryPolicy;
 
 /// Longest wait between two looks for a missing key.
@@ -257,7 +259,7 @@ fn settlement(at: &Circumstances<'_>, attempt: &Attempt, next: Next, report: Opt
         },
         recipients: known.then(|| attempt.recipients.clone()),
         message_id: attempt.message_id.clone(),
-        report,
+        report: report.map(ReportMessage::from),
         refund: !attempt.reached_mail_from,
         error: attempt.failure.as_ref().map(ToString::to_string),
         uncertain: attempt.is_uncertain(),

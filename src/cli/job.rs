@@ -312,8 +312,8 @@ fn unknown(key: &NameArgs) -> CliError {
 }
 
 const SELECT: &str = "SELECT tenant, id, level, state, account, attempt, uncertain, cancel, reason, due_at, outcome,
-    last_error, message_id, batch, created_at, updated_at, finished_at, recipients, outbox IS NOT NULL AS owed,
-    body_size, crashes, resolved, resolved_by, resolved_at FROM {s}.job";
+    last_error, message_id, batch, created_at, updated_at, finished_at, recipients, body_size, crashes, resolved, resolved_by, resolved_at,
+    EXISTS (SELECT FROM {s}.outbox o WHERE o.tenant = job.tenant AND o.id = job.id) AS owed FROM {s}.job";
 
 fn object(row: &tokio_postgres::Row) -> Result<Value, tokio_postgres::Error> {
     let time = |name: &str| {

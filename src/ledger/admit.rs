@@ -103,11 +103,8 @@ pub enum Admitted {
     Waiting,
     /// Held until somebody decides about its uncertain outcome; the body is to be absorbed.
     Held,
-    /// Final.
-    Done {
-        /// Its report has not been published yet.
-        owed: bool,
-    },
+    /// Final; a report that is still owed is published without it.
+    Done,
     /// Another content has been seen under this id.
     Conflict,
 }
@@ -291,11 +288,10 @@ mod column {
     pub(super) const RECIPIENTS: usize = 11;
     pub(super) const MESSAGE_ID: usize = 12;
     pub(super) const UNCERTAIN: usize = 13;
-    pub(super) const OWED: usize = 14;
-    pub(super) const CRASHES: usize = 15;
-    pub(super) const DEATHS: usize = 16;
-    pub(super) const ILL_US: usize = 17;
-    pub(super) const PROBE: usize = 18;
+    pub(super) const CRASHES: usize = 14;
+    pub(super) const DEATHS: usize = 15;
+    pub(super) const ILL_US: usize = 16;
+    pub(super) const PROBE: usize = 17;
 }
 
 fn read(row: &tokio_postgres::Row, request: &AdmitRequest, sent: Instant) -> Result<Admitted, DbError> {
@@ -334,9 +330,7 @@ fn read(row: &tokio_postgres::Row, request: &AdmitRequest, sent: Instant) -> Res
             delay: wait(row.try_get(column::WAIT_US)?),
         },
         4 => Admitted::Waiting,
-        5 => Admitted::Done {
-            owed: row.try_get(column::OWED)?,
-        },
+        5 => Admitted::Done,
         6 => Admitted::Conflict,
         7 => Admitted::Held,
         8 => Admitted::Behind(leased()?),

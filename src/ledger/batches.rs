@@ -7,8 +7,8 @@ use backon::{BackoffBuilder, ExponentialBuilder};
 
 use super::admit::Absorb;
 use super::coalesce::{Bounds, Coalescer};
-use super::outbox::ReportKey;
-use super::settle::{Settled, Settlement};
+use super::outbox::ReportNumber;
+use super::settle::{Answer, Settlement};
 use super::slots::{SlotAnswer, SlotRequest};
 use super::{Ledger, Row};
 use crate::db::DbError;
@@ -18,10 +18,10 @@ use crate::fail_point::{self, Point};
 #[derive(Debug, Clone)]
 pub struct Batches {
     ledger: Ledger,
-    settle: Coalescer<Arc<Settlement>, Settled>,
+    settle: Coalescer<Arc<Settlement>, Answer>,
     slots: Coalescer<SlotRequest, Option<SlotAnswer>>,
     absorb: Coalescer<Absorb, bool>,
-    clear: Coalescer<ReportKey, bool>,
+    clear: Coalescer<ReportNumber, bool>,
     mark: Coalescer<Row, bool>,
 }
 
@@ -73,18 +73,18 @@ impl Batches {
 
     /// Writes an outcome, and gives back what was to be written. Repeated until Postgres has it: without it nothing may be
     /// acknowledged.
-    pub async fn settle(&self, settlement: Settlement) -> (Settlement, Settled) {
+    pub async fn settle(&self, settlement: Settlement) -> (Settlement, Answer) {
         let weight = settlement.weight();
         let settlement = Arc::new(settlement);
-        let settled = self.settle.call(Arc::clone(&settlement), weight).await;
+        let answer = self.settle.call(Arc::clone(&settlement), weight).await;
         // The task ends only with the process; then nobody reads this.
-        let settled = settled.unwrap_or(Settled::LeaseLost);
+        let answer = answer.unwrap_or(Answer::LEASE_LOST);
         // The batch has been dropped before it was answered: this copies nothing.
-        (Arc::unwrap_or_clone(settlement), settled)
+        (Arc::unwrap_or_clone(settlement), answer)
     }
 
     /// Writes outcomes that came together, in as few statements as they fit into; otherwise like [`Batches::settle`].
-    pub async fn settle_together(&self, settlements: Vec<Settlement>) -> Vec<(Settlement, Settled)> {
+    pub async fn settle_together(&self, settlements: Vec<Settlement>) -> Vec<(Settlement, Answer)> {
         let mut settled = Vec::with_capacity(settlements.len());
         let mut rest = settlements.into_iter().map(Arc::new).peekable();
         while rest.peek().is_some() {
@@ -116,8 +116,8 @@ impl Batches {
     }
 
     /// Strikes a published report off the outbox. If that fails it is published once more, under the same id.
-    pub async fn clear(&self, key: ReportKey) {
-        self.clear.call(key, 64).await;
+    pub async fn clear(&self, report: ReportNumber) {
+        self.clear.call(report, 8).await;
     }
 
     /// Marks the beginning of the final write. `false`: it must not begin.
@@ -145,8 +145,8 @@ impl Batches {
     }
 }
 
-async fn settle(ledger: Ledger, batch: Vec<Arc<Settlement>>) -> Vec<Settled> {
-    let mut answers = vec![Settled::LeaseLost; batch.len()];
+async fn settle(ledger: Ledger, batch: Vec<Arc<Settlement>>) -> Vec<Answer> {
+    let mut answers = vec![Answer::LEASE_LOST; batch.len()];
     for (places, part) in by_epoch(batch, |s| s.row.lease.epoch.number()) {
         for (place, answer) in places.into_iter().zip(settle_all(&ledger, part).await) {
             answers[place] = answer;
@@ -156,11 +156,20 @@ async fn settle(ledger: Ledger, batch: Vec<Arc<Settlement>>) -> Vec<Settled> {
 }
 
 /// Repeats passing trouble for ever; splits a batch that one row poisons until that row stands alone.
-async fn settle_all(ledger: &Ledger, mut batch: Vec<Arc<Settlement>>) -> Vec<Settled> {
+async fn settle_all(ledger: &Ledger, mut batch: Vec<Arc<Settlement>>) -> Vec<Answer> {
     let mut waits = pauses();
+    let mut reduced = false;
     loop {
         match ledger.settle(&batch).await {
             Ok(_) if fail_point::loses(Point::Settled, batch.iter().map(|s| s.row.id.as_str())) => {}
+            // The caller has the report as it was: what was stored is for the sweeper to publish.
+            Ok(answers) if reduced => {
+                let left = |answer: Answer| Answer {
+                    report: None,
+                    ..answer
+                };
+                return answers.into_iter().map(left).collect();
+            }
             Ok(answers) => return answers,
             Err(error) if error.is_retryable() => {
                 trouble(ledger, "settle", &error);
@@ -176,6 +185,7 @@ async fn settle_all(ledger: &Ledger, mut batch: Vec<Arc<Settlement>>) -> Vec<Set
             Err(error) => {
                 tracing::error!(%error, "a settlement cannot be written as it is; its details are dropped, its outcome is kept");
                 reduce(&mut batch);
+                reduced = true;
                 tokio::time::sleep(waits.next().unwrap_or(Duration::from_secs(5))).await;
             }
         }
@@ -189,10 +199,11 @@ fn reduce(batch: &mut [Arc<Settlement>]) {
         settlement.error = None;
         settlement.evidence.clear();
         if let Some(report) = &mut settlement.report {
-            report.data.metadata = None;
-            report.data.detail = None;
-            report.data.tags.clear();
-            for recipient in &mut report.data.recipients {
+            let data = report.data_mut();
+            data.metadata = None;
+            data.detail = None;
+            data.tags.clear();
+            for recipient in &mut data.recipients {
                 recipient.text = None;
             }
         }
@@ -229,7 +240,7 @@ async fn absorb(ledger: Ledger, batch: Vec<Absorb>) -> Vec<bool> {
     }
 }
 
-async fn clear(ledger: Ledger, batch: Vec<ReportKey>) -> Vec<bool> {
+async fn clear(ledger: Ledger, batch: Vec<ReportNumber>) -> Vec<bool> {
     let cleared = ledger.clear_outbox(&batch).await;
     if let Err(error) = &cleared {
         trouble(&ledger, "clear", error);

@@ -5,10 +5,13 @@ use deadpool_postgres::Transaction;
 use jiff::Timestamp;
 use serde_json::Value;
 
+use super::outbox::ReportNumber;
 use super::{Ledger, Row, recipients};
 use crate::db::DbError;
 use crate::id::{JobId, TenantId};
-use crate::report::{RecipientResult, RecipientStatus, Report, ReportData, ReportType, event_id};
+use crate::report::{
+    RecipientResult, RecipientStatus, Report, ReportData, ReportMessage, ReportType, event_id,
+};
 
 /// What became of a cancel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,7 +115,8 @@ impl Ledger {
         let answer = match row.state {
             0 | 2 | 4 => {
                 let report = manual_report(&row, tenant, id, ReportType::Cancelled, "cancelled");
-                self.finish(&transaction, tenant, id, &report).await?;
+                self.finish(&transaction, (tenant, id), &report.into(), None)
+                    .await?;
                 self.leave_lane(&transaction, &row, tenant).await?;
                 Cancel::Cancelled
             }
@@ -216,7 +220,8 @@ impl Ledger {
             }
             let mut report = manual_report(&row, tenant, id, kind, "resolved_by_hand");
             report.data.detail = Some(format!("decided by hand: {}", decision.as_str()));
-            self.finish(&transaction, tenant, id, &report).await?;
+            self.finish(&transaction, (tenant, id), &report.into(), None)
+                .await?;
         }
         let sql = self.db.sql(
             "UPDATE {s}.job SET resolved = $3, resolved_by = $4, resolved_at = clock_timestamp()
@@ -230,7 +235,8 @@ impl Ledger {
     }
 
     /// Ends a leased job whose dead letter has just been confirmed: it stays known, and begins anew only when it is
-    /// replayed. `complete` adds to the report what only the job itself tells. `None`: the lease is lost.
+    /// replayed. `complete` adds to the report what only the job itself tells. Returns the report and its number in the
+    /// outbox; `None`: the lease is lost.
     ///
     /// # Errors
     /// If the database cannot be asked. Repeating the call changes nothing.
@@ -238,30 +244,33 @@ impl Ledger {
         &self,
         leased: &Row,
         complete: impl FnOnce(&mut ReportData) + Send,
-    ) -> Result<Option<Report>, DbError> {
+    ) -> Result<Option<(ReportMessage, ReportNumber)>, DbError> {
         let (tenant, id) = (&leased.tenant, &leased.id);
         let mut client = self.db.client().await?;
         let transaction = client.transaction().await?;
         let Some(row) = self.lock(&transaction, tenant, id).await? else {
             return Ok(None);
         };
-        if row.state != 1 || row.lease != (Some(leased.lease.epoch.number()), Some(leased.lease.claim)) {
+        let epoch = leased.lease.epoch.number();
+        if row.state != 1 || row.lease != (Some(epoch), Some(leased.lease.claim)) {
             return Ok(None);
         }
         let mut report = manual_report(&row, tenant, id, ReportType::Failed, "crash_loop");
         report.data.detail = Some(CRASH_LOOP.to_owned());
         complete(&mut report.data);
-        self.finish(&transaction, tenant, id, &report).await?;
+        let report = ReportMessage::from(report);
+        let number = self
+            .finish(&transaction, (tenant, id), &report, Some(epoch))
+            .await?;
         let sql = self.db.sql(
-            "UPDATE {s}.job SET state = 6, marked = false, last_error = $3, outbox_at = clock_timestamp() + interval '30 seconds'
-             WHERE tenant = $1 AND id = $2",
+            "UPDATE {s}.job SET state = 6, marked = false, last_error = $3 WHERE tenant = $1 AND id = $2",
         );
         let error = format!("crash_loop: {CRASH_LOOP}");
         transaction
             .execute(&sql, &[&tenant.as_str(), &id.as_str(), &error])
             .await?;
         transaction.commit().await?;
-        Ok(Some(report))
+        Ok(Some((report, number)))
     }
 
     /// A worker lost its lease, but the server took the mail for some recipients: that is true whoever holds the lease.
@@ -299,7 +308,8 @@ impl Ledger {
                 .await?;
         } else {
             let report = manual_report(&row, tenant, id, ReportType::Sent, "accepted_after_lost_lease");
-            self.finish(&transaction, tenant, id, &report).await?;
+            self.finish(&transaction, (tenant, id), &report.into(), None)
+                .await?;
             self.leave_lane(&transaction, &row, tenant).await?;
         }
         transaction.commit().await?;
@@ -337,30 +347,33 @@ impl Ledger {
             "worker_died_while_sending",
         );
         report.data.uncertain_attempts += 1;
+        let report = ReportMessage::from(report);
+        let number = self.owe(&transaction, (tenant, id), &report, None).await?;
         let sql = self.db.sql(
             "UPDATE {s}.job SET state = 4, claim = NULL, phase = 0, marked = false, slot_at = NULL, slot_cost = NULL, merged = false,
-                 reason = NULL, uncertain = uncertain + 1, seq = $3, updated_at = clock_timestamp(), outbox = coalesce(outbox, '{}') || $4::text,
-                 outbox_seq = coalesce(outbox_seq, '{}') || $3::bigint, outbox_at = clock_timestamp()
+                 reason = NULL, uncertain = uncertain + 1, seq = $3, report = $4, updated_at = clock_timestamp()
              WHERE tenant = $1 AND id = $2 AND phase = 1
                  AND ((epoch = $5 AND claim = $6)
                       OR NOT EXISTS (SELECT FROM {s}.worker w WHERE w.epoch = job.epoch AND NOT w.dead))",
         );
         let (epoch, claim) = lease.unzip();
-        let json = serde_json::to_string(&report).unwrap_or_default();
-        transaction
+        let held = transaction
             .execute(
                 &sql,
                 &[
                     &tenant.as_str(),
                     &id.as_str(),
                     &report.data.sequence,
-                    &json,
+                    &number.0,
                     &epoch,
                     &claim,
                 ],
             )
             .await?;
-        transaction.commit().await?;
+        // Else the report goes with the transaction.
+        if held > 0 {
+            transaction.commit().await?;
+        }
         Ok(())
     }
 
@@ -417,24 +430,50 @@ impl Ledger {
         Ok(inserted == 1)
     }
 
+    /// Puts a report of a locked job into the outbox. `first`: whose worker publishes it; for a while it is left to that.
+    async fn owe(
+        &self,
+        transaction: &Transaction<'_>,
+        (tenant, id): (&TenantId, &JobId),
+        report: &ReportMessage,
+        first: Option<i64>,
+    ) -> Result<ReportNumber, DbError> {
+        let sql = self.db.sql(
+            "INSERT INTO {s}.outbox (tenant, id, seq, epoch, due_at, created_at, body)
+             VALUES ($1, $2, $3, $4::bigint, clock_timestamp() + CASE WHEN $4::bigint IS NULL THEN interval '0'
+                     ELSE interval '30 seconds' END, clock_timestamp(), $5) RETURNING n",
+        );
+        let row = transaction
+            .query_one(
+                &sql,
+                &[
+                    &tenant.as_str(),
+                    &id.as_str(),
+                    &report.data.sequence,
+                    &first,
+                    &report.json(),
+                ],
+            )
+            .await?;
+        Ok(ReportNumber(row.try_get(0)?))
+    }
+
     async fn finish(
         &self,
         transaction: &Transaction<'_>,
-        tenant: &TenantId,
-        id: &JobId,
-        report: &Report,
-    ) -> Result<(), DbError> {
+        (tenant, id): (&TenantId, &JobId),
+        report: &ReportMessage,
+        first: Option<i64>,
+    ) -> Result<ReportNumber, DbError> {
+        let number = self.owe(transaction, (tenant, id), report, first).await?;
         let sql = self.db.sql(
             "UPDATE {s}.job SET state = 3, claim = CASE WHEN state <> 1 THEN claim END, outcome = $3, seq = $4,
                  recipients = $5, message_id = $6, body = NULL, body_size = NULL, due_at = NULL, reason = NULL,
                  slot_at = NULL, slot_cost = NULL, phase = 0, merged = false,
-                 finished_at = clock_timestamp(), updated_at = clock_timestamp(),
-                 outbox = coalesce(outbox, '{}') || $7::text, outbox_seq = coalesce(outbox_seq, '{}') || $4::bigint,
-                 outbox_at = clock_timestamp()
+                 finished_at = clock_timestamp(), updated_at = clock_timestamp(), report = $7
              WHERE tenant = $1 AND id = $2",
         );
         let recipients = serde_json::to_value(&report.data.recipients).unwrap_or_default();
-        let json = serde_json::to_string(report).unwrap_or_default();
         transaction
             .execute(
                 &sql,
@@ -445,11 +484,11 @@ impl Ledger {
                     &report.data.sequence,
                     &recipients,
                     &report.data.message_id,
-                    &json,
+                    &number.0,
                 ],
             )
             .await?;
-        Ok(())
+        Ok(number)
     }
 
     /// One waiting job less in its lane; the lane itself goes when its turn finds it empty.

@@ -6,26 +6,23 @@ use super::{Ledger, micros};
 use crate::db::DbError;
 use crate::id::{JobId, TenantId};
 
-/// Names one report of a job.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ReportKey {
-    /// Whose.
-    pub tenant: TenantId,
-    /// Which job.
-    pub id: JobId,
-    /// Which report.
-    pub sequence: i64,
-}
+/// Names one report in the outbox, for ever.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReportNumber(pub i64);
 
-/// A job whose reports should have been published by now.
+/// A report that should have been published by now.
 #[derive(Debug)]
 pub struct Owed {
+    /// Its number here.
+    pub number: ReportNumber,
     /// Whose.
     pub tenant: TenantId,
-    /// Which job.
+    /// About which job.
     pub id: JobId,
-    /// The reports as JSON, each with its number.
-    pub reports: Vec<(i64, String)>,
+    /// Its number among the reports of the job.
+    pub sequence: i64,
+    /// The report.
+    pub json: String,
     /// Since when.
     pub waiting: Duration,
 }
@@ -35,19 +32,18 @@ impl Ledger {
     ///
     /// # Errors
     /// If the database cannot be asked; the reports are then published again later, under the same ids.
-    pub async fn clear_outbox(&self, batch: &[ReportKey]) -> Result<(), DbError> {
-        let tenants: Vec<&str> = batch.iter().map(|k| k.tenant.as_str()).collect();
-        let ids: Vec<&str> = batch.iter().map(|k| k.id.as_str()).collect();
-        let sequences: Vec<i64> = batch.iter().map(|k| k.sequence).collect();
+    pub async fn clear_outbox(&self, batch: &[ReportNumber]) -> Result<(), DbError> {
+        let numbers: Vec<i64> = batch.iter().map(|number| number.0).collect();
         let client = self.db.client().await?;
         let statement = client.prepare_cached(&self.sql.clear).await?;
         let sent = std::time::Instant::now();
-        client.execute(&statement, &[&tenants, &ids, &sequences]).await?;
+        client.execute(&statement, &[&numbers]).await?;
         self.observe("clear", batch.len(), sent.elapsed());
         Ok(())
     }
 
-    /// Takes up to `most` jobs whose reports are overdue; nobody else takes them for the time `hold`.
+    /// Takes up to `most` reports that are overdue, those of one job in their order; nobody else takes them for the time
+    /// `hold`.
     ///
     /// # Errors
     /// If the database cannot be asked.
@@ -64,13 +60,13 @@ impl Ledger {
         let mut owed = Vec::with_capacity(rows.len());
         for row in rows {
             let (tenant, id): (&str, &str) = (row.try_get("tenant")?, row.try_get("id")?);
-            let reports: Vec<String> = row.try_get("reports")?;
-            let sequences: Vec<i64> = row.try_get("seqs")?;
             if let (Ok(tenant), Ok(id)) = (tenant.parse(), id.parse()) {
                 owed.push(Owed {
+                    number: ReportNumber(row.try_get("number")?),
                     tenant,
                     id,
-                    reports: sequences.into_iter().zip(reports).collect(),
+                    sequence: row.try_get("seq")?,
+                    json: row.try_get("report")?,
                     waiting: super::slots::wait(row.try_get("waiting_us")?),
                 });
             }
@@ -78,27 +74,26 @@ impl Ledger {
         Ok(owed)
     }
 
-    /// How many jobs owe a report, counted up to `most`.
+    /// How many reports are owed, counted up to `most`.
     ///
     /// # Errors
     /// If the database cannot be asked.
     pub async fn outbox_size(&self, most: i64) -> Result<i64, DbError> {
-        let sql = self
-            .db
-            .sql("SELECT count(*) FROM (SELECT FROM {s}.job WHERE outbox IS NOT NULL LIMIT $1) o");
+        let sql = self.db.sql("SELECT {s}.outbox_size_v1($1)");
         let client = self.db.client().await?;
         let statement = client.prepare_cached(&sql).await?;
         Ok(client.query_one(&statement, &[&most]).await?.try_get(0)?)
     }
 
-    /// Forgets final jobs older than `retention` that owe no report, at most `most` at a time. Returns how many.
+    /// Forgets final jobs older than `retention`, at most `most` at a time. A report that one still owes stays owed.
+    /// Returns how many.
     ///
     /// # Errors
     /// If the database cannot be asked.
     pub async fn forget_old(&self, retention: Duration, most: i64) -> Result<u64, DbError> {
         let sql = self.db.sql(
             "DELETE FROM {s}.job WHERE ctid = ANY (ARRAY(
-                 SELECT ctid FROM {s}.job WHERE state IN (3, 5, 6) AND outbox IS NULL
+                 SELECT ctid FROM {s}.job WHERE state IN (3, 5, 6)
                      AND finished_at < clock_timestamp() - $1::bigint * interval '1 microsecond' LIMIT $2
                  FOR UPDATE SKIP LOCKED))",
         );

@@ -7,11 +7,12 @@ use bytes::Bytes;
 use tokio_postgres::types::ToSql;
 
 use super::health::Evidence;
+use super::outbox::ReportNumber;
 use super::{Ledger, Row, WaitReason, micros};
 use crate::db::DbError;
 use crate::fail_point::{self, Point};
 use crate::id::AccountKey;
-use crate::report::{RecipientResult, Report, ReportType};
+use crate::report::{RecipientResult, ReportMessage, ReportType};
 
 /// What is to be written about a job that this worker has leased.
 #[derive(Debug, Clone)]
@@ -27,7 +28,7 @@ pub struct Settlement {
     /// Message-ID of the mail, once it has one.
     pub message_id: Option<String>,
     /// The report, numbered `row.sequence + 1`.
-    pub report: Option<Report>,
+    pub report: Option<ReportMessage>,
     /// The slot was not used: it goes back.
     pub refund: bool,
     /// What went wrong, for listings.
@@ -85,6 +86,24 @@ pub enum Settled {
     Cancelled,
 }
 
+/// The answer to a settlement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Answer {
+    /// What became of it.
+    pub settled: Settled,
+    /// Its report's number in the outbox, if it is written. Of a repeated settlement too, unless the job has had another
+    /// report since: that one, and this, are then left to the sweeper.
+    pub report: Option<ReportNumber>,
+}
+
+impl Answer {
+    /// The lease belongs to somebody else.
+    pub const LEASE_LOST: Self = Self {
+        settled: Settled::LeaseLost,
+        report: None,
+    };
+}
+
 impl Settlement {
     /// Bytes it brings to the statement.
     #[must_use]
@@ -114,7 +133,7 @@ impl Ledger {
     ///
     /// # Errors
     /// If the database cannot be asked. Repeating the call is safe.
-    pub async fn settle<S>(&self, batch: &[S]) -> Result<Vec<Settled>, DbError>
+    pub async fn settle<S>(&self, batch: &[S]) -> Result<Vec<Answer>, DbError>
     where
         S: Borrow<Settlement>,
     {
@@ -139,19 +158,20 @@ impl Ledger {
         let sent = Instant::now();
         let rows = client.query(&statement, &parameters).await?;
         self.observe("settle", batch.len(), sent.elapsed());
-        let mut answers = vec![Settled::LeaseLost; batch.len()];
+        let mut answers = vec![Answer::LEASE_LOST; batch.len()];
         for row in rows {
-            let answer = match row.try_get::<_, i16>(1)? {
+            let settled = match row.try_get::<_, i16>(1)? {
                 1 => Settled::Written,
                 3 => Settled::Cancelled,
                 _ => Settled::LeaseLost,
             };
+            let report = row.try_get::<_, Option<i64>>(2)?.map(ReportNumber);
             let Ok(place) = usize::try_from(row.try_get::<_, i32>(0)?) else {
                 self.note_change(&row, sent)?;
                 continue;
             };
             if let Some(place) = answers.get_mut(place) {
-                *place = answer;
+                *place = Answer { settled, report };
             }
         }
         Ok(answers)
@@ -204,7 +224,8 @@ impl Ledger {
     }
 }
 
-/// The arguments of `settle_v1` that have one value per settlement, in its order.
+/// The arguments of `settle_v1` that have one value per settlement, in its order; what is nearly always nothing has none at
+/// all if no settlement of the batch has one (see [`sparse`]).
 struct Columns<'a> {
     tenants: Vec<&'a str>,
     ids: Vec<&'a str>,
@@ -212,23 +233,24 @@ struct Columns<'a> {
     kinds: Vec<i16>,
     outcomes: Vec<Option<&'a str>>,
     attempts: Vec<i32>,
-    texts: Texts,
+    recipients: Vec<Option<String>>,
+    reports: Vec<Option<&'a str>>,
     message_ids: Vec<Option<&'a str>>,
     sequences: Vec<Option<i64>>,
-    refunds: Vec<bool>,
+    refunds: Vec<Option<bool>>,
     delays: Vec<Option<i64>>,
     reasons: Vec<Option<i16>>,
     bodies: Vec<Option<&'a [u8]>>,
     properties: Vec<Option<&'a str>>,
     errors: Vec<Option<&'a str>>,
-    uncertain: Vec<i16>,
-    crashed: Vec<i16>,
+    uncertain: Vec<Option<i16>>,
+    crashed: Vec<Option<i16>>,
     accounts: Vec<Option<&'a str>>,
 }
 
 impl<'a> Columns<'a> {
     fn new(batch: &[&'a Settlement]) -> Self {
-        let bodies = || batch.iter().map(|s| s.body());
+        let recipients = |s: &&Settlement| s.recipients.as_ref().and_then(json);
         let sequence = |s: &&Settlement| s.report.as_ref().map(|r| r.data.sequence);
         Self {
             tenants: batch.iter().map(|s| s.row.tenant.as_str()).collect(),
@@ -237,21 +259,22 @@ impl<'a> Columns<'a> {
             kinds: batch.iter().map(|s| s.kind()).collect(),
             outcomes: batch.iter().map(|s| outcome(s)).collect(),
             attempts: batch.iter().map(|s| s.attempts as i32).collect(),
-            texts: Texts::new(batch),
+            recipients: batch.iter().map(recipients).collect(),
+            reports: batch
+                .iter()
+                .map(|s| s.report.as_ref().map(ReportMessage::json))
+                .collect(),
             message_ids: batch.iter().map(|s| s.message_id.as_deref()).collect(),
             sequences: batch.iter().map(sequence).collect(),
-            refunds: batch.iter().map(|s| s.refund).collect(),
-            delays: batch.iter().map(|s| delay(s)).collect(),
-            reasons: batch.iter().map(|s| reason(s)).collect(),
-            bodies: bodies().map(|body| body.map(|b| b.bytes.as_ref())).collect(),
-            properties: bodies().map(|body| body.map(|b| b.properties.as_str())).collect(),
-            errors: batch.iter().map(|s| s.error.as_deref()).collect(),
-            uncertain: batch.iter().map(|s| i16::from(s.uncertain)).collect(),
-            crashed: batch.iter().map(|s| i16::from(s.crashed)).collect(),
-            accounts: batch
-                .iter()
-                .map(|s| s.account.as_ref().map(AccountKey::as_str))
-                .collect(),
+            refunds: sparse(batch, |s| s.refund.then_some(true)),
+            delays: sparse(batch, delay),
+            reasons: sparse(batch, reason),
+            bodies: sparse(batch, |s| s.body().map(|b| b.bytes.as_ref())),
+            properties: sparse(batch, |s| s.body().map(|b| b.properties.as_str())),
+            errors: sparse(batch, |s| s.error.as_deref()),
+            uncertain: sparse(batch, |s| s.uncertain.then_some(1)),
+            crashed: sparse(batch, |s| s.crashed.then_some(1)),
+            accounts: sparse(batch, |s| s.account.as_ref().map(AccountKey::as_str)),
         }
     }
 
@@ -263,9 +286,9 @@ impl<'a> Columns<'a> {
             &self.kinds,
             &self.outcomes,
             &self.attempts,
-            &self.texts.recipients,
+            &self.recipients,
             &self.message_ids,
-            &self.texts.reports,
+            &self.reports,
             &self.sequences,
             &self.refunds,
             &self.delays,
@@ -320,21 +343,13 @@ impl<'a> HealthColumns<'a> {
     }
 }
 
-/// The JSON columns, serialised.
-struct Texts {
-    recipients: Vec<Option<String>>,
-    reports: Vec<Option<String>>,
-}
-
-impl Texts {
-    fn new(batch: &[&Settlement]) -> Self {
-        Self {
-            recipients: batch
-                .iter()
-                .map(|s| s.recipients.as_ref().and_then(json))
-                .collect(),
-            reports: batch.iter().map(|s| s.report.as_ref().and_then(json)).collect(),
-        }
+/// One value per settlement, or none at all if all are nothing: what is not there costs nothing on the way, and there.
+fn sparse<'a, T>(batch: &[&'a Settlement], value: impl Fn(&'a Settlement) -> Option<T>) -> Vec<Option<T>> {
+    let values: Vec<Option<T>> = batch.iter().map(|s| value(s)).collect();
+    if values.iter().any(Option::is_some) {
+        values
+    } else {
+        Vec::new()
     }
 }
 

@@ -182,7 +182,14 @@ fn the_last_attempt_refuses_whoever_still_waits() {
         assert_eq!(outcome(&settlement), expected);
         let report = settlement.report.unwrap();
         assert_eq!(report.data.recipients[1].status, Refused);
-        assert!(report.data.detail.unwrap().contains("given up after 3 attempts"));
+        assert!(
+            report
+                .data
+                .detail
+                .as_ref()
+                .unwrap()
+                .contains("given up after 3 attempts")
+        );
     }
 }
 
@@ -201,7 +208,7 @@ fn a_failure_that_stays_fails_everybody_at_once() {
     attempt.started = true;
     let settlement = case.plan(attempt);
     assert_eq!(outcome(&settlement), "mail.failed");
-    let data = settlement.report.unwrap().data;
+    let data = &settlement.report.unwrap().data;
     assert_eq!(
         (data.class, data.fault, data.stage),
         (Some("content"), Some("sender"), Some("compose"))

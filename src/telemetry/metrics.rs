@@ -115,7 +115,7 @@ metrics! {
     dead_lettered: IntCounterVec "postroom_dead_lettered_total" ["reason"];
     /// Publishes by result: confirmed, nacked, returned, timeout, error.
     publishes: IntCounterVec "postroom_publishes_total" ["result"];
-    /// Jobs of the whole installation that owe a report, up to `POSTROOM_OUTBOX_LIMIT`; every worker shows it.
+    /// Reports of the whole installation not yet published, up to `POSTROOM_OUTBOX_LIMIT`; every worker shows it.
     outbox_jobs: IntGauge "postroom_outbox_jobs";
     /// Age of the oldest report not yet published.
     outbox_age: IntGauge "postroom_outbox_oldest_seconds";

@@ -25,7 +25,7 @@ use crate::ledger::batches::pauses;
 use crate::ledger::odd::CRASH_LOOP;
 use crate::ledger::release::Released;
 use crate::memory::Held;
-use crate::report::{FieldError, Report, ReportData, ReportType, event_id};
+use crate::report::{FieldError, Report, ReportData, ReportMessage, ReportType, event_id};
 use crate::settlement::all_pending;
 
 impl Worker {
@@ -106,10 +106,10 @@ impl Worker {
             tokio::time::sleep(waits.next().unwrap_or(Duration::from_secs(5))).await;
         };
         match settled {
-            Some(report) => {
+            Some((report, number)) => {
                 self.metrics.jobs.with_label_values(&["failed"]).inc();
                 delivery.receipt.ack();
-                self.reporter.publish(self, report);
+                self.reporter.publish(self, report, number);
             }
             // Somebody else has the lease, and perhaps no body but this one. If the outcome is written the message is
             // answered as a repeat when it comes again.
@@ -169,7 +169,7 @@ impl Worker {
             }
         }
         fail_point::hit(Point::DeadLettered, death.id.map(JobId::as_str));
-        if let Some(report) = death.report {
+        if let Some(report) = death.report.map(ReportMessage::from) {
             while let Err(error) = self.publish_report(&report).await {
                 if wait_again(&error, &mut waits, ended).await {
                     return;

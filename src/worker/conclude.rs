@@ -21,7 +21,7 @@ use crate::job::MailJob;
 use crate::job::decode::{self, Incoming, RejectReason};
 use crate::ledger::admit::{Absorb, Admitted};
 use crate::ledger::release::Released;
-use crate::ledger::settle::{Body, Next, Settled, Settlement};
+use crate::ledger::settle::{Answer, Body, Next, Settled, Settlement};
 use crate::ledger::{Row, WaitReason};
 use crate::memory::{self, Held, Share};
 use crate::pipeline::attempt::panicked;
@@ -117,7 +117,7 @@ impl Worker {
             Admitted::Expired(row) => return Some(Over::new(arrival, *row, Verdict::Expired)),
             Admitted::Cancelled(row) => return Some(Over::new(arrival, *row, Verdict::Cancelled)),
             Admitted::InFlight | Admitted::Held => self.absorb(arrival),
-            Admitted::Waiting | Admitted::Done { .. } => {
+            Admitted::Waiting | Admitted::Done => {
                 // Answered from the ledger; a report still owed is the sweeper's.
                 self.metrics.jobs.with_label_values(&["duplicate"]).inc();
                 arrival.ack();
@@ -235,8 +235,8 @@ impl Worker {
             });
             let (ends, settlements): (Vec<_>, Vec<_>) = concluding.unzip();
             let settled = worker.batches.settle_together(settlements).await;
-            for (end, (settlement, settled)) in ends.into_iter().zip(settled) {
-                worker.end(end, settlement, settled).await;
+            for (end, (settlement, answer)) in ends.into_iter().zip(settled) {
+                worker.end(end, settlement, answer).await;
             }
         });
     }
@@ -246,9 +246,9 @@ impl Worker {
         let (end, settlement) = self.plan(task, origin, attempt);
         fail_point::hit(Point::Replied, [end.task.job.id.as_str()]);
         let since = Instant::now();
-        let (settlement, settled) = self.batches.settle(settlement).await;
+        let (settlement, answer) = self.batches.settle(settlement).await;
         traces::stage("settle", since);
-        self.end(end, settlement, settled).await;
+        self.end(end, settlement, answer).await;
     }
 
     /// `traceparent`: that of the attempt, if it has a span.
@@ -296,14 +296,14 @@ impl Worker {
     }
 
     /// What follows when the outcome is written, or could not be: acknowledge, then report.
-    async fn end(self: &Arc<Self>, end: End, settlement: Settlement, settled: Settled) {
-        let (settlement, settled) = if settled == Settled::Cancelled {
+    async fn end(self: &Arc<Self>, end: End, settlement: Settlement, answer: Answer) {
+        let (settlement, answer) = if answer.settled == Settled::Cancelled {
             self.settle_cancelled(&end.task, settlement).await
         } else {
-            (settlement, settled)
+            (settlement, answer)
         };
         let id = end.task.job.id.as_str();
-        match settled {
+        match answer.settled {
             Settled::Written | Settled::Cancelled => {
                 self.count(&settlement);
                 fail_point::hit(Point::BeforeAck, [id]);
@@ -313,8 +313,8 @@ impl Worker {
                     None => {}
                 }
                 fail_point::hit(Point::Acked, [id]);
-                if let Some(report) = settlement.report {
-                    self.reporter.publish(self, report);
+                if let (Some(report), Some(number)) = (settlement.report, answer.report) {
+                    self.reporter.publish(self, report, number);
                 }
             }
             Settled::LeaseLost => self.lost(end).await,
@@ -353,7 +353,7 @@ impl Worker {
     }
 
     /// A cancel that came in between wins over anything but an outcome.
-    async fn settle_cancelled(&self, task: &Task, settlement: Settlement) -> (Settlement, Settled) {
+    async fn settle_cancelled(&self, task: &Task, settlement: Settlement) -> (Settlement, Answer) {
         let recipients = settlement
             .recipients
             .clone()

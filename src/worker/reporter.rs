@@ -12,8 +12,8 @@ use tokio_util::sync::CancellationToken;
 use super::Worker;
 use crate::broker::{Properties, PublishError};
 use crate::fail_point::{self, Point};
-use crate::ledger::outbox::{Owed, ReportKey};
-use crate::report::{Report, event_id, routing_key};
+use crate::ledger::outbox::{Owed, ReportNumber};
+use crate::report::{ReportMessage, event_id, routing_key};
 
 /// AMQP `type` of a report.
 const MESSAGE_TYPE: &str = "mail.report.v1";
@@ -24,7 +24,7 @@ const ON_THEIR_WAY: usize = 2048;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How often the outbox is swept.
 const SWEEP: Duration = Duration::from_secs(5);
-/// Jobs whose swept reports are struck off the outbox together.
+/// Swept reports that are struck off the outbox together.
 const CLEARED_AT_ONCE: usize = 32;
 /// How long a swept report is nobody else's.
 const HOLD: Duration = Duration::from_mins(1);
@@ -33,13 +33,13 @@ const HOLD: Duration = Duration::from_mins(1);
 #[derive(Debug)]
 pub struct Reporter {
     room: Arc<Semaphore>,
-    /// Jobs owing a report above which nothing new is begun.
+    /// Reports owed above which nothing new is begun.
     limit: usize,
     full: AtomicBool,
 }
 
 impl Reporter {
-    /// Nothing on its way. `limit`: jobs owing a report above which the outbox is full.
+    /// Nothing on its way. `limit`: reports owed above which the outbox is full.
     #[must_use]
     pub fn new(limit: usize) -> Self {
         Self {
@@ -55,7 +55,7 @@ impl Reporter {
         self.full.load(Ordering::Relaxed)
     }
 
-    /// Notes how many jobs owe a report. Full from the limit on, until an eighth of it is free again.
+    /// Notes how many reports are owed. Full from the limit on, until an eighth of it is free again.
     fn note_owed(&self, owed: usize) {
         let was_full = self.is_full();
         let from = if was_full {
@@ -92,13 +92,12 @@ pub async fn measure(worker: &Arc<Worker>) {
 
 impl Reporter {
     /// Publishes a report that is in the outbox, without waiting for it.
-    pub fn publish(&self, worker: &Arc<Worker>, report: Report) {
+    pub fn publish(&self, worker: &Arc<Worker>, report: ReportMessage, number: ReportNumber) {
         let Ok(room) = Arc::clone(&self.room).try_acquire_owned() else {
             return;
         };
         let worker = Arc::clone(worker);
         Arc::clone(&worker).tasks.spawn(async move {
-            let Some(id) = report.data.job.clone() else { return };
             // Once more if the session ends under it; the id makes a repeat recognisable.
             for _ in 0..2 {
                 worker.wait_connected().await;
@@ -109,8 +108,7 @@ impl Reporter {
                 }
                 match published {
                     Ok(()) => {
-                        let (tenant, sequence) = (report.data.tenant, report.data.sequence);
-                        worker.batches.clear(ReportKey { tenant, id, sequence }).await;
+                        worker.batches.clear(number).await;
                         break;
                     }
                     Err(error) => tracing::debug!(%error, "a report stays in the outbox"),
@@ -201,38 +199,33 @@ async fn sweep_once(worker: &Arc<Worker>) -> bool {
     more
 }
 
-/// Publishes what these jobs owe, until it fails: what was published, and whether that is all.
-async fn publish_owed(worker: &Arc<Worker>, jobs: &[Owed]) -> (Vec<ReportKey>, bool) {
-    let mut published = Vec::with_capacity(jobs.len());
-    for job in jobs {
-        for (sequence, json) in &job.reports {
-            let Some(of) = head(json) else {
-                continue;
-            };
-            let event = event_id(job.tenant.as_str(), "job", job.id.as_str(), &sequence.to_string());
-            let head = Head {
-                event: &event,
-                tenant: job.tenant.as_str(),
-                kind: &of.kind,
-                correlation: of.correlation.as_deref(),
-                traceparent: of.traceparent.as_deref(),
-            };
-            let mut confirmed = worker.publish_json(&head, json.as_bytes()).await;
-            if confirmed.is_err() {
-                // Nobody else may publish it for a while now: once more if the session has ended under it.
-                worker.wait_connected().await;
-                confirmed = worker.publish_json(&head, json.as_bytes()).await;
-            }
-            if let Err(error) = confirmed {
-                tracing::warn!(%error, "reports stay in the outbox");
-                return (published, false);
-            }
-            published.push(ReportKey {
-                tenant: job.tenant.clone(),
-                id: job.id.clone(),
-                sequence: *sequence,
-            });
+/// Publishes these reports, until it fails: what was published, and whether that is all.
+async fn publish_owed(worker: &Arc<Worker>, reports: &[Owed]) -> (Vec<ReportNumber>, bool) {
+    let mut published = Vec::with_capacity(reports.len());
+    for report in reports {
+        let Some(of) = head(&report.json) else {
+            continue;
+        };
+        let (tenant, sequence) = (report.tenant.as_str(), report.sequence.to_string());
+        let head = Head {
+            event: &event_id(tenant, "job", report.id.as_str(), &sequence),
+            tenant,
+            kind: &of.kind,
+            correlation: of.correlation.as_deref(),
+            traceparent: of.traceparent.as_deref(),
+        };
+        let json = report.json.as_bytes();
+        let mut confirmed = worker.publish_json(&head, json).await;
+        if confirmed.is_err() {
+            // Nobody else may publish it for a while now: once more if the session has ended under it.
+            worker.wait_connected().await;
+            confirmed = worker.publish_json(&head, json).await;
         }
+        if let Err(error) = confirmed {
+            tracing::warn!(%error, "reports stay in the outbox");
+            return (published, false);
+        }
+        published.push(report.number);
     }
     (published, true)
 }
@@ -257,7 +250,7 @@ impl Worker {
     ///
     /// # Errors
     /// If it is not known to be stored.
-    pub async fn publish_report(&self, report: &Report) -> Result<(), PublishError> {
+    pub async fn publish_report(&self, report: &ReportMessage) -> Result<(), PublishError> {
         let head = Head {
             event: &report.id,
             tenant: report.data.tenant.as_str(),
@@ -265,9 +258,7 @@ impl Worker {
             correlation: report.data.correlation_id.as_deref(),
             traceparent: report.data.traceparent.as_deref(),
         };
-        // Strings, numbers and checked JSON values: serialising cannot fail.
-        let json = serde_json::to_vec(report).unwrap_or_default();
-        self.publish_json(&head, &json).await
+        self.publish_json(&head, report.json().as_bytes()).await
     }
 
     async fn publish_json(&self, head: &Head<'_>, json: &[u8]) -> Result<(), PublishError> {

@@ -95,7 +95,7 @@ impl Scene {
 
     /// Reports still owed are due now instead of in half a minute.
     async fn outbox_is_due(&self) {
-        let due = "UPDATE job SET outbox_at = clock_timestamp() WHERE outbox IS NOT NULL";
+        let due = "UPDATE outbox SET due_at = clock_timestamp()";
         self.world.sql().await.execute(due, &[]).await.unwrap();
     }
 

@@ -87,7 +87,7 @@ async fn hammer(world: World, seed: u64, end: Instant) -> Vec<Use> {
             }
         }
         if !parked.is_empty() {
-            let settled = world.ledger.settle(&parked).await.unwrap();
+            let settled = world.settle(&parked).await;
             assert!(settled.iter().all(|s| *s == Settled::Written));
         }
         for released in world.release(&epoch, Level::Medium, 40).await {

@@ -28,7 +28,7 @@ use self::reports::Unpublished;
 use self::snapshot::Snapshot;
 use super::world::{World, in_world};
 use crate::ledger::admit::AdmitRequest;
-use crate::ledger::settle::{Next, Settled, Settlement};
+use crate::ledger::settle::{Answer, Next, Settlement};
 use crate::ledger::{Epoch, Row, Slot, WaitReason};
 use crate::report::RecipientResult;
 
@@ -42,11 +42,11 @@ enum Rule {
     NothingLost,
     /// One final report, one event id.
     OneFinal,
-    /// A final row changes no more, but for its outbox.
+    /// A final row changes no more.
     FinalStays,
     /// Who was accepted stays accepted, and is told so.
     AcceptedStays,
-    /// A report leaves the outbox by its own number only, and is published before.
+    /// A report leaves the outbox by its own number only, then surely, and is published before.
     ReportsOwed,
     /// Among the living, nobody has a task that another one has.
     OneOwner,
@@ -118,7 +118,7 @@ struct Task {
     /// Acceptances of this attempt, by their place in what is known of the job.
     accepted: Vec<usize>,
     /// A settlement whose answer got lost, and what it was.
-    unanswered: Option<(Settlement, Settled)>,
+    unanswered: Option<(Settlement, Answer)>,
 }
 
 struct Worker {

@@ -47,7 +47,7 @@ impl Walker {
         }
         // Nothing stays leased.
         let rest: Vec<_> = self.mine.drain(..).map(|row| retry(&row)).collect();
-        for (settlement, answer) in rest.iter().zip(self.world.ledger.settle(&rest).await.unwrap()) {
+        for (settlement, answer) in rest.iter().zip(self.world.settle(&rest).await) {
             if answer == Settled::Cancelled {
                 self.world
                     .settle_one(done(&settlement.row, ReportType::Cancelled))
@@ -104,8 +104,8 @@ impl Walker {
             return;
         }
         let copies = if self.random.random_bool(0.2) { 2 } else { 1 };
-        let answers = (0..copies).map(|_| self.world.ledger.settle(&batch));
-        let answers = futures_util::future::try_join_all(answers).await.unwrap();
+        let answers = (0..copies).map(|_| self.world.settle(&batch));
+        let answers = futures_util::future::join_all(answers).await;
         for (settlement, answer) in batch.iter().zip(&answers[0]) {
             match answer {
                 Settled::Written => {}

@@ -2,21 +2,14 @@
 
 use std::time::Duration;
 
-use super::world::{body, done, in_world, job, park, report, request, result, settlement, tenant};
+use super::world::{body, done, in_world, job, park, report, request, result, settlement};
 use crate::ledger::WaitReason;
+use crate::ledger::batches::Batches;
 use crate::ledger::odd::Cancel;
-use crate::ledger::outbox::ReportKey;
+use crate::ledger::outbox::ReportNumber;
 use crate::ledger::settle::{Next, Settled};
 use crate::level::Level;
-use crate::report::{RecipientStatus, ReportType};
-
-fn key(id: &str, sequence: i64) -> ReportKey {
-    ReportKey {
-        tenant: tenant("acme"),
-        id: job(id),
-        sequence,
-    }
-}
+use crate::report::{RecipientStatus, ReportMessage, ReportType};
 
 #[tokio::test]
 async fn an_outcome_drops_the_body_and_leaves_its_report_in_the_outbox() {
@@ -38,7 +31,6 @@ async fn an_outcome_drops_the_body_and_leaves_its_report_in_the_outbox() {
             ("due_at", None),
             ("reason", None),
             ("message_id", Some("<1@acme>")),
-            ("cardinality(outbox)", Some("1")),
             ("(seq - born)", Some("1")),
         ] {
             assert_eq!(
@@ -47,16 +39,7 @@ async fn an_outcome_drops_the_body_and_leaves_its_report_in_the_outbox() {
                 "{column}"
             );
         }
-        assert_eq!(
-            world.ledger.forget_old(Duration::ZERO, 10).await.unwrap(),
-            0,
-            "a report is owed"
-        );
-        world
-            .ledger
-            .clear_outbox(&[key("1", row.sequence + 1)])
-            .await
-            .unwrap();
+        assert_eq!(world.owed("1").await[0].1, row.sequence + 1);
         assert_eq!(
             world
                 .ledger
@@ -67,6 +50,7 @@ async fn an_outcome_drops_the_body_and_leaves_its_report_in_the_outbox() {
             "too young"
         );
         assert_eq!(world.ledger.forget_old(Duration::ZERO, 10).await.unwrap(), 1);
+        assert_eq!(world.owed("1").await.len(), 1, "what it owes stays owed");
     })
     .await;
 }
@@ -77,38 +61,61 @@ async fn clearing_removes_exactly_the_published_report() {
         let epoch = world.epoch().await;
         let row = world.go(request(&epoch, "acme", "1")).await;
         let mut deferred = park(&row, WaitReason::Retry, Duration::ZERO);
-        deferred.report = Some(report(&row, ReportType::Deferred));
+        deferred.report = Some(report(&row, ReportType::Deferred).into());
         world.settle_one(deferred).await;
         let row = world.release(&epoch, Level::Medium, 1).await.remove(0).row;
         world.settle_one(done(&row, ReportType::Sent)).await;
         let (first, second) = (row.born + 1, row.born + 2);
-        assert_eq!(
-            world.column("acme", "1", "outbox_seq").await,
-            Some(format!("{{{first},{second}}}"))
-        );
+        let owed = world.owed("1").await;
+        assert_eq!((owed[0].1, owed[1].1, owed.len()), (first, second, 2));
         // Twice, and one that was never there.
         for _ in 0..2 {
             world
                 .ledger
-                .clear_outbox(&[key("1", first), key("1", 7), key("none", first)])
+                .clear_outbox(&[owed[0].0, ReportNumber(1 << 40)])
                 .await
                 .unwrap();
-            assert_eq!(
-                world.column("acme", "1", "outbox_seq").await,
-                Some(format!("{{{second}}}"))
-            );
+            assert_eq!(world.owed("1").await, owed[1..]);
         }
+        world.ledger.clear_outbox(&[owed[1].0]).await.unwrap();
+        assert_eq!(world.owed("1").await, []);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn overdue_reports_are_taken_in_their_order_and_rest_for_a_while() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        let row = world.go(request(&epoch, "acme", "1")).await;
+        let mut deferred = park(&row, WaitReason::Retry, Duration::ZERO);
+        deferred.report = Some(report(&row, ReportType::Deferred).into());
+        world.settle_one(deferred).await;
+        let row = world.release(&epoch, Level::Medium, 1).await.remove(0).row;
+        world.settle_one(done(&row, ReportType::Sent)).await;
+        let take = async || {
+            world
+                .ledger
+                .owed_reports(10, Duration::from_mins(1))
+                .await
+                .unwrap()
+        };
+        assert!(take().await.is_empty(), "its worker may be publishing them");
+        assert_eq!(world.ledger.outbox_size(10).await.unwrap(), 2);
+        assert_eq!(world.ledger.outbox_size(1).await.unwrap(), 1, "counted so far");
         world
-            .run("UPDATE {s}.job SET outbox_at = clock_timestamp()")
+            .run(
+                "UPDATE {s}.outbox SET due_at = clock_timestamp(), created_at = clock_timestamp() - interval '9 s'",
+            )
             .await;
-        let owed = world
-            .ledger
-            .owed_reports(10, Duration::from_mins(1))
-            .await
-            .unwrap();
-        assert_eq!(owed.len(), 1);
-        assert_eq!(owed[0].reports[0].0, second);
-        assert!(owed[0].reports[0].1.contains("mail.sent"));
+        let owed = take().await;
+        let stored = world.owed("1").await;
+        for (owed, (number, sequence, text)) in owed.iter().zip(&stored) {
+            assert_eq!((owed.number, owed.sequence, &owed.json), (*number, *sequence, text));
+            assert!(owed.waiting >= Duration::from_secs(9), "{:?}", owed.waiting);
+        }
+        assert_eq!((owed.len(), stored.len()), (2, 2));
+        assert!(owed[0].json.contains("mail.deferred") && owed[1].json.contains("mail.sent"));
         assert!(
             world
                 .ledger
@@ -118,9 +125,108 @@ async fn clearing_removes_exactly_the_published_report() {
                 .is_empty(),
             "leased"
         );
-        world.ledger.clear_outbox(&[key("1", second)]).await.unwrap();
-        assert_eq!(world.column("acme", "1", "outbox").await, None);
-        assert_eq!(world.column("acme", "1", "outbox_at").await, None);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_settlement_repeated_after_a_lost_commit_clears_its_report_by_its_number() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        let rows = [
+            world.go(request(&epoch, "acme", "1")).await,
+            world.go(request(&epoch, "acme", "2")).await,
+            world.go(request(&epoch, "acme", "3")).await,
+        ];
+        let first = [
+            done(&rows[0], ReportType::Sent),
+            done(&rows[1], ReportType::Failed),
+        ];
+        let written = world.ledger.settle(&first).await.unwrap();
+        for (n, id) in ["1", "2"].iter().enumerate() {
+            assert_eq!(written[n].report, Some(world.owed(id).await[0].0));
+        }
+        // The answer was lost, and another one is in the batch by now.
+        let again = [
+            done(&rows[2], ReportType::Sent),
+            first[1].clone(),
+            first[0].clone(),
+        ];
+        let repeated = world.ledger.settle(&again).await.unwrap();
+        assert_eq!([repeated[1], repeated[2]], [written[1], written[0]]);
+        assert_eq!(repeated[0].report, Some(world.owed("3").await[0].0));
+        world
+            .ledger
+            .clear_outbox(&[repeated[2].report.unwrap()])
+            .await
+            .unwrap();
+        assert_eq!(world.owed("1").await, []);
+        assert_eq!((world.owed("2").await.len(), world.owed("3").await.len()), (1, 1));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_repeated_settlement_is_not_told_the_number_of_another_report() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        let row = world.go(request(&epoch, "acme", "1")).await;
+        let mut deferred = park(&row, WaitReason::Retry, Duration::ZERO);
+        deferred.report = Some(report(&row, ReportType::Deferred).into());
+        let batch = [deferred];
+        let written = world.ledger.settle(&batch).await.unwrap()[0];
+        assert!(written.report.is_some());
+        world.ledger.cancel(&row.tenant, &row.id).await.unwrap();
+        let repeated = world.ledger.settle(&batch).await.unwrap()[0];
+        assert_eq!((repeated.settled, repeated.report), (Settled::Written, None));
+        assert_eq!(world.owed("1").await.len(), 2);
+
+        // Without a report of its own there is none to be told of.
+        let row = world.go(request(&epoch, "acme", "2")).await;
+        let batch = [park(&row, WaitReason::Retry, Duration::ZERO)];
+        for _ in 0..2 {
+            let answer = world.ledger.settle(&batch).await.unwrap()[0];
+            assert_eq!((answer.settled, answer.report), (Settled::Written, None));
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_is_published_is_what_was_stored() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        let row = world.go(request(&epoch, "acme", "1")).await;
+        let mut sent = done(&row, ReportType::Sent);
+        let data = sent.report.as_mut().unwrap().data_mut();
+        data.detail = Some("a detail".to_owned());
+        let batch = [sent];
+        world.ledger.settle(&batch).await.unwrap();
+        let json = batch[0].report.as_ref().map(ReportMessage::json);
+        assert_eq!(Some(world.owed("1").await[0].2.as_str()), json);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_settlement_that_postgres_refuses_is_written_without_details_and_published_as_stored() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        let row = world.go(request(&epoch, "acme", "1")).await;
+        let mut sent = done(&row, ReportType::Sent);
+        let mut foreign = result("a@b.example", RecipientStatus::Accepted);
+        foreign.text = Some("\0".to_owned());
+        let data = sent.report.as_mut().unwrap().data_mut();
+        data.detail = Some("a detail".to_owned());
+        data.recipients = vec![foreign.clone()];
+        sent.recipients = Some(vec![foreign]);
+        let (_, answer) = Batches::new(&world.ledger).settle(sent).await;
+        assert_eq!((answer.settled, answer.report), (Settled::Written, None));
+        let (_, _, stored) = world.owed("1").await.remove(0);
+        assert!(
+            stored.contains("a@b.example") && !stored.contains("a detail"),
+            "{stored}"
+        );
     })
     .await;
 }
@@ -147,16 +253,10 @@ async fn a_settlement_repeated_after_a_lost_commit_is_written_once() {
             settlement.refund = true;
         }
         for _ in 0..3 {
-            assert_eq!(world.ledger.settle(&batch).await.unwrap(), [Settled::Written; 4]);
+            assert_eq!(world.settle(&batch).await, [Settled::Written; 4]);
         }
         assert_eq!(world.used("acme/main").await, 1, "each slot went back once");
-        assert_eq!(
-            world
-                .column("acme", "done", "cardinality(outbox)")
-                .await
-                .as_deref(),
-            Some("1")
-        );
+        assert_eq!(world.owed("done").await.len(), 1);
         assert_eq!(world.fifo("acme/main", Level::Medium, "acme").await, Some(1));
         assert_eq!(
             [
@@ -251,10 +351,7 @@ async fn whoever_lost_the_lease_writes_nothing() {
             world.column("acme", "1", "outcome").await.as_deref(),
             Some("mail.sent")
         );
-        assert_eq!(
-            world.column("acme", "1", "cardinality(outbox)").await.as_deref(),
-            Some("1")
-        );
+        assert_eq!(world.owed("1").await.len(), 1);
         // A job that nobody knows.
         world.run("DELETE FROM {s}.job").await;
         assert_eq!(

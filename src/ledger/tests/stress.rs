@@ -9,7 +9,6 @@ use rand::{Rng as _, SeedableRng as _};
 use super::world::{World, absorb, account, in_world, park, report, request, settlement};
 use crate::db::DbError;
 use crate::ledger::admit::Admitted;
-use crate::ledger::outbox::ReportKey;
 use crate::ledger::settle::Next;
 use crate::ledger::slots::SlotRequest;
 use crate::ledger::{Row, WaitReason};
@@ -65,15 +64,16 @@ async fn client(world: World, seed: u64, end: Instant) -> Result<u32, DbError> {
                     _ => park(row, WaitReason::Rate, Duration::ZERO),
                 };
                 next.refund = random.random_bool(0.5);
-                next.report = Some(report(row, ReportType::Sent));
+                next.report = Some(report(row, ReportType::Sent).into());
                 next
             })
             .collect();
         let copy = world.ledger.settle(&settlements);
-        tokio::try_join!(world.ledger.settle(&settlements), copy)?;
-        let mut keys: Vec<_> = rows.iter().map(key).collect();
-        keys.shuffle(&mut random);
-        world.ledger.clear_outbox(&keys).await?;
+        let (answers, copies) = tokio::try_join!(world.ledger.settle(&settlements), copy)?;
+        let numbers = answers.iter().chain(&copies).filter_map(|answer| answer.report);
+        let mut numbers: Vec<_> = numbers.collect();
+        numbers.shuffle(&mut random);
+        world.ledger.clear_outbox(&numbers).await?;
         world.ledger.owed_reports(5, Duration::ZERO).await?;
         if seed == 0 {
             world
@@ -96,14 +96,6 @@ fn slot(row: &Row, random: &mut SmallRng) -> SlotRequest {
         account: account(["a/1", "b/1", "-/shared"][random.random_range(0..3)]),
         recipients: 1,
         keep: false,
-    }
-}
-
-fn key(row: &Row) -> ReportKey {
-    ReportKey {
-        tenant: row.tenant.clone(),
-        id: row.id.clone(),
-        sequence: row.sequence + 1,
     }
 }
 

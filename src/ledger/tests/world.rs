@@ -13,6 +13,7 @@ use crate::config;
 use crate::db::{self, Database};
 use crate::id::{AccountKey, JobId, TenantId};
 use crate::ledger::admit::{Absorb, AdmitRequest, Admitted, Want};
+use crate::ledger::outbox::ReportNumber;
 use crate::ledger::release::{ReleaseRequest, Released};
 use crate::ledger::settle::{Body, Next, Settled, Settlement};
 use crate::ledger::{Epoch, Ledger, Row, WaitReason};
@@ -121,7 +122,23 @@ impl World {
     }
 
     pub(super) async fn settle_one(&self, settlement: Settlement) -> Settled {
-        self.ledger.settle(&[settlement]).await.unwrap().remove(0)
+        self.settle(&[settlement]).await.remove(0)
+    }
+
+    pub(super) async fn settle(&self, batch: &[Settlement]) -> Vec<Settled> {
+        let answers = self.ledger.settle(batch).await.unwrap();
+        answers.into_iter().map(|answer| answer.settled).collect()
+    }
+
+    /// The reports that a job of acme owes, by their numbers among its reports.
+    pub(super) async fn owed(&self, id: &str) -> Vec<(ReportNumber, i64, String)> {
+        let sql = self
+            .db
+            .sql("SELECT n, seq, body FROM {s}.outbox WHERE tenant = 'acme' AND id = $1 ORDER BY seq");
+        let client = self.db.client().await.unwrap();
+        let rows = client.query(&sql, &[&id]).await.unwrap();
+        let owed = |row: &tokio_postgres::Row| (ReportNumber(row.get(0)), row.get(1), row.get(2));
+        rows.iter().map(owed).collect()
     }
 
     /// A job in the waiting room.
@@ -293,7 +310,7 @@ pub(super) fn park(row: &Row, reason: WaitReason, delay: Duration) -> Settlement
 /// Final, with its report.
 pub(super) fn done(row: &Row, kind: ReportType) -> Settlement {
     let mut done = settlement(row, Next::Done(kind));
-    done.report = Some(report(row, kind));
+    done.report = Some(report(row, kind).into());
     done
 }
 

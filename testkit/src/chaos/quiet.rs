@@ -98,10 +98,7 @@ async fn left(town: &Installation) -> Result<Vec<String>, String> {
     for (what, query) in [
         ("leased jobs", "SELECT count(*) FROM job WHERE state = 1"),
         ("waiting jobs", "SELECT count(*) FROM job WHERE state IN (0, 2)"),
-        (
-            "reports in the outbox",
-            "SELECT count(*) FROM job WHERE outbox IS NOT NULL",
-        ),
+        ("reports in the outbox", "SELECT count(*) FROM outbox"),
         ("events in the outbox", "SELECT count(*) FROM event_outbox"),
         (
             "events of accounts in the outbox",

@@ -41,7 +41,7 @@ async fn a_worker_told_to_end_is_not_ready_takes_nothing_new_and_quits_after_the
     assert_eq!(told.kind(), "mail.sent");
     assert_eq!(scene.world.depth("mail.jobs.high").await, 1);
     assert_eq!(scene.server.counters().command("QUIT"), 1);
-    let owned = "SELECT count(*) FROM job WHERE state = 1 OR outbox IS NOT NULL";
+    let owned = "SELECT (SELECT count(*) FROM job WHERE state = 1) + (SELECT count(*) FROM outbox)";
     let sql = scene.world.sql().await;
     assert_eq!(sql.query_one(owned, &[]).await.unwrap().get::<_, i64>(0), 0);
     let living = "SELECT count(*) FROM worker WHERE NOT dead";

@@ -95,7 +95,7 @@ impl World {
         super::eventually(Duration::from_mins(1), || async {
             let rows = sql
                 .query_one(
-                    "SELECT count(*) FROM job WHERE state <> 3 OR outbox IS NOT NULL",
+                    "SELECT (SELECT count(*) FROM job WHERE state <> 3) + (SELECT count(*) FROM outbox)",
                     &[],
                 )
                 .await

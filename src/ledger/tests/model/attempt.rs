@@ -7,7 +7,7 @@ use super::mutants::Habit;
 use super::reports::Unpublished;
 use super::{Broken, Model, Rule, Stage, Step, Task, holds, is_final};
 use crate::ledger::WaitReason;
-use crate::ledger::settle::{Next, Settled, Settlement};
+use crate::ledger::settle::{Answer, Next, Settled, Settlement};
 use crate::ledger::slots::{SlotAnswer, SlotRequest};
 use crate::report::RecipientStatus::{Accepted, Deferred, Refused};
 use crate::report::{RecipientResult, ReportType};
@@ -297,7 +297,7 @@ impl Model {
                 .results
                 .clone()
                 .unwrap_or_else(|| task.row.recipients.clone());
-            report
+            report.into()
         });
         if self.habit == Habit::AcksFirst && task.delivery {
             task.delivery = false;
@@ -321,7 +321,9 @@ impl Model {
         let (written, before) = task.unanswered.take().expect("asked for tasks that have one");
         let answer = self.write_settlement(w, &mut task, &written).await?;
         holds(
-            before == Settled::Written || answer != Settled::Written || self.leased_before(&task),
+            before.settled == Settled::Written
+                || answer.settled != Settled::Written
+                || self.leased_before(&task),
             Rule::LeaseGuards,
             || format!("{} was answered {before:?}, then {answer:?}", task.key),
         )?;
@@ -338,13 +340,14 @@ impl Model {
     }
 
     /// The statement, and whether it did what it says.
-    async fn write_settlement(&mut self, w: usize, task: &mut Task, written: &Settlement) -> Step<Settled> {
+    async fn write_settlement(&mut self, w: usize, task: &mut Task, written: &Settlement) -> Step<Answer> {
         let mine = self.leases(task);
         let before = self.tables.jobs.get(&task.key).cloned();
         if mine && written.refund {
             self.refunded.insert(task.key.clone());
         }
-        let answer = self.world.settle_one(written.clone()).await;
+        let answers = self.world.ledger.settle(std::slice::from_ref(written)).await;
+        let answer = answers.unwrap().remove(0);
         self.note(|| format!("worker {w} settles {} {:?}: {answer:?}", task.key, written.next));
         // Until the answer is acted upon, the delivery is in hand.
         let held = u32::from(task.delivery);
@@ -357,7 +360,7 @@ impl Model {
                 format!("{} was {before:?} and is {row:?}", task.key)
             })?;
         }
-        if answer == Settled::Written && mine {
+        if answer.settled == Settled::Written && mine {
             let row = row.as_ref().expect("a row that was settled is there");
             let right = match written.next {
                 Next::Done(_) => row.state == 3,
@@ -374,6 +377,12 @@ impl Model {
             holds(!lost, Rule::CancelStands, || {
                 format!("{} was to be cancelled", task.key)
             })?;
+            if let Some(report) = &written.report {
+                let sequence = report.data.sequence;
+                holds(self.owes(&task.key, sequence), Rule::ReportsOwed, || {
+                    format!("{} does not owe {sequence}", task.key)
+                })?;
+            }
             if let Some(results) = &written.recipients {
                 let told = results.iter().filter(|result| result.status == Accepted);
                 let missing: Vec<_> = told.filter(|r| !row.accepted.contains(&r.address)).collect();
@@ -388,16 +397,18 @@ impl Model {
     }
 
     /// Acts upon the answer.
-    async fn settled(&mut self, w: usize, mut task: Task, written: Settlement, answer: Settled) -> Step {
-        match answer {
+    async fn settled(&mut self, w: usize, mut task: Task, written: Settlement, answer: Answer) -> Step {
+        match answer.settled {
             Settled::Written => {
                 let keeps = !matches!(written.next, Next::GiveBack) && !self.chance(6);
                 if task.delivery && !keeps {
                     self.job(&task.key).ready += 1;
                 }
-                if let Some(report) = written.report {
+                if let (Some(report), Some(number)) = (written.report, answer.report) {
                     let key = task.key.clone();
-                    self.workers[w].unpublished.push(Unpublished { key, report });
+                    self.workers[w]
+                        .unpublished
+                        .push(Unpublished { key, report, number });
                 }
                 self.look().await
             }

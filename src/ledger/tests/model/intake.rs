@@ -125,7 +125,7 @@ impl Model {
                 return self.finish(w, task, ReportType::Cancelled).await;
             }
             Admitted::InFlight | Admitted::Held => self.workers[w].to_absorb.push(key),
-            Admitted::Waiting | Admitted::Done { .. } => {}
+            Admitted::Waiting | Admitted::Done => {}
             other => panic!("{other:?}"),
         }
         self.look().await

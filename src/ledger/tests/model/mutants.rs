@@ -107,12 +107,14 @@ mutants! {
     settling_keeps_the_slot:
         "settle_v1" ["phase = 0, slot_at = NULL, slot_cost = NULL,\n            attempt" => "phase = 0,\n            attempt"]
         breaks SlotsCounted;
-    settling_replaces_the_outbox:
-        "settle_v1" ["coalesce(x.outbox, '{}') || u.rp" => "ARRAY[u.rp]",
-                     "coalesce(x.outbox_seq, '{}') || u.sq" => "ARRAY[u.sq]"]
+    settling_owes_only_what_ends_a_job:
+        "settle_v1" ["FROM hit h WHERE h.rp IS NOT NULL" => "FROM hit h WHERE h.rp IS NOT NULL AND h.state = 3"]
         breaks ReportsOwed;
-    the_outbox_is_cleared_whole:
-        "clear_outbox_v1" ["CASE WHEN x.outbox_seq <@ u.s THEN" => "CASE WHEN true THEN"]
+    settling_tells_another_number:
+        "settle_v1" ["array_agg(h.n)" => "array_agg(h.n - 1)"]
+        breaks ReportsOwed;
+    the_outbox_is_cleared_up_to_a_number:
+        "clear_outbox_v1" ["x.n = ANY (p_numbers)" => "x.n <= ANY (p_numbers)"]
         breaks ReportsOwed;
     absorbing_stores_nothing:
         "absorb_v1" ["j.state IN (1, 4) AND j.empty" => "false"]

@@ -7,13 +7,14 @@ use serde_json::Value;
 use super::jobs::Key;
 use super::mutants::Habit;
 use super::{Model, Rule, Step, holds};
-use crate::ledger::outbox::ReportKey;
-use crate::report::Report;
+use crate::ledger::outbox::ReportNumber;
+use crate::report::ReportMessage;
 
 /// A report that its worker is about to publish.
 pub(super) struct Unpublished {
     pub(super) key: Key,
-    pub(super) report: Report,
+    pub(super) report: ReportMessage,
+    pub(super) number: ReportNumber,
 }
 
 impl Model {
@@ -23,17 +24,17 @@ impl Model {
             return Ok(());
         }
         let n = self.pick(self.workers[w].unpublished.len());
-        let Unpublished { key, report } = self.workers[w].unpublished.swap_remove(n);
+        let Unpublished { key, report, number } = self.workers[w].unpublished.swap_remove(n);
         let sequence = report.data.sequence;
         if self.habit == Habit::ClearsFirst {
-            self.clear(&key, sequence).await?;
+            self.clear(&key, sequence, number).await?;
         }
         if self.chance(4) {
             return Ok(()); // It crashed over it.
         }
-        self.published(&key, sequence, &serde_json::to_value(report).unwrap())?;
+        self.published(&key, sequence, &serde_json::from_str(report.json()).unwrap())?;
         if !self.chance(4) {
-            self.clear(&key, sequence).await?;
+            self.clear(&key, sequence, number).await?;
         }
         Ok(())
     }
@@ -55,21 +56,15 @@ impl Model {
         })
     }
 
-    async fn clear(&mut self, key: &Key, sequence: i64) -> Step {
-        let report = ReportKey {
-            tenant: key.tenant.clone(),
-            id: key.id.clone(),
-            sequence,
-        };
+    async fn clear(&mut self, key: &Key, sequence: i64, number: ReportNumber) -> Step {
         for _ in 0..=usize::from(self.chance(5)) {
             self.cleared.insert((key.clone(), sequence));
-            self.world
-                .ledger
-                .clear_outbox(std::slice::from_ref(&report))
-                .await
-                .unwrap();
+            self.world.ledger.clear_outbox(&[number]).await.unwrap();
             self.note(|| format!("{key}: {sequence} is cleared"));
             self.look().await?;
+            holds(!self.owes(key, sequence), Rule::ReportsOwed, || {
+                format!("{key} still owes {sequence}")
+            })?;
         }
         Ok(())
     }
@@ -77,7 +72,7 @@ impl Model {
     /// Publishes what is owed for too long.
     pub(super) async fn sweep(&mut self) -> Step {
         self.world
-            .run("UPDATE {s}.job SET outbox_at = clock_timestamp() WHERE outbox IS NOT NULL")
+            .run("UPDATE {s}.outbox SET due_at = clock_timestamp()")
             .await;
         let owed = self.world.ledger.owed_reports(100, Duration::ZERO).await.unwrap();
         for owed in owed {
@@ -85,11 +80,9 @@ impl Model {
                 tenant: owed.tenant,
                 id: owed.id,
             };
-            for (sequence, text) in owed.reports {
-                self.published(&key, sequence, &serde_json::from_str(&text).unwrap())?;
-                if !self.chance(8) {
-                    self.clear(&key, sequence).await?;
-                }
+            self.published(&key, owed.sequence, &serde_json::from_str(&owed.json).unwrap())?;
+            if !self.chance(8) {
+                self.clear(&key, owed.sequence, owed.number).await?;
             }
         }
         Ok(())

@@ -38,8 +38,10 @@ pub(super) struct Snapshot {
 }
 
 const JOBS: &str = "SELECT tenant, id, state, coalesce(epoch, 0), coalesce(claim, 0), seq, body IS NOT NULL,
-    coalesce(recipients, '[]'), cancel, phase = 1, merged, outcome, coalesce(outbox, '{}'), coalesce(outbox_seq, '{}'),
-    slot_at, slot_cost, account FROM {s}.job";
+    coalesce(recipients, '[]'), cancel, phase = 1, merged, outcome,
+    ARRAY(SELECT o.body FROM {s}.outbox o WHERE o.tenant = x.tenant AND o.id = x.id ORDER BY o.n),
+    ARRAY(SELECT o.seq FROM {s}.outbox o WHERE o.tenant = x.tenant AND o.id = x.id ORDER BY o.n),
+    slot_at, slot_cost, account FROM {s}.job x";
 const WORKERS: &str = "SELECT epoch, dead FROM {s}.worker";
 const RATES: &str = "SELECT key, used[1], lim[1], unit[1] = 1 FROM {s}.rate";
 const LANES: &str = "WITH waiting AS (SELECT * FROM {s}.job WHERE state = 2)
@@ -121,6 +123,11 @@ impl Model {
         holds(lanes.is_none(), Rule::LanesRight, || {
             lanes.clone().unwrap_or_default()
         })
+    }
+
+    pub(super) fn owes(&self, key: &Key, sequence: i64) -> bool {
+        let row = self.tables.jobs.get(key);
+        row.is_some_and(|row| row.owed.contains(&sequence))
     }
 
     pub(super) fn nothing_is_owed(&self) -> bool {
