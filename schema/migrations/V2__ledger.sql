@@ -684,8 +684,8 @@ BEGIN
         AND NOT EXISTS (SELECT FROM account_health h WHERE h.state > 0)
         AND NOT EXISTS (
             SELECT FROM (SELECT DISTINCT u.t, u.a FROM unnest(p_tenants, p_accounts) u(t, a)) d
-            WHERE EXISTS (SELECT FROM lane y WHERE y.account = d.a AND y.fifo > 0)
-               OR EXISTS (SELECT FROM rate z WHERE z.key = ANY (charged_keys(d.t, d.a))));
+            WHERE (SELECT true FROM lane y WHERE y.account = d.a AND y.fifo > 0 LIMIT 1)
+               OR (SELECT true FROM rate z WHERE z.key = ANY (charged_keys(d.t, d.a)) LIMIT 1));
     IF v_plain THEN
         v_born := floor(extract(epoch FROM v_now))::bigint * 1000;
         WITH made AS (
@@ -712,7 +712,8 @@ BEGIN
             INTO v_ill FROM unnest(p_accounts) WITH ORDINALITY u(a, o);
     END IF;
     -- what: 0 known, 1 over a limit, 3 for later, 4 its account is busy, 7 its account is in trouble (these are the reasons to
-    -- wait), 8 others wait in front, 9 expired, 10 it may become the probe or take a detour, without a slot; 11 go
+    -- wait), 8 others wait in front, 9 expired, 10 it may become the probe or take a detour, without a slot; 11 go.
+    -- OFFSET 0: what was looked up is not to be looked up again wherever it is named.
     v_us := micros(v_now);
     SELECT array_agg(e.what = 0 ORDER BY e.o),
            array_agg(CASE WHEN e.what IN (8, 9) THEN e.what WHEN e.what IN (1, 3, 4, 7) THEN 2 ELSE 1 END::smallint ORDER BY e.o),
@@ -726,11 +727,12 @@ BEGIN
                       WHEN d.ill IS NOT NULL THEN CASE d.w WHEN 2 THEN 7 ELSE 10 END
                       WHEN d.shut > v_us THEN 1 WHEN d.w = 2 THEN 4 WHEN d.behind THEN 8 ELSE 11 END AS what
           FROM (SELECT u.*,
-                       EXISTS (SELECT FROM job x WHERE x.tenant = u.t AND x.id = u.id) AS known,
-                       EXISTS (SELECT FROM lane y WHERE y.account = u.a AND y.level <= u.l AND y.fifo > 0) AS behind,
+                       (SELECT true FROM job x WHERE x.tenant = u.t AND x.id = u.id) IS NOT NULL AS known,
+                       (SELECT true FROM lane y WHERE y.account = u.a AND y.level <= u.l AND y.fifo > 0 LIMIT 1)
+                           IS NOT NULL AS behind,
                        (SELECT max(z.next_at) FROM rate z WHERE z.key = ANY (charged_keys(u.t, u.a))) AS shut
                 FROM unnest(p_tenants, p_ids, p_accounts, p_levels, p_costs, p_send_at, p_expires_at, p_want, v_ill)
-                     WITH ORDINALITY u(t, id, a, l, cost, sa, ea, w, ill, o)) d) e;
+                     WITH ORDINALITY u(t, id, a, l, cost, sa, ea, w, ill, o) OFFSET 0) d OFFSET 0) e;
     v_granted := v_ask; v_valid := v_ill;
     IF 0 < ANY (v_ask) THEN
         SELECT g.granted, g.slot_us, g.valid_us, g.next_us INTO s FROM take_slots(p_tenants, p_accounts, v_ask, NULL) g;
