@@ -51,6 +51,9 @@ pub struct Admission {
     lacks_urgent_permits: bool,
     /// How many of each level have been looked at in vain since something was freed: those behind them are new.
     passed: [usize; 4],
+    /// Levels of which the last look stopped for want of a permit. A new arrival is then no reason to look again: one
+    /// permit would go into a statement of its own.
+    short: [bool; 4],
 }
 
 /// An arrival picked for a batch, with what it needs to run; without a permit it is to be parked.
@@ -74,6 +77,7 @@ impl Admission {
             statements: Arc::new(Semaphore::new(STATEMENTS)),
             lacks_urgent_permits: false,
             passed: [0; 4],
+            short: [false; 4],
         }
     }
 
@@ -102,6 +106,7 @@ impl Admission {
             }
             if !is_new {
                 self.passed = [0; 4];
+                self.short = [false; 4];
             }
             while let Ok(arrival) = arrivals.try_recv() {
                 self.take(arrival);
@@ -146,11 +151,17 @@ impl Admission {
     /// account is busy.
     fn pick(&mut self) -> Vec<Picked> {
         let mut picking = Picking::new(&self.worker);
+        self.lacks_urgent_permits = false;
         for level in self.worker.permits.order() {
-            let (queue, passed) = (&mut self.levels[level.index()], &mut self.passed[level.index()]);
-            *passed = picking.pick_from(queue, level, *passed);
+            let i = level.index();
+            if self.short[i] && !self.worker.permits.has_plenty(level) {
+                continue;
+            }
+            self.passed[i] = picking.pick_from(&mut self.levels[i], level, self.passed[i]);
+            let is_urgent = level == Level::Immediate;
+            self.short[i] = picking.lacks_permits && !is_urgent;
+            self.lacks_urgent_permits |= picking.lacks_permits && is_urgent;
         }
-        self.lacks_urgent_permits = picking.lacks_urgent_permits;
         picking.batch
     }
 }
@@ -165,7 +176,8 @@ struct Picking<'a> {
     picked: HashSet<SameJob>,
     /// Accounts found full in this look.
     full: HashSet<AccountKey>,
-    lacks_urgent_permits: bool,
+    /// An arrival of the level just looked at found no permit.
+    lacks_permits: bool,
 }
 
 /// A job by its name.
@@ -202,13 +214,14 @@ impl<'a> Picking<'a> {
             batch: Vec::new(),
             picked: HashSet::new(),
             full: HashSet::new(),
-            lacks_urgent_permits: false,
+            lacks_permits: false,
         }
     }
 
     /// Looks at a queue from `place` on, and returns up to where nothing more can be had. Stops at the first arrival that
     /// finds no permit: those behind it are younger, and none of them is to be parked unless it is.
     fn pick_from(&mut self, queue: &mut VecDeque<Box<Arrival>>, level: Level, mut place: usize) -> usize {
+        self.lacks_permits = false;
         while self.batch.len() < BATCH
             && let Some(arrival) = queue.get(place)
         {
@@ -223,7 +236,7 @@ impl<'a> Picking<'a> {
                     }
                 }
                 Turn::NoPermit => {
-                    self.lacks_urgent_permits |= level == Level::Immediate;
+                    self.lacks_permits = true;
                     if !self.has_stood_long(arrival) {
                         return place;
                     }

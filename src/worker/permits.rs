@@ -99,6 +99,12 @@ impl Permits {
         self.lock().available(level.index())
     }
 
+    /// Whether a quarter of what this level can have is free.
+    #[must_use]
+    pub fn has_plenty(&self, level: Level) -> bool {
+        self.lock().has_plenty(level.index())
+    }
+
     /// The order in which levels should ask now.
     #[must_use]
     pub fn order(&self) -> [Level; 4] {
