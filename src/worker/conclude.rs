@@ -222,16 +222,9 @@ impl Worker {
         let worker = Arc::clone(self);
         self.tasks.spawn(async move {
             let _in_flight = worker.in_flight();
-            let concluding = over.into_iter().map(|over| {
-                let Over {
-                    task,
-                    origin,
-                    verdict,
-                } = over;
-                let mut attempt = Attempt::of(known_recipients(&task), task.row.message_id.clone());
-                attempt.verdict = verdict;
-                attempt.account = task.job.account.as_ref().map(ToString::to_string);
-                worker.plan(task, Some(origin), attempt)
+            // A defect of ours met in one must not take the others along: its delivery goes back, and the lease with it.
+            let concluding = over.into_iter().filter_map(|over| {
+                std::panic::catch_unwind(AssertUnwindSafe(|| worker.plan_at_once(over))).ok()
             });
             let (ends, settlements): (Vec<_>, Vec<_>) = concluding.unzip();
             let settled = worker.batches.settle_together(settlements).await;
@@ -239,6 +232,18 @@ impl Worker {
                 worker.end(end, settlement, answer).await;
             }
         });
+    }
+
+    fn plan_at_once(&self, over: Over) -> (End, Settlement) {
+        let Over {
+            task,
+            origin,
+            verdict,
+        } = over;
+        let mut attempt = Attempt::of(known_recipients(&task), task.row.message_id.clone());
+        attempt.verdict = verdict;
+        attempt.account = task.job.account.as_ref().map(ToString::to_string);
+        self.plan(task, Some(origin), attempt)
     }
 
     /// plan → settle → acknowledge → report.
