@@ -222,7 +222,7 @@ impl Worker {
         let worker = Arc::clone(self);
         self.tasks.spawn(async move {
             let _in_flight = worker.in_flight();
-            // A defect of ours met in one must not take the others along: its delivery goes back, and the lease with it.
+            // A defect of ours met in one must not take the others along: its delivery goes back, its lease is found forgotten.
             let concluding = over.into_iter().filter_map(|over| {
                 std::panic::catch_unwind(AssertUnwindSafe(|| worker.plan_at_once(over))).ok()
             });
