@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use deadpool::Runtime;
-use deadpool::managed::{Pool, Timeouts};
+use deadpool::managed::{Pool, QueueMode, Timeouts};
 
 use crate::config;
 
@@ -201,6 +201,8 @@ fn pool(
     };
     Pool::builder(manager)
         .max_size(size)
+        // A connection has its plans and caches: the fewer are in use, the warmer they are.
+        .queue_mode(QueueMode::Lifo)
         .timeouts(Timeouts {
             wait: Some(wait),
             create: Some(CREATE),

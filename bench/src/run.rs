@@ -30,6 +30,9 @@ pub(crate) struct Options {
     /// Only loads with these letters, such as abd
     #[arg(long, value_name = "LETTERS")]
     only: Option<String>,
+    /// Only entries with this in their name, such as CHUNKING
+    #[arg(long, value_name = "PART")]
+    named: Option<String>,
     /// Runs of each entry, of which the median counts
     #[arg(long, default_value_t = 3)]
     rounds: usize,
@@ -63,6 +66,10 @@ pub(crate) async fn run(options: Options) -> Result<(), Failed> {
             .entries
             .iter()
             .filter(|entry| on.peers.have(entry.contestant))
+            .filter(|entry| {
+                let name = Row::new(entry).name();
+                options.named.as_ref().is_none_or(|part| name.contains(part))
+            })
             .cloned()
             .collect();
         let mut rows: Vec<Row> = entries.iter().map(Row::new).collect();
