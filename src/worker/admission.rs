@@ -44,7 +44,6 @@ const STATEMENTS: usize = 2;
 #[derive(Debug)]
 pub struct Admission {
     worker: Arc<Worker>,
-    /// Boxed: they are large, and move up when those before them go.
     levels: [VecDeque<Box<Arrival>>; 4],
     statements: Arc<Semaphore>,
     /// Something urgent lacks a permit.
@@ -60,7 +59,7 @@ pub struct Admission {
 #[derive(Debug)]
 pub struct Picked {
     /// The arrival.
-    pub arrival: Arrival,
+    pub arrival: Box<Arrival>,
     /// Its claim and what is asked for.
     pub request: AdmitRequest,
     /// The right to send it.
@@ -82,7 +81,7 @@ impl Admission {
     }
 
     /// Runs until `stop`; what is still in hand then is given back to RabbitMQ.
-    pub async fn run(mut self, mut arrivals: mpsc::Receiver<Arrival>, stop: CancellationToken) {
+    pub async fn run(mut self, mut arrivals: mpsc::Receiver<Box<Arrival>>, stop: CancellationToken) {
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (mut room, mut permits) = (self.worker.load.watch(), self.worker.permits.watch());
@@ -125,8 +124,8 @@ impl Admission {
         }
     }
 
-    fn take(&mut self, arrival: Arrival) {
-        self.levels[arrival.level.index()].push_back(Box::new(arrival));
+    fn take(&mut self, arrival: Box<Arrival>) {
+        self.levels[arrival.level.index()].push_back(arrival);
     }
 
     async fn admit_what_can_run(&mut self) {
@@ -232,7 +231,7 @@ impl<'a> Picking<'a> {
             match self.turn(arrival, level) {
                 Turn::Now(want, right) => {
                     if let Some(arrival) = queue.remove(place) {
-                        self.add(*arrival, want, right);
+                        self.add(arrival, want, right);
                     }
                 }
                 Turn::NoPermit => {
@@ -308,7 +307,7 @@ impl<'a> Picking<'a> {
         self.picked.contains(&SameJob(Arc::clone(&arrival.job)))
     }
 
-    fn add(&mut self, arrival: Arrival, want: Want, permit: Option<(Permit, InHand)>) {
+    fn add(&mut self, arrival: Box<Arrival>, want: Want, permit: Option<(Permit, InHand)>) {
         self.picked.insert(SameJob(Arc::clone(&arrival.job)));
         let (account, lease) = (arrival.account.clone(), self.worker.claim());
         let mut request = AdmitRequest::new(&arrival.job, arrival.level, account, lease, want);
