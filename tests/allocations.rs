@@ -45,7 +45,10 @@ fn decoding_and_composing_a_plain_job_allocates_little_and_copies_its_text_a_few
 
     let (job, blocks, total) = counted(|| decode(&incoming(body.as_bytes()), &limits).unwrap());
     assert!(blocks <= 32, "decoding takes {blocks} allocations");
-    assert!(total <= 5 * bytes, "decoding takes {total} bytes for {bytes} of text");
+    assert!(
+        total <= 5 * bytes,
+        "decoding takes {total} bytes for {bytes} of text"
+    );
 
     let from = job.to[0].clone();
     let recipients = [from.address.clone()];
@@ -63,5 +66,8 @@ fn decoding_and_composing_a_plain_job_allocates_little_and_copies_its_text_a_few
     compose(&composition).unwrap();
     let (_, blocks, total) = counted(|| compose(&composition).unwrap());
     assert!(blocks <= 14, "composing takes {blocks} allocations");
-    assert!(total <= 3 * bytes, "composing takes {total} bytes for {bytes} of text");
+    assert!(
+        total <= 3 * bytes,
+        "composing takes {total} bytes for {bytes} of text"
+    );
 }

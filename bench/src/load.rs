@@ -100,12 +100,7 @@ impl Entry {
 
 /// The loads of `make bench`, or all of them.
 pub(crate) fn all(full: bool) -> Vec<Load> {
-    let mut loads = vec![
-        zero_latency(),
-        limits(),
-        parked(full),
-        idle(),
-    ];
+    let mut loads = vec![zero_latency(), limits(), parked(full), idle()];
     loads.extend(latency());
     if full {
         loads.extend([
