@@ -348,7 +348,7 @@ impl Worker {
     }
 
     /// The body of a delivery as it is stored.
-    fn body(&self, job: &MailJob, delivery: &Delivery, properties: &Properties) -> Option<Body> {
+    pub(super) fn body(&self, job: &MailJob, delivery: &Delivery, properties: &Properties) -> Option<Body> {
         let plain = plain(delivery, &self.limits).ok_or_else(|| "it cannot be inflated again".to_owned());
         let keys = self.pipeline.keys.encryption.current();
         let stored = plain.and_then(|plain| stored(job, &plain, properties, &keys));
