@@ -1,6 +1,8 @@
 //! Why something did not work, classified once where it happened and carried unchanged to the report.
 
+use std::borrow::Cow;
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// The reason of a failure that waits for a key.
@@ -132,9 +134,9 @@ pub struct Reply {
     /// Three-digit code.
     pub code: u16,
     /// Enhanced status code such as `5.1.1`, if the server gave one.
-    pub enhanced: Option<String>,
+    pub enhanced: Option<Arc<str>>,
     /// The text after the codes; control characters replaced, at most [`Reply::MAX_TEXT`] bytes.
-    pub text: String,
+    pub text: Arc<str>,
 }
 
 impl Reply {
@@ -145,21 +147,15 @@ impl Reply {
     /// (server replies are foreign bytes: no NUL, no control characters, bounded).
     #[must_use]
     pub fn new(code: u16, text: &str) -> Self {
-        let cleaned: String = text
-            .trim()
-            .chars()
-            .map(|c| if c.is_control() { ' ' } else { c })
-            .collect();
+        let cleaned = without_controls(text.trim());
         let (enhanced, rest) = split_enhanced(code, &cleaned);
-        let mut text = rest.trim().to_owned();
-        if text.len() > Self::MAX_TEXT {
-            let end = (0..=Self::MAX_TEXT)
-                .rev()
-                .find(|i| text.is_char_boundary(*i))
-                .unwrap_or(0);
-            text.truncate(end);
+        let text = rest.trim();
+        let text = &text[..text.floor_char_boundary(Self::MAX_TEXT)];
+        Self {
+            code,
+            enhanced: enhanced.map(Arc::from),
+            text: Arc::from(text),
         }
-        Self { code, enhanced, text }
     }
 
     /// 2yz or 3yz.
@@ -193,15 +189,22 @@ impl fmt::Display for Reply {
 }
 
 /// Splits `5.1.1 No such user` into code and text; the class digit must agree with the reply code (RFC 2034 §4).
-fn split_enhanced(code: u16, text: &str) -> (Option<String>, &str) {
+/// With a space for each control character.
+fn without_controls(text: &str) -> Cow<'_, str> {
+    if text.chars().any(char::is_control) {
+        text.replace(char::is_control, " ").into()
+    } else {
+        text.into()
+    }
+}
+
+fn split_enhanced(code: u16, text: &str) -> (Option<&str>, &str) {
     let (first, rest) = text.split_once(' ').unwrap_or((text, ""));
     let mut parts = first.split('.');
     let agrees = |part: &str| part.parse::<u16>().is_ok_and(|class| class == code / 100);
     let subject = |part: &str| (1..=3).contains(&part.len()) && part.bytes().all(|b| b.is_ascii_digit());
     match (parts.next(), parts.next(), parts.next(), parts.next()) {
-        (Some(a), Some(b), Some(c), None) if agrees(a) && subject(b) && subject(c) => {
-            (Some(first.to_owned()), rest)
-        }
+        (Some(a), Some(b), Some(c), None) if agrees(a) && subject(b) && subject(c) => (Some(first), rest),
         _ => (None, text),
     }
 }
@@ -322,7 +325,7 @@ mod tests {
     fn a_reply_splits_off_an_enhanced_code_that_agrees_with_its_class() {
         let reply = Reply::new(550, "5.1.1 No such user");
         assert_eq!(reply.enhanced.as_deref(), Some("5.1.1"));
-        assert_eq!(reply.text, "No such user");
+        assert_eq!(&*reply.text, "No such user");
         assert_eq!(reply.to_string(), "550 5.1.1 No such user");
         assert_eq!(Reply::new(550, "4.1.1 odd").enhanced, None);
         assert_eq!(Reply::new(550, "127.0.0.1 blocked").enhanced, None);

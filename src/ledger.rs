@@ -109,7 +109,7 @@ pub struct Row {
     /// Results of earlier attempts; empty before the first.
     pub recipients: Vec<RecipientResult>,
     /// Message-ID of earlier attempts.
-    pub message_id: Option<String>,
+    pub message_id: Option<Arc<str>>,
     /// Attempts and leases of which nobody knows the outcome.
     pub uncertain: u32,
     /// Suspicion that it crashes whoever works on it: see [`Row::is_poison`].

@@ -5,6 +5,7 @@ pub mod attempt;
 pub mod evidence;
 pub mod task;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::failure::Failure;
@@ -21,11 +22,11 @@ pub struct Attempt {
     /// What it concluded.
     pub verdict: Verdict,
     /// The tenant's account the job is for, by name.
-    pub account: Option<String>,
+    pub account: Option<Arc<str>>,
     /// Who really sent, or would have.
     pub sender: Option<Sender>,
     /// Message-ID of the mail, once it has one.
-    pub message_id: Option<String>,
+    pub message_id: Option<Arc<str>>,
     /// Results so far, of earlier attempts too.
     pub recipients: Vec<RecipientResult>,
     /// The failure worth telling, if any.
@@ -77,7 +78,7 @@ pub enum Verdict {
 impl Attempt {
     /// An attempt at a job of which nothing has been tried yet in this turn.
     #[must_use]
-    pub fn of(recipients: Vec<RecipientResult>, message_id: Option<String>) -> Self {
+    pub fn of(recipients: Vec<RecipientResult>, message_id: Option<Arc<str>>) -> Self {
         Self {
             verdict: Verdict::GiveBack,
             account: None,

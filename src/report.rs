@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::ops::Deref;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use jiff::Timestamp;
 use serde::Serialize;
@@ -10,7 +10,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::failure::{Failure, Reply};
-use crate::id::{JobId, TenantId};
+use crate::id::{AccountKey, JobId, TenantId};
 
 /// The type of a report; its name is part of the routing key `report.<tenant>.<type>`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -79,9 +79,12 @@ pub struct Report {
     pub data: ReportData,
 }
 
-/// A report and its JSON, made once: what is published is what was stored, byte for byte.
+/// A report and its JSON, made once: what is published is what was stored, byte for byte. Small: it goes from hand to hand.
 #[derive(Debug, Clone)]
-pub struct ReportMessage {
+pub struct ReportMessage(Box<Written>);
+
+#[derive(Debug, Clone)]
+struct Written {
     report: Report,
     json: OnceLock<String>,
 }
@@ -91,23 +94,24 @@ impl ReportMessage {
     #[must_use]
     pub fn json(&self) -> &str {
         // Strings, numbers and checked JSON values: serialising cannot fail.
-        self.json
-            .get_or_init(|| serde_json::to_string(&self.report).unwrap_or_default())
+        self.0
+            .json
+            .get_or_init(|| serde_json::to_string(&self.0.report).unwrap_or_default())
     }
 
     /// The particulars, to be changed; the JSON is made anew.
     pub fn data_mut(&mut self) -> &mut ReportData {
-        self.json.take();
-        &mut self.report.data
+        self.0.json.take();
+        &mut self.0.report.data
     }
 }
 
 impl From<Report> for ReportMessage {
     fn from(report: Report) -> Self {
-        Self {
+        Self(Box::new(Written {
             report,
             json: OnceLock::new(),
-        }
+        }))
     }
 }
 
@@ -115,7 +119,7 @@ impl Deref for ReportMessage {
     type Target = Report;
 
     fn deref(&self) -> &Report {
-        &self.report
+        &self.0.report
     }
 }
 
@@ -128,7 +132,7 @@ pub struct ReportData {
     /// Whose.
     pub tenant: TenantId,
     /// The account the job is for; `null` when none could be found.
-    pub account: Option<String>,
+    pub account: Option<Arc<str>>,
     /// Who really sent, and why.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sender: Option<Sender>,
@@ -136,7 +140,7 @@ pub struct ReportData {
     pub attempt: u32,
     /// Message-ID of the mail, with angle brackets.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub message_id: Option<String>,
+    pub message_id: Option<Arc<str>>,
     /// One entry per recipient, cumulative over attempts.
     pub recipients: Vec<RecipientResult>,
     /// Some recipients got it and some did not.
@@ -167,7 +171,7 @@ pub struct ReportData {
     pub sequence: i64,
     /// AMQP `correlation_id` of the job, else its id.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub correlation_id: Option<String>,
+    pub correlation_id: Option<Arc<str>>,
     /// W3C trace context of the producer, as in the job's header; of the attempt, if it has a span.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,
@@ -209,17 +213,17 @@ pub struct Sender {
     pub via: &'static str,
     /// `tenant/account` of the sending account; absent for an override.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub account: Option<String>,
+    pub account: Option<AccountKey>,
     /// Why the platform sent: `not_configured`, `unhealthy` or `send_error`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub reason: Option<String>,
+    pub reason: Option<&'static str>,
 }
 
 /// What happened to one recipient.
 #[derive(Debug, Clone, Serialize, serde::Deserialize, PartialEq, Eq)]
 pub struct RecipientResult {
     /// The address as in the job.
-    pub address: String,
+    pub address: Arc<str>,
     /// `accepted`, `deferred`, `refused` or `pending`.
     pub status: RecipientStatus,
     /// Reply code.
@@ -227,10 +231,10 @@ pub struct RecipientResult {
     pub code: Option<u16>,
     /// Enhanced status code.
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub enhanced_code: Option<String>,
+    pub enhanced_code: Option<Arc<str>>,
     /// Reply text.
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub text: Option<String>,
+    pub text: Option<Arc<str>>,
 }
 
 /// State of one recipient.
@@ -252,7 +256,7 @@ impl RecipientResult {
     #[must_use]
     pub fn pending(address: &str) -> Self {
         Self {
-            address: address.to_owned(),
+            address: address.into(),
             status: RecipientStatus::Pending,
             code: None,
             enhanced_code: None,
@@ -265,7 +269,7 @@ impl RecipientResult {
         self.status = status;
         self.code = reply.map(|r| r.code);
         self.enhanced_code = reply.and_then(|r| r.enhanced.clone());
-        self.text = reply.map(|r| r.text.clone());
+        self.text = reply.map(|r| Arc::clone(&r.text));
     }
 
     /// Whether it still waits for the mail.

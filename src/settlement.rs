@@ -1,6 +1,7 @@
 //! What follows from an attempt: the outcome, the report, and whether and when to come back. Pure: everything that is
 //! decided here is decided from its arguments.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
@@ -26,7 +27,7 @@ pub struct Circumstances<'a> {
     /// What the ledger knows of it.
     pub row: &'a Row,
     /// AMQP `correlation_id`, else the job's id.
-    pub correlation_id: &'a str,
+    pub correlation_id: &'a Arc<str>,
     /// W3C trace context of the producer.
     pub traceparent: Option<&'a str>,
     /// When to come back, unless the account says otherwise.
@@ -292,7 +293,7 @@ fn report(at: &Circumstances<'_>, attempt: &Attempt, kind: ReportType) -> Report
         errors: Vec::new(),
         is_final: kind.is_final(),
         sequence,
-        correlation_id: Some(at.correlation_id.to_owned()),
+        correlation_id: Some(Arc::clone(at.correlation_id)),
         traceparent: at.traceparent.map(str::to_owned),
         next_attempt_at: None,
         uncertain_attempts: at.row.uncertain + u32::from(attempt.is_uncertain()),

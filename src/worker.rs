@@ -105,7 +105,7 @@ pub struct Worker {
     pub database: health::Handle,
     epoch: RwLock<Arc<Epoch>>,
     caps: Arc<run::Caps>,
-    arrivals: mpsc::Sender<arrival::Arrival>,
+    arrivals: mpsc::Sender<Box<arrival::Arrival>>,
     name: String,
 }
 
@@ -160,7 +160,7 @@ impl Worker {
     }
 
     /// Puts an arrival (again) before admission.
-    pub async fn arrive(&self, arrival: arrival::Arrival) {
+    pub async fn arrive(&self, arrival: Box<arrival::Arrival>) {
         if let Err(closed) = self.arrivals.send(arrival).await {
             closed.0.give_back();
         }
@@ -237,7 +237,7 @@ impl Worker {
             // Not `level`: in JSON that is the severity's key.
             job_level = %task.level,
             via = attempt.sender.as_ref().map(|s| s.via),
-            account = attempt.sender.as_ref().and_then(|s| s.account.as_deref()),
+            account = attempt.sender.as_ref().and_then(|s| s.account.as_ref().map(AccountKey::as_str)),
             accepted = count(RecipientStatus::Accepted),
             deferred = count(RecipientStatus::Deferred),
             refused = count(RecipientStatus::Refused),

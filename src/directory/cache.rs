@@ -32,12 +32,19 @@ type Answer = Result<Option<Arc<TenantEntry>>, DirectoryError>;
 struct Known {
     entry: Option<Arc<TenantEntry>>,
     since: Instant,
+    /// Somebody has asked for it since it was read.
+    used: bool,
 }
 
 impl Known {
     fn is_fresh(&self) -> bool {
         let limit = if self.entry.is_some() { FRESH } else { FRESH_ABSENT };
         self.since.elapsed() < limit
+    }
+
+    /// Whether it will soon be asked for when it has to be read again.
+    fn is_due_soon(&self) -> bool {
+        self.used && self.entry.is_some() && self.since.elapsed() > FRESH / 2
     }
 }
 
@@ -126,11 +133,11 @@ impl Directory {
         reason = "not known, known not to exist, and known are three things"
     )]
     fn fresh(&self, id: &TenantId) -> Option<Option<Arc<TenantEntry>>> {
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        known
-            .get(id)
-            .filter(|known| known.is_fresh())
-            .map(|known| known.entry.clone())
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.get_mut(id).filter(|known| known.is_fresh()).map(|known| {
+            known.used = true;
+            known.entry.clone()
+        })
     }
 
     /// Reads tenants, together with those that others wait for; the answers hold at least these.
@@ -153,6 +160,7 @@ impl Directory {
             }
             None => true,
         });
+        self.add_those_due_soon(&mut missing);
         for chunk in missing.chunks(BATCH) {
             let read = tokio::time::timeout(LIMIT, self.query(chunk)).await;
             let read = read.map_err(|_| DbError::Timeout)??;
@@ -160,6 +168,21 @@ impl Directory {
             answers.extend(read);
         }
         Ok(answers)
+    }
+
+    /// Fills the statement that has to be made with tenants in use that would need one of their own in a moment: with many
+    /// of them, somebody would wait for one all the time.
+    fn add_those_due_soon(&self, missing: &mut Vec<TenantId>) {
+        if missing.is_empty() {
+            return;
+        }
+        let room = missing.len().next_multiple_of(BATCH) - missing.len();
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = known.iter().filter(|(_, known)| known.is_due_soon());
+        // What is no longer fresh may be among the missing.
+        let due = due.filter(|(id, known)| known.is_fresh() || missing.binary_search(id).is_err());
+        let due: Vec<_> = due.take(room).map(|(id, _)| id.clone()).collect();
+        missing.extend(due);
     }
 
     async fn query(&self, ids: &[TenantId]) -> Result<HashMap<TenantId, Answer>, DirectoryError> {
@@ -225,6 +248,7 @@ impl Directory {
                     Known {
                         entry: entry.clone(),
                         since,
+                        used: false,
                     },
                 ),
                 Err(_) => known.remove(id),

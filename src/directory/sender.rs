@@ -75,8 +75,8 @@ impl Chosen {
     pub fn sender(&self) -> report::Sender {
         report::Sender {
             via: self.via.as_str(),
-            account: (self.via != Via::Override).then(|| self.account.key.to_string()),
-            reason: self.reason.map(str::to_owned),
+            account: (self.via != Via::Override).then(|| self.account.key.clone()),
+            reason: self.reason,
         }
     }
 }

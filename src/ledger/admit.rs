@@ -1,5 +1,6 @@
 //! Admission: claims job ids, and answers for every delivery what it is.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -307,7 +308,7 @@ fn read(row: &tokio_postgres::Row, request: &AdmitRequest, sent: Instant) -> Res
             attempts: row.try_get::<_, i32>(column::ATTEMPT)?.max(0) as u32,
             created: timestamp(row.try_get(column::CREATED_US)?),
             recipients: recipients(row.try_get(column::RECIPIENTS)?),
-            message_id: row.try_get(column::MESSAGE_ID)?,
+            message_id: row.try_get::<_, Option<&str>>(column::MESSAGE_ID)?.map(Arc::from),
             uncertain: row.try_get::<_, i32>(column::UNCERTAIN)?.max(0) as u32,
             crashes: row.try_get::<_, i32>(column::CRASHES)?.max(0) as u32,
             deaths: row.try_get::<_, i32>(column::DEATHS)?.max(0) as u32,

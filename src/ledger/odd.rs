@@ -1,6 +1,8 @@
 //! The rare ways a job changes: somebody cancels or releases it by hand, a worker that lost its lease brings an
 //! acceptance, an uncertain send is found. Each is one transaction over one locked row.
 
+use std::sync::Arc;
+
 use deadpool_postgres::Transaction;
 use jiff::Timestamp;
 use serde_json::Value;
@@ -483,7 +485,7 @@ impl Ledger {
                     &report.kind,
                     &report.data.sequence,
                     &recipients,
-                    &report.data.message_id,
+                    &report.data.message_id.as_deref(),
                     &number.0,
                 ],
             )
@@ -561,10 +563,10 @@ fn manual_report(row: &Locked, tenant: &TenantId, id: &JobId, kind: ReportType, 
         data: ReportData {
             job: Some(id.clone()),
             tenant: tenant.clone(),
-            account: own_account(row, tenant),
+            account: own_account(row, tenant).map(Arc::from),
             sender: None,
             attempt: row.attempts.max(0) as u32,
-            message_id: row.message_id.clone(),
+            message_id: row.message_id.as_deref().map(Arc::from),
             recipients: row.recipients.clone(),
             partial,
             reason: Some(reason.to_owned()),
@@ -575,7 +577,7 @@ fn manual_report(row: &Locked, tenant: &TenantId, id: &JobId, kind: ReportType, 
             errors: Vec::new(),
             is_final: kind.is_final(),
             sequence,
-            correlation_id: Some(correlation.unwrap_or(id.as_str()).to_owned()),
+            correlation_id: Some(correlation.unwrap_or(id.as_str()).into()),
             traceparent: row
                 .properties
                 .get("traceparent")

@@ -203,7 +203,7 @@ fn read(row: &tokio_postgres::Row, epoch: &Arc<Epoch>, sent: Instant) -> Result<
             attempts: row.try_get::<_, i32>("attempt")?.max(0) as u32,
             created: timestamp(row.try_get("created_us")?),
             recipients: recipients(row.try_get("recipients")?),
-            message_id: row.try_get("message_id")?,
+            message_id: row.try_get::<_, Option<&str>>("message_id")?.map(Arc::from),
             uncertain: row.try_get::<_, i32>("uncertain")?.max(0) as u32,
             crashes: row.try_get::<_, i32>("crashes")?.max(0) as u32,
             deaths: row.try_get::<_, i32>("deaths")?.max(0) as u32,

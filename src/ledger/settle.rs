@@ -1,6 +1,7 @@
 //! Settlement: outcome, report and what follows, in one transaction.
 
 use std::borrow::Borrow;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -26,7 +27,7 @@ pub struct Settlement {
     /// Cumulative results; `None` leaves what is there.
     pub recipients: Option<Vec<RecipientResult>>,
     /// Message-ID of the mail, once it has one.
-    pub message_id: Option<String>,
+    pub message_id: Option<Arc<str>>,
     /// The report, numbered `row.sequence + 1`.
     pub report: Option<ReportMessage>,
     /// The slot was not used: it goes back.

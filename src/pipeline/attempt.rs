@@ -14,7 +14,7 @@ use crate::config::UnknownTenant;
 use crate::directory::{Chosen, Directory, TenantEntry, Via, overrides, sender};
 use crate::fail_point::{self, Point};
 use crate::failure::{Class, Failure, Fault, Severity, Stage};
-use crate::id::TenantId;
+use crate::id::{AccountId, TenantId};
 use crate::job::{MailJob, OnUncertain};
 use crate::ledger::batches::Batches;
 use crate::ledger::slots::{SlotAnswer, SlotRequest};
@@ -375,20 +375,19 @@ impl Pipeline {
     }
 
     /// The Message-ID: that of earlier attempts, else made from what identifies the job.
-    fn message_id(&self, task: &Task, chosen: &Chosen, attempt: &mut Attempt) -> String {
+    fn message_id(&self, task: &Task, chosen: &Chosen, attempt: &mut Attempt) -> Arc<str> {
         let from = task.job.from.as_ref().unwrap_or(&chosen.from);
-        attempt
-            .message_id
-            .get_or_insert_with(|| {
-                compose::message_id(
-                    &self.installation_secret,
-                    &task.job.tenant,
-                    &task.job.id,
-                    task.row.born,
-                    from.address.domain(),
-                )
-            })
-            .clone()
+        let message_id = attempt.message_id.get_or_insert_with(|| {
+            compose::message_id(
+                &self.installation_secret,
+                &task.job.tenant,
+                &task.job.id,
+                task.row.born,
+                from.address.domain(),
+            )
+            .into()
+        });
+        Arc::clone(message_id)
     }
 
     fn compose(
@@ -572,7 +571,7 @@ fn open_recipients(attempt: &Attempt, tried: &HashSet<String>) -> Vec<Address> {
     attempt
         .recipients
         .iter()
-        .filter(|r| r.is_open() && !tried.contains(&r.address))
+        .filter(|r| r.is_open() && !tried.contains(&*r.address))
         .filter_map(|r| r.address.parse().ok())
         .collect()
 }
@@ -609,10 +608,10 @@ fn conclude(attempt: &mut Attempt, outcome: Outcome, email: &Email, part: &[Addr
 }
 
 /// The tenant's own account the job is for, by name.
-fn account_name(task: &Task, chosen: &Chosen) -> Option<String> {
+fn account_name(task: &Task, chosen: &Chosen) -> Option<Arc<str>> {
     match chosen.via {
-        Via::Account => Some(chosen.account.key.account().to_owned()),
-        _ => task.job.account.as_ref().map(ToString::to_string),
+        Via::Account => Some(chosen.account.key.account().into()),
+        _ => task.job.account.as_ref().map(AccountId::shared),
     }
 }
 
@@ -620,7 +619,7 @@ fn account_name(task: &Task, chosen: &Chosen) -> Option<String> {
 fn record<'a>(attempt: &mut Attempt, part: &[Address], results: impl Iterator<Item = &'a smtp::RcptResult>) {
     for (address, result) in part.iter().zip(results) {
         let address: &str = address.as_ref();
-        let Some(mine) = attempt.recipients.iter_mut().find(|r| r.address == address) else {
+        let Some(mine) = attempt.recipients.iter_mut().find(|r| *r.address == *address) else {
             continue;
         };
         let status = match result.failure() {

@@ -20,7 +20,7 @@ pub struct Task {
     /// Its level.
     pub level: Level,
     /// AMQP `correlation_id`, else the job's id.
-    pub correlation_id: String,
+    pub correlation_id: Arc<str>,
     /// W3C trace context of the producer.
     pub traceparent: Option<String>,
     /// It came from RabbitMQ just now rather than out of the waiting room.

@@ -71,7 +71,7 @@ impl Case {
         let at = Circumstances {
             job: &self.job,
             row: &self.row,
-            correlation_id: "corr",
+            correlation_id: &"corr".into(),
             traceparent: None,
             retry: self.retry,
             new: self.new,
@@ -84,7 +84,7 @@ impl Case {
 
     /// An attempt in which the server said this about the two recipients.
     fn answered(&self, results: [RecipientStatus; 2]) -> Attempt {
-        let mut attempt = Attempt::of(all_pending(&self.job), Some("<m@example.com>".to_owned()));
+        let mut attempt = Attempt::of(all_pending(&self.job), Some("<m@example.com>".into()));
         for (recipient, status) in attempt.recipients.iter_mut().zip(results) {
             recipient.status = status;
         }

@@ -26,7 +26,8 @@ impl ReplyText {
     /// Takes a line with its end, and leaves of it what lettre's parser needs.
     pub(crate) fn push(&mut self, line: &mut BytesMut) {
         if self.complete {
-            self.before = std::mem::take(&mut self.latest);
+            std::mem::swap(&mut self.before, &mut self.latest);
+            self.latest.text.clear();
             self.complete = false;
         }
         let said = String::from_utf8_lossy(line);
@@ -69,6 +70,9 @@ impl Said {
     fn reply(&self) -> Reply {
         let mut lines = self.text.lines();
         let first = lines.next().unwrap_or_default();
+        if self.text.len() <= first.len() + 1 {
+            return Reply::new(self.code, first);
+        }
         let code = first.split(' ').next().unwrap_or_default();
         let mut text = first.to_owned();
         for line in lines {
@@ -117,7 +121,7 @@ mod tests {
         let (reply, _) = said(&[b"550-5.1.1 No such user\r\n", b"550 5.1.1 see the manual\r\n"]);
         assert_eq!(reply.code, 550);
         assert_eq!(reply.enhanced.as_deref(), Some("5.1.1"));
-        assert_eq!(reply.text, "No such user see the manual");
+        assert_eq!(&*reply.text, "No such user see the manual");
     }
 
     #[test]
@@ -137,16 +141,13 @@ mod tests {
     #[test]
     fn a_bare_code_is_a_reply() {
         let (reply, lines) = said(&[b"250\r\n"]);
-        assert_eq!((reply.code, reply.text.as_str()), (250, ""));
+        assert_eq!((reply.code, &*reply.text), (250, ""));
         assert_eq!(&lines[0][..], b"250 x\r\n");
     }
 
     #[test]
     fn a_new_reply_replaces_the_last() {
         let (reply, _) = said(&[b"250 2.1.0 Ok\r\n", b"354 go on\r\n"]);
-        assert_eq!(
-            (reply.code, reply.enhanced, reply.text.as_str()),
-            (354, None, "go on")
-        );
+        assert_eq!((reply.code, reply.enhanced, &*reply.text), (354, None, "go on"));
     }
 }

@@ -42,7 +42,6 @@ const STATEMENTS: usize = 2;
 pub struct Admission {
     worker: Arc<Worker>,
     later: park::Entrance,
-    /// Boxed: they are large, and move up when those before them go.
     levels: [VecDeque<Box<Arrival>>; 4],
     statements: Arc<Semaphore>,
     /// Something urgent lacks a permit.
@@ -58,7 +57,7 @@ pub struct Admission {
 #[derive(Debug)]
 pub struct Picked {
     /// The arrival.
-    pub arrival: Arrival,
+    pub arrival: Box<Arrival>,
     /// Its claim and what is asked for.
     pub request: AdmitRequest,
     /// The right to send it.
@@ -81,7 +80,7 @@ impl Admission {
     }
 
     /// Runs until `stop`; what is still in hand then is given back to RabbitMQ.
-    pub async fn run(mut self, mut arrivals: mpsc::Receiver<Arrival>, stop: CancellationToken) {
+    pub async fn run(mut self, mut arrivals: mpsc::Receiver<Box<Arrival>>, stop: CancellationToken) {
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (mut room, mut permits) = (self.worker.load.watch(), self.worker.permits.watch());
@@ -124,8 +123,8 @@ impl Admission {
         }
     }
 
-    fn take(&mut self, arrival: Arrival) {
-        if let Some(arrival) = self.later.offer(Box::new(arrival), &self.worker.clock) {
+    fn take(&mut self, arrival: Box<Arrival>) {
+        if let Some(arrival) = self.later.offer(arrival, &self.worker.clock) {
             self.levels[arrival.level.index()].push_back(arrival);
         }
     }
@@ -230,7 +229,7 @@ impl<'a> Picking<'a> {
             match self.turn(arrival, level) {
                 Turn::Now(want, right) => {
                     if let Some(arrival) = queue.remove(place) {
-                        self.add(*arrival, want, right);
+                        self.add(arrival, want, right);
                     }
                 }
                 Turn::NoPermit => {
@@ -299,14 +298,14 @@ impl<'a> Picking<'a> {
         self.picked.contains(&SameJob(Arc::clone(&arrival.job)))
     }
 
-    fn add(&mut self, arrival: Arrival, want: Want, permit: Option<(Permit, InHand)>) {
+    fn add(&mut self, arrival: Box<Arrival>, want: Want, permit: Option<(Permit, InHand)>) {
         self.picked.insert(SameJob(Arc::clone(&arrival.job)));
         self.batch.push(Picked::new(self.worker, arrival, want, permit));
     }
 }
 
 impl Picked {
-    fn new(worker: &Worker, arrival: Arrival, want: Want, permit: Option<(Permit, InHand)>) -> Self {
+    fn new(worker: &Worker, arrival: Box<Arrival>, want: Want, permit: Option<(Permit, InHand)>) -> Self {
         let (account, lease) = (arrival.account.clone(), worker.claim());
         let mut request = AdmitRequest::new(&arrival.job, arrival.level, account, lease, want);
         request.detour = arrival.may_detour;
@@ -326,7 +325,7 @@ pub(super) async fn admit_to_park(worker: &Arc<Worker>, mut arrivals: Vec<Box<Ar
         let (mut picked, mut batch, mut rest) = (HashSet::new(), Vec::new(), Vec::new());
         for arrival in arrivals {
             if batch.len() < BATCH && picked.insert(SameJob(Arc::clone(&arrival.job))) {
-                batch.push(Picked::new(worker, *arrival, Want::Park, None));
+                batch.push(Picked::new(worker, arrival, Want::Park, None));
             } else {
                 rest.push(arrival);
             }

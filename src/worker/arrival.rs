@@ -24,7 +24,7 @@ use crate::pipeline::Verdict;
 /// How long a job of a newer contract is kept before it goes back to its queue.
 const TOO_NEW: Duration = Duration::from_secs(10);
 
-/// A decoded job in hand, not yet admitted.
+/// A decoded job in hand, and what is acknowledged in its end. Boxed from the start: it is large, and goes from hand to hand.
 #[derive(Debug)]
 pub struct Arrival {
     /// What is acknowledged in the end.
@@ -55,24 +55,27 @@ impl Arrival {
     }
 
     /// Leaves it to the broker to deliver it again.
-    pub fn give_back(self) {
+    pub fn give_back(self: Box<Self>) {
         self.delivery.receipt.give_back();
     }
 
     /// It has a durable owner: the broker may forget it.
-    pub fn ack(self) {
+    pub fn ack(self: Box<Self>) {
         self.delivery.receipt.ack();
     }
 }
 
+/// A delivery that is a valid job.
+#[derive(Debug)]
+pub struct Decoded {
+    delivery: Delivery,
+    job: MailJob,
+    since: Instant,
+}
+
 impl Worker {
-    /// Turns a delivery into an arrival. `None`: it was dealt with.
-    pub async fn receive(
-        self: &Arc<Self>,
-        delivery: Delivery,
-        level: Level,
-        ended: &CancellationToken,
-    ) -> Option<Arrival> {
+    /// Reads the job in a delivery. `None`: it was dealt with.
+    pub fn decode(self: &Arc<Self>, delivery: Delivery, ended: &CancellationToken) -> Option<Decoded> {
         let since = Instant::now();
         // A defect of ours met here must not end the session: after as many deliveries as the queue allows it is dead.
         let decoded = std::panic::catch_unwind(AssertUnwindSafe(|| {
@@ -97,6 +100,25 @@ impl Worker {
             self.reject(delivery, too_old(&job), ended);
             return None;
         }
+        Some(Decoded { delivery, job, since })
+    }
+
+    /// Reads the tenants of these jobs together, as far as they are not known. If that fails, each is asked for by itself.
+    pub async fn know_tenants(&self, decoded: &[Decoded]) {
+        let tenants: Vec<TenantId> = decoded.iter().map(|decoded| decoded.job.tenant.clone()).collect();
+        if let Err(error) = self.pipeline.directory.prefetch(&tenants).await {
+            tracing::debug!(%error, "tenants are not known yet");
+        }
+    }
+
+    /// Turns a job into an arrival: who is to send it. `None`: it was dealt with.
+    pub async fn receive(
+        self: &Arc<Self>,
+        decoded: Decoded,
+        level: Level,
+        ended: &CancellationToken,
+    ) -> Option<Box<Arrival>> {
+        let Decoded { delivery, job, since } = decoded;
         let properties = properties(&delivery, &job);
         self.observe_age(&delivery, level);
         let (account, connections, may_detour) = match self.expected_account(&job).await {
@@ -107,7 +129,7 @@ impl Worker {
             }
         };
         let ended = ended.clone();
-        Some(Arrival {
+        Some(Box::new(Arrival {
             delivery,
             job: Arc::new(job),
             account,
@@ -117,7 +139,7 @@ impl Worker {
             properties,
             since,
             ended,
-        })
+        }))
     }
 
     /// The account whose limits the job counts against, its connections here, and whether the platform may stand in for it. An account that cannot send today

@@ -30,7 +30,7 @@ use crate::settlement::all_pending;
 
 impl Worker {
     /// Buries a decoded job that cannot be taken: another content under a known id, or one the database refuses.
-    pub fn bury(self: &Arc<Self>, arrival: Arrival, reason: &'static str, detail: &str) {
+    pub fn bury(self: &Arc<Self>, arrival: Box<Arrival>, reason: &'static str, detail: &str) {
         let worker = Arc::clone(self);
         let detail = detail.to_owned();
         self.tasks.spawn(async move {
@@ -228,7 +228,7 @@ pub struct Doomed {
 impl Doomed {
     /// One whose body RabbitMQ has.
     #[must_use]
-    pub fn arrived(arrival: Arrival, row: Row) -> Self {
+    pub fn arrived(arrival: Box<Arrival>, row: Row) -> Self {
         Self {
             delivery: arrival.delivery,
             row,
@@ -287,7 +287,7 @@ fn complete(data: &mut ReportData, job: Option<&MailJob>, properties: &Propertie
     data.tags.clone_from(&properties.tags);
     data.metadata.clone_from(&properties.metadata);
     if let Some(correlation) = &properties.correlation_id {
-        data.correlation_id = Some(correlation.clone());
+        data.correlation_id = Some(correlation.as_str().into());
     }
     data.traceparent.clone_from(&properties.traceparent);
     if let Some(job) = job.filter(|_| data.recipients.is_empty()) {
@@ -356,7 +356,7 @@ fn rejection_report(
             errors,
             is_final,
             sequence: 0,
-            correlation_id: correlation,
+            correlation_id: correlation.map(Arc::from),
             traceparent: trace_parent(delivery),
             next_attempt_at: None,
             uncertain_attempts: 0,

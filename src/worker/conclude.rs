@@ -17,6 +17,7 @@ use super::permits::Permit;
 use crate::broker::Delivery;
 use crate::fail_point::{self, Point};
 use crate::failure::Failure;
+use crate::id::AccountId;
 use crate::job::MailJob;
 use crate::job::decode::{self, Incoming, RejectReason};
 use crate::ledger::admit::{Absorb, Admitted};
@@ -33,28 +34,19 @@ use crate::telemetry::traces;
 
 type Right = Option<(Permit, InHand)>;
 
-/// Where a new job came from.
-#[derive(Debug)]
-struct Origin {
-    /// What is acknowledged in the end.
-    delivery: Delivery,
-    /// What goes with its body if that has to be stored.
-    properties: Properties,
-}
-
 /// A claimed job that is over, or has to wait, before anything was tried.
 #[derive(Debug)]
 pub struct Over {
     task: Task,
-    origin: Origin,
+    origin: Box<Arrival>,
     verdict: Verdict,
 }
 
 impl Over {
-    fn new(arrival: Arrival, row: Row, verdict: Verdict) -> Self {
-        let (task, origin) = task(arrival, row);
+    /// The same for a job that is not claimed yet, but will have this row.
+    pub(super) fn new(origin: Box<Arrival>, row: Row, verdict: Verdict) -> Self {
         Self {
-            task,
+            task: task(&origin, row),
             origin,
             verdict,
         }
@@ -69,33 +61,30 @@ impl Over {
 }
 
 /// What is left to do when an outcome is written.
-struct End {
-    task: Task,
-    origin: Option<Origin>,
+pub(super) struct End {
+    /// What was to be done.
+    pub(super) task: Task,
+    /// Where a new job came from.
+    pub(super) origin: Option<Box<Arrival>>,
     /// What the server said, if it took the mail for anybody.
     results: Vec<RecipientResult>,
-    message_id: String,
+    message_id: Arc<str>,
     gives_back: bool,
 }
 
-/// An admitted arrival as the pipeline takes it, and what is left of it.
-fn task(arrival: Arrival, row: Row) -> (Task, Origin) {
-    let correlation_id = arrival.properties.correlation_id.clone();
-    let task = Task {
-        correlation_id: correlation_id.unwrap_or_else(|| arrival.job.id.to_string()),
+/// An admitted arrival as the pipeline takes it.
+fn task(arrival: &Arrival, row: Row) -> Task {
+    let correlation_id = arrival.properties.correlation_id.as_deref();
+    Task {
+        correlation_id: correlation_id.map_or_else(|| arrival.job.id.shared(), Arc::from),
         traceparent: arrival.properties.traceparent.clone(),
-        job: arrival.job,
+        job: Arc::clone(&arrival.job),
         row,
         level: arrival.level,
         new: true,
         // The delivery holds it.
         held: None,
-    };
-    let origin = Origin {
-        delivery: arrival.delivery,
-        properties: arrival.properties,
-    };
-    (task, origin)
+    }
 }
 
 impl Worker {
@@ -108,8 +97,7 @@ impl Worker {
                 self.bury_poison(Doomed::arrived(arrival, *row));
             }
             Admitted::Go(row) | Admitted::Behind(row) => {
-                let (task, origin) = task(arrival, *row);
-                self.spawn_job(task, Some(origin), permit);
+                self.spawn_job(task(&arrival, *row), Some(arrival), permit);
             }
             Admitted::Wait { row, reason, delay } => {
                 return Some(Over::new(arrival, *row, Verdict::Wait { reason, delay }));
@@ -171,7 +159,9 @@ impl Worker {
             }
         };
         let task = Task {
-            correlation_id: properties.correlation_id.unwrap_or_else(|| job.id.to_string()),
+            correlation_id: properties
+                .correlation_id
+                .map_or_else(|| job.id.shared(), Arc::from),
             traceparent: properties.traceparent,
             job,
             row: released.row,
@@ -182,7 +172,7 @@ impl Worker {
         self.spawn_job(task, None, right);
     }
 
-    fn spawn_job(self: &Arc<Self>, task: Task, origin: Option<Origin>, right: Right) {
+    fn spawn_job(self: &Arc<Self>, task: Task, origin: Option<Box<Arrival>>, right: Right) {
         let worker = Arc::clone(self);
         let span = tracing::info_span!("job", job = %task.job.id, tenant = %task.job.tenant);
         let trace = self.trace(&task);
@@ -191,7 +181,7 @@ impl Worker {
     }
 
     /// One job, from its lease to its report.
-    async fn run_job(self: Arc<Self>, task: Task, origin: Option<Origin>, right: Right) {
+    async fn run_job(self: Arc<Self>, task: Task, origin: Option<Box<Arrival>>, right: Right) {
         let _in_flight = self.in_flight();
         let attempt = AssertUnwindSafe(self.pipeline.attempt(&task))
             .catch_unwind()
@@ -234,7 +224,8 @@ impl Worker {
         });
     }
 
-    fn plan_at_once(&self, over: Over) -> (End, Settlement) {
+    /// What is to be written of one of them.
+    pub(super) fn plan_at_once(&self, over: Over) -> (End, Settlement) {
         let Over {
             task,
             origin,
@@ -242,12 +233,12 @@ impl Worker {
         } = over;
         let mut attempt = Attempt::of(known_recipients(&task), task.row.message_id.clone());
         attempt.verdict = verdict;
-        attempt.account = task.job.account.as_ref().map(ToString::to_string);
+        attempt.account = task.job.account.as_ref().map(AccountId::shared);
         self.plan(task, Some(origin), attempt)
     }
 
     /// plan → settle → acknowledge → report.
-    async fn conclude(self: &Arc<Self>, task: Task, origin: Option<Origin>, attempt: Attempt) {
+    async fn conclude(self: &Arc<Self>, task: Task, origin: Option<Box<Arrival>>, attempt: Attempt) {
         let (end, settlement) = self.plan(task, origin, attempt);
         fail_point::hit(Point::Replied, [end.task.job.id.as_str()]);
         let since = Instant::now();
@@ -272,7 +263,7 @@ impl Worker {
     }
 
     /// What is to be written of an attempt, and what is left to do then.
-    fn plan(&self, task: Task, origin: Option<Origin>, attempt: Attempt) -> (End, Settlement) {
+    fn plan(&self, task: Task, origin: Option<Box<Arrival>>, attempt: Attempt) -> (End, Settlement) {
         let accepted = |r: &RecipientResult| r.status == RecipientStatus::Accepted;
         // True even if the lease is lost. All of them: those that were not accepted are still to be tried.
         let results = if attempt.recipients.iter().any(accepted) {
@@ -301,9 +292,10 @@ impl Worker {
     }
 
     /// What follows when the outcome is written, or could not be: acknowledge, then report.
-    async fn end(self: &Arc<Self>, end: End, settlement: Settlement, answer: Answer) {
+    pub(super) async fn end(self: &Arc<Self>, end: End, settlement: Settlement, answer: Answer) {
         let (settlement, answer) = if answer.settled == Settled::Cancelled {
-            self.settle_cancelled(&end.task, settlement).await
+            // Boxed, like what follows a lost lease: every job would carry the room for it.
+            Box::pin(self.settle_cancelled(&end.task, settlement)).await
         } else {
             (settlement, answer)
         };
@@ -313,8 +305,8 @@ impl Worker {
                 self.count(&settlement);
                 fail_point::hit(Point::BeforeAck, [id]);
                 match end.origin {
-                    Some(origin) if end.gives_back => origin.delivery.receipt.give_back(),
-                    Some(origin) => origin.delivery.receipt.ack(),
+                    Some(origin) if end.gives_back => origin.give_back(),
+                    Some(origin) => origin.ack(),
                     None => {}
                 }
                 fail_point::hit(Point::Acked, [id]);
@@ -322,7 +314,7 @@ impl Worker {
                     self.reporter.publish(self, report, number);
                 }
             }
-            Settled::LeaseLost => self.lost(end).await,
+            Settled::LeaseLost => Box::pin(self.lost(end)).await,
         }
         if matches!(
             settlement.next,
@@ -336,7 +328,7 @@ impl Worker {
     }
 
     /// Puts the body of a new job into what is written, if the job has to wait. Only then: most never do.
-    fn keep_body(&self, task: &Task, origin: &Origin, next: &mut Next) {
+    fn keep_body(&self, task: &Task, origin: &Arrival, next: &mut Next) {
         let (Next::Park { body, .. } | Next::Hold { body }) = next else {
             return;
         };
@@ -348,7 +340,7 @@ impl Worker {
     }
 
     /// The body of a delivery as it is stored.
-    pub(super) fn body(&self, job: &MailJob, delivery: &Delivery, properties: &Properties) -> Option<Body> {
+    fn body(&self, job: &MailJob, delivery: &Delivery, properties: &Properties) -> Option<Body> {
         let plain = plain(delivery, &self.limits).ok_or_else(|| "it cannot be inflated again".to_owned());
         let keys = self.pipeline.keys.encryption.current();
         let stored = plain.and_then(|plain| stored(job, &plain, properties, &keys));
@@ -399,12 +391,12 @@ impl Worker {
         }
         // Whoever has the job now may lack its body: RabbitMQ offers it once more.
         if let Some(origin) = end.origin {
-            origin.delivery.receipt.give_back();
+            origin.give_back();
         }
     }
 
     /// Keeps the body of a job in flight elsewhere, then acknowledges; a job given back meanwhile is admitted again.
-    fn absorb(self: &Arc<Self>, arrival: Arrival) {
+    fn absorb(self: &Arc<Self>, arrival: Box<Arrival>) {
         let worker = Arc::clone(self);
         self.tasks.spawn(async move {
             let stored = worker.body(&arrival.job, &arrival.delivery, &arrival.properties);

@@ -1,6 +1,7 @@
 //! Parking: what is to be sent later goes straight into the waiting room, many jobs in one statement. It takes no permit, no
 //! connection and no lease. What the ledger knows already, or what cannot be parked as it is, goes the ordinary way.
 
+use std::collections::VecDeque;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,17 +15,16 @@ use tokio_util::sync::CancellationToken;
 use super::Worker;
 use super::admission;
 use super::arrival::Arrival;
+use super::conclude::{End, Over};
 use crate::broker::dead_letter::REPLAY;
 use crate::fail_point::{self, Point};
 use crate::job::MailJob;
 use crate::ledger::batches::pauses;
 use crate::ledger::park::{Birth, ParkRequest, Parked, born};
-use crate::ledger::settle::Body;
+use crate::ledger::settle::{Answer, Body, Next, Settled, Settlement};
 use crate::ledger::{Lease, Row, WaitReason};
+use crate::pipeline::Verdict;
 use crate::pipeline::task::SharedClock;
-use crate::pipeline::{Attempt, Verdict};
-use crate::report::ReportMessage;
-use crate::settlement::{Circumstances, all_pending, plan};
 
 /// A job that is to be sent later than this is parked at once. Sooner ones are due by the time a statement is answered, or
 /// the clocks may differ by as much.
@@ -114,30 +114,31 @@ pub async fn run(worker: Arc<Worker>, mut arrivals: mpsc::Receiver<Box<Arrival>>
 
 /// An arrival, ready to be parked.
 struct Ready {
-    arrival: Box<Arrival>,
+    end: End,
+    settlement: Settlement,
     body: Body,
-    report: Option<ReportMessage>,
+    send_at: Timestamp,
 }
 
 impl Ready {
     fn weight(&self) -> usize {
-        let report = self.report.as_ref().map_or(0, |report| report.json().len());
-        self.body.bytes.len() + report
+        let report = self.settlement.report.as_ref();
+        self.body.bytes.len() + report.map_or(0, |report| report.json().len())
     }
 
-    fn request(&self, send_at: Timestamp) -> ParkRequest<'_> {
-        let job = &self.arrival.job;
+    fn request(&self) -> ParkRequest<'_> {
+        let job = &self.end.task.job;
         ParkRequest {
             tenant: &job.tenant,
             id: &job.id,
-            level: self.arrival.level,
-            account: &self.arrival.account,
+            level: self.end.task.level,
+            account: &self.settlement.row.account,
             digest: &job.digest,
-            send_at,
+            send_at: self.send_at,
             expires_at: job.expires_at,
             batch: job.batch.as_deref(),
             body: &self.body,
-            report: self.report.as_ref(),
+            report: self.settlement.report.as_ref(),
         }
     }
 }
@@ -147,50 +148,49 @@ impl Ready {
 async fn park(worker: Arc<Worker>, arrivals: Vec<Box<Arrival>>) {
     let _in_flight = worker.in_flight();
     let (now, lease) = (worker.clock.now(), worker.claim());
-    let (mut ready, mut others) = (Vec::with_capacity(arrivals.len()), Vec::new());
-    for arrival in arrivals {
-        if arrival.is_stale() {
-            continue;
-        }
-        // A defect of ours met in one must not take the others along.
-        let prepared =
-            std::panic::catch_unwind(AssertUnwindSafe(|| worker.prepare_parking(&arrival, now, &lease)));
-        match prepared {
-            Ok(Some((body, report))) => ready.push(Ready {
-                arrival,
-                body,
-                report,
-            }),
-            // Not to be stored: admission gives it back, and says so.
-            Ok(None) => others.push(arrival),
-            Err(_) => arrival.give_back(),
+    let (mut ready, mut others) = (VecDeque::with_capacity(arrivals.len()), Vec::new());
+    for arrival in arrivals.into_iter().filter(|arrival| !arrival.is_stale()) {
+        // A defect of ours met in one must not take the others along: its delivery goes back.
+        let prepare = || worker.prepare_parking(arrival, now, &lease);
+        match std::panic::catch_unwind(AssertUnwindSafe(prepare)) {
+            Ok(Ok(job)) => ready.push_back(job),
+            Ok(Err(arrival)) => others.extend(arrival),
+            Err(_) => {}
         }
     }
-    let mut ready = ready.into_iter().peekable();
-    while ready.peek().is_some() {
-        let (mut batch, mut bytes) = (Vec::new(), 0);
-        while let Some(next) = ready.next_if(|next| batch.is_empty() || bytes + next.weight() <= BYTES) {
-            bytes += next.weight();
-            batch.push(next);
-        }
+    while !ready.is_empty() {
+        let batch = next_batch(&mut ready);
         let parked = insert(&worker, &batch, now).await;
         for (job, parked) in batch.into_iter().zip(parked) {
             match parked {
-                Some(parked) => worker.parked(job, parked),
-                None => others.push(job.arrival),
+                Some(Parked { report }) => {
+                    let settled = Settled::Written;
+                    worker
+                        .end(job.end, job.settlement, Answer { settled, report })
+                        .await;
+                }
+                None => others.extend(job.end.origin),
             }
         }
     }
     admission::admit_to_park(&worker, others).await;
 }
 
+/// The first of those that are ready, as many as fit into one statement.
+fn next_batch(ready: &mut VecDeque<Ready>) -> Vec<Ready> {
+    let mut bytes = 0;
+    let fits = |job: &&Ready| {
+        bytes += job.weight();
+        bytes <= BYTES
+    };
+    let count = ready.iter().take_while(fits).count();
+    ready.drain(..count.max(1)).collect()
+}
+
 /// Writes a batch. Repeated as it is until Postgres answers: until then nothing is acknowledged. If it refuses the batch,
 /// none of it is parked: admission finds out which job is to blame.
 async fn insert(worker: &Arc<Worker>, batch: &[Ready], now: Timestamp) -> Vec<Option<Parked>> {
-    let requests: Vec<_> = batch
-        .iter()
-        .map(|ready| ready.request(ready.arrival.job.send_at.unwrap_or(now)))
-        .collect();
+    let requests: Vec<_> = batch.iter().map(Ready::request).collect();
     let birth = Birth::new(worker.epoch(), batch.len(), now);
     let mut waits = pauses();
     fail_point::hit(Point::Delivered, requests.iter().map(|job| job.id.as_str()));
@@ -209,50 +209,32 @@ async fn insert(worker: &Arc<Worker>, batch: &[Ready], now: Timestamp) -> Vec<Op
 }
 
 impl Worker {
-    /// What is to be written of an arrival that waits for its time: its body, and the report if one is due. `None`: the body
-    /// cannot be stored.
+    /// What is to be written of an arrival that waits for its time. It comes back if its body cannot be stored: admission
+    /// gives it back to RabbitMQ, and says so.
     fn prepare_parking(
         &self,
-        arrival: &Arrival,
+        arrival: Box<Arrival>,
         now: Timestamp,
         lease: &Lease,
-    ) -> Option<(Body, Option<ReportMessage>)> {
-        let (job, properties) = (&arrival.job, &arrival.properties);
-        let body = self.body(job, &arrival.delivery, properties)?;
-        let delay = job.send_at?.duration_since(now);
-        let mut attempt = Attempt::of(all_pending(job), None);
-        attempt.verdict = Verdict::Wait {
-            reason: WaitReason::Schedule,
-            delay: Duration::try_from(delay).unwrap_or_default(),
+    ) -> Result<Ready, Option<Box<Arrival>>> {
+        let Some(send_at) = arrival.job.send_at else {
+            return Err(Some(arrival));
         };
-        attempt.account = job.account.as_ref().map(ToString::to_string);
-        let row = unborn(arrival, now, lease);
-        let circumstances = Circumstances {
-            job,
-            row: &row,
-            correlation_id: properties.correlation_id.as_deref().unwrap_or(job.id.as_str()),
-            traceparent: properties.traceparent.as_deref(),
-            retry: self.retry,
-            new: true,
-            deferred_report_after: self.deferred_report_after,
-            now,
-            jitter: 0.0,
+        let (row, reason) = (unborn(&arrival, now, lease), WaitReason::Schedule);
+        let delay = Duration::try_from(send_at.duration_since(now)).unwrap_or_default();
+        let over = Over::new(arrival, row, Verdict::Wait { reason, delay });
+        let (end, mut settlement) = self.plan_at_once(over);
+        let body = match &mut settlement.next {
+            Next::Park { body, .. } => body.take(),
+            _ => None,
         };
-        Some((body, plan(&circumstances, attempt).report))
-    }
-
-    /// It is in the waiting room: acknowledge, then report.
-    fn parked(self: &Arc<Self>, ready: Ready, parked: Parked) {
-        let Ready { arrival, report, .. } = ready;
-        let job = Arc::clone(&arrival.job);
-        let id = job.id.as_str();
-        self.metrics.jobs.with_label_values(&["parked"]).inc();
-        fail_point::hit(Point::BeforeAck, [id]);
-        arrival.ack();
-        fail_point::hit(Point::Acked, [id]);
-        if let (Some(report), Some(number)) = (report, parked.report) {
-            self.reporter.publish(self, report, number);
-        }
+        let Some(body) = body else { return Err(end.origin) };
+        Ok(Ready {
+            end,
+            settlement,
+            body,
+            send_at,
+        })
     }
 }
 

@@ -147,7 +147,7 @@ async fn build(
     database: Database,
     ready: health::Handle,
     supervisor: &Supervisor,
-) -> Result<(Arc<Worker>, mpsc::Receiver<Arrival>), WorkerError> {
+) -> Result<(Arc<Worker>, mpsc::Receiver<Box<Arrival>>), WorkerError> {
     let metrics = Arc::clone(&service.metrics);
     let ledger = open_ledger(&database, Arc::clone(&metrics), &settings.worker)?;
     let name = host_name();
@@ -230,7 +230,7 @@ struct Parts<'a> {
 impl Parts<'_> {
     /// Starts them. The tracker is empty when nothing new can begin any more: admission has ended and given back what it
     /// had in hand, and the dispatcher takes nothing out of the waiting room.
-    fn start(self, arrivals: mpsc::Receiver<Arrival>) -> TaskTracker {
+    fn start(self, arrivals: mpsc::Receiver<Box<Arrival>>) -> TaskTracker {
         let soft = self.service.shutdown.soft.clone();
         let spawn = &self.service.shutdown;
         let takers = TaskTracker::new();
@@ -295,6 +295,9 @@ async fn serve(
     Ok(())
 }
 
+/// Deliveries whose tenants are read together.
+const DECODED_AT_ONCE: usize = 64;
+
 /// Deliveries of one queue, decoded in turn.
 async fn decode(
     worker: Arc<Worker>,
@@ -303,13 +306,22 @@ async fn decode(
     ended: CancellationToken,
     soft: CancellationToken,
 ) {
-    while let Some(delivery) = kept.recv().await {
+    let mut deliveries = Vec::with_capacity(DECODED_AT_ONCE);
+    while kept.recv_many(&mut deliveries, DECODED_AT_ONCE).await > 0 {
         // What was not begun goes back, by being dropped.
         if soft.is_cancelled() {
+            deliveries.clear();
             continue;
         }
-        if let Some(arrival) = worker.receive(delivery, level, &ended).await {
-            worker.arrive(arrival).await;
+        let decoded = deliveries.drain(..);
+        let decoded: Vec<_> = decoded
+            .filter_map(|delivery| worker.decode(delivery, &ended))
+            .collect();
+        worker.know_tenants(&decoded).await;
+        for decoded in decoded {
+            if let Some(arrival) = worker.receive(decoded, level, &ended).await {
+                worker.arrive(arrival).await;
+            }
         }
     }
 }

@@ -164,6 +164,27 @@ async fn many_tenants_wanted_at_once_take_few_statements() {
 }
 
 #[tokio::test]
+async fn tenants_in_use_are_read_again_together() {
+    let scratch = Scratch::new().await;
+    scratch
+        .execute("INSERT INTO {s}.tenant (id) SELECT 't' || n FROM generate_series(1, 300) n")
+        .await;
+    let directory = Directory::new(scratch.db.clone(), keys(KEY), RetryPolicy::default());
+    let names: Vec<_> = (1..=300).map(|n| id(&format!("t{n}"))).collect();
+    directory.prefetch(&names).await.unwrap();
+    for name in &names[..200] {
+        assert!(directory.tenant(name).await.unwrap().is_some());
+    }
+    let read_at = |n: usize| directory.known.lock().unwrap()[&names[n]].since;
+    let before = read_at(0);
+    tokio::time::sleep(FRESH).await;
+    assert!(directory.tenant(&names[0]).await.unwrap().is_some());
+    assert!(read_at(199) == read_at(0) && read_at(0) > before);
+    assert_eq!(read_at(200), before, "nobody had asked for it");
+    scratch.end().await;
+}
+
+#[tokio::test]
 async fn a_row_that_makes_no_sense_fails_its_tenant_only() {
     let scratch = Scratch::new().await;
     tenants(&scratch).await;

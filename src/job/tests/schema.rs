@@ -11,6 +11,7 @@ use super::refused::invalid;
 use super::{minimal, read_value, with};
 use crate::config::JobLimits;
 use crate::failure::{Class, Failure, Fault, Stage};
+use crate::id::AccountKey;
 use crate::job::address::ADDRESS_FIELDS;
 use crate::job::attachments::ATTACHMENT_FIELDS;
 use crate::job::bounds;
@@ -182,14 +183,14 @@ fn full(kind: ReportType) -> Report {
     let mut data = ReportData {
         job: Some("1".parse().unwrap()),
         tenant: "acme".parse().unwrap(),
-        account: Some("main".to_owned()),
+        account: Some("main".into()),
         sender: Some(Sender {
             via: "platform",
-            account: Some("-/main".to_owned()),
-            reason: Some("unhealthy".to_owned()),
+            account: Some(AccountKey::from_stored("-/main")),
+            reason: Some("unhealthy"),
         }),
         attempt: 2,
-        message_id: Some("<1@acme.example>".to_owned()),
+        message_id: Some("<1@acme.example>".into()),
         recipients: [
             RecipientStatus::Accepted,
             RecipientStatus::Deferred,
@@ -200,8 +201,8 @@ fn full(kind: ReportType) -> Report {
         .map(|status| RecipientResult {
             status,
             code: Some(250),
-            enhanced_code: Some("2.0.0".to_owned()),
-            text: Some("ok".to_owned()),
+            enhanced_code: Some("2.0.0".into()),
+            text: Some("ok".into()),
             ..RecipientResult::pending("ann@example.org")
         })
         .collect(),
@@ -212,13 +213,13 @@ fn full(kind: ReportType) -> Report {
         fault: None,
         stage: None,
         errors: vec![FieldError {
-            pointer: "/to".to_owned(),
-            message: "no".to_owned(),
+            pointer: "/to".into(),
+            message: "no".into(),
         }],
         is_final: kind.is_final(),
         sequence: 3,
-        correlation_id: Some("c".to_owned()),
-        traceparent: Some("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".to_owned()),
+        correlation_id: Some("c".into()),
+        traceparent: Some("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".into()),
         next_attempt_at: Some(now),
         uncertain_attempts: 1,
         timings: Some(Timings {

@@ -19,7 +19,7 @@ async fn an_outcome_drops_the_body_and_leaves_its_report_in_the_outbox() {
         let row = world.release(&epoch, Level::Medium, 1).await.remove(0).row;
         let mut sent = done(&row, ReportType::Sent);
         sent.attempts = 1;
-        sent.message_id = Some("<1@acme>".to_owned());
+        sent.message_id = Some("<1@acme>".into());
         sent.recipients = Some(vec![result("a@b.example", RecipientStatus::Accepted)]);
         assert_eq!(world.settle_one(sent).await, Settled::Written);
         for (column, value) in [
@@ -215,7 +215,7 @@ async fn a_settlement_that_postgres_refuses_is_written_without_details_and_publi
         let row = world.go(request(&epoch, "acme", "1")).await;
         let mut sent = done(&row, ReportType::Sent);
         let mut foreign = result("a@b.example", RecipientStatus::Accepted);
-        foreign.text = Some("\0".to_owned());
+        foreign.text = Some("\0".into());
         let data = sent.report.as_mut().unwrap().data_mut();
         data.detail = Some("a detail".to_owned());
         data.recipients = vec![foreign.clone()];

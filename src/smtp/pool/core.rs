@@ -42,7 +42,8 @@ pub(super) struct Core {
 /// An open connection. The order of its fields is that of their end: the place under the shared cap is given back when
 /// the socket is closed.
 pub(super) struct Entry {
-    pub(super) connection: Connection,
+    /// Boxed: it is large, and goes from hand to hand.
+    pub(super) connection: Box<Connection>,
     pub(super) version: i64,
     idle_since: Instant,
     cap: Option<CapLease>,
@@ -132,7 +133,7 @@ impl Core {
     pub(super) fn entry(&self, connection: Connection, version: i64, cap: Option<CapLease>) -> Entry {
         self.busy.inc();
         Entry {
-            connection,
+            connection: Box::new(connection),
             version,
             idle_since: Instant::now(),
             cap,

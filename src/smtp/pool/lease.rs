@@ -204,7 +204,7 @@ impl Lease {
     }
 
     pub(in crate::smtp) fn connection(&mut self) -> Option<&mut Connection> {
-        self.entry.as_mut().map(|entry| &mut entry.connection)
+        self.entry.as_mut().map(|entry| &mut *entry.connection)
     }
 
     pub(in crate::smtp) fn observe_data(&self, time: Duration) {

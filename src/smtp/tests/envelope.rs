@@ -304,6 +304,6 @@ async fn odd_but_legal_replies_are_understood() {
         .await;
     let results = sent(&outcome);
     assert_eq!(codes(results), [571, 250]);
-    assert_eq!(results[0].1.reply().unwrap().text, "Delivery not authorized");
-    assert_eq!(results[1].1.reply().unwrap().text, "first 2.0.0 second");
+    assert_eq!(&*results[0].1.reply().unwrap().text, "Delivery not authorized");
+    assert_eq!(&*results[1].1.reply().unwrap().text, "first 2.0.0 second");
 }

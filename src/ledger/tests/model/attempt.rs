@@ -385,7 +385,7 @@ impl Model {
             }
             if let Some(results) = &written.recipients {
                 let told = results.iter().filter(|result| result.status == Accepted);
-                let missing: Vec<_> = told.filter(|r| !row.accepted.contains(&r.address)).collect();
+                let missing: Vec<_> = told.filter(|r| !row.accepted.contains(&*r.address)).collect();
                 holds(missing.is_empty(), Rule::AcceptedStays, || {
                     format!("{} forgot {missing:?}", task.key)
                 })?;

@@ -6,10 +6,11 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 
 use super::jobs::Key;
+use super::mutants::Habit;
 use super::reports::Unpublished;
-use super::{Model, Stage, Step, Task};
+use super::{Model, Rule, Stage, Step, Task, holds};
 use crate::ledger::admit::{Absorb, AdmitRequest, Admitted, Want};
-use crate::ledger::park::{Birth, ParkRequest};
+use crate::ledger::park::{Birth, ParkRequest, Parked};
 use crate::ledger::{Row, WaitReason};
 use crate::level::Level;
 use crate::report::{ReportMessage, ReportType};
@@ -67,7 +68,7 @@ impl Model {
 
     pub(super) async fn deliver_job(&mut self, w: usize, key: Key) -> Step {
         self.job(&key).ready -= 1;
-        if self.chance(6) && self.park_at_once(w, &key).await? {
+        if self.habit == Habit::Good && self.chance(6) && self.park_at_once(w, &key).await? {
             return Ok(());
         }
         let want = [Want::Slot, Want::Slot, Want::Claim, Want::Park][self.pick(4)];
@@ -122,10 +123,15 @@ impl Model {
                 .unpublished
                 .push(Unpublished { key, report, number });
         }
-        if parked.is_some() {
-            self.look().await?;
-        }
-        Ok(parked.is_some())
+        let Some(Parked { report }) = parked else {
+            return Ok(false);
+        };
+        self.look().await?;
+        let owes = report.is_none() || self.owes(key, birth.born + 1);
+        holds(owes, Rule::ReportsOwed, || {
+            format!("{key} waits and owes no report")
+        })?;
+        Ok(true)
     }
 
     /// Repeats an admission whose answer got lost.
