@@ -108,3 +108,71 @@ async fn an_expired_job_is_reported_and_never_sent_also_when_it_expires_while_it
     );
     world.assert_settled().await;
 }
+
+#[tokio::test]
+async fn jobs_for_later_are_parked_by_one_statement_each_lot_and_what_is_known_goes_the_ordinary_way() {
+    const JOBS: usize = 300;
+    let world = World::ready().await;
+    let server = SmtpServer::builder().start().await;
+    account(&world, "acme", &server, &[]).await;
+    let mut reports = world.reports().await;
+    let send_at = in_seconds(3600);
+    let later = |id: &str| with(mail("acme", id), "send_at", send_at);
+    world
+        .postroom(&["job", "cancel", "acme", "not-this"])
+        .await
+        .success();
+    let mut jobs: Vec<_> = (0..JOBS).map(|n| later(&format!("later-{n}"))).collect();
+    jobs.extend([later("not-this"), later("twice"), later("twice"), later("other")]);
+    let mut other = later("other");
+    other["subject"] = "something else".into();
+    jobs.push(other);
+    let jobs: Vec<_> = jobs.into_iter().map(|job| ("acme".to_owned(), job)).collect();
+    world.publish_all(Level::Medium, &jobs).await;
+    let worker = world.start_worker().await;
+    reports
+        .until(|all| {
+            let told = |kind, id| all.iter().any(|r| r.kind() == kind && r.job() == id);
+            told("mail.cancelled", "not-this")
+                && told("mail.rejected", "other")
+                && told("mail.deferred", "twice")
+                && all.iter().filter(|r| r.kind() == "mail.deferred").count() == JOBS + 2
+        })
+        .await;
+    world.wait_depth("mail.jobs.medium", 0).await;
+    let sql = world.sql().await;
+    let waiting =
+        "SELECT count(*) FROM job WHERE state = 2 AND reason = 3 AND due_at = $1 AND body IS NOT NULL";
+    let waiting: i64 = sql.query_one(waiting, &[&send_at]).await.unwrap().get(0);
+    assert_eq!(waiting as usize, JOBS + 2);
+    for report in reports.all().iter().filter(|r| r.kind() == "mail.deferred") {
+        let next: Timestamp = report.json["data"]["next_attempt_at"]
+            .as_str()
+            .unwrap()
+            .parse()
+            .unwrap();
+        assert!(next.duration_since(send_at).abs() < SignedDuration::from_millis(50));
+    }
+    let statements = |name| {
+        let series = format!("postroom_sql_batch_rows_count{{statement=\"{name}\"}}");
+        let worker = &worker;
+        async move { worker.metric(&series).await }
+    };
+    let (parks, admissions) = (statements("park").await, statements("admit").await);
+    assert!((1.0..=JOBS as f64 / 3.0).contains(&parks), "{parks} statements");
+    assert!((1.0..=3.0).contains(&admissions), "{admissions} admissions");
+    let count = |outcome| {
+        let series = format!("postroom_jobs_total{{outcome=\"{outcome}\"}}");
+        let worker = &worker;
+        async move { worker.metric(&series).await as usize }
+    };
+    assert_eq!(
+        (
+            count("parked").await,
+            count("cancelled").await,
+            count("duplicate").await
+        ),
+        (JOBS + 2, 1, 1)
+    );
+    assert_eq!(server.received_count(), 0);
+}
