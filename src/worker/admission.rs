@@ -1,7 +1,8 @@
 //! Admission: takes arrivals as permits and connections allow, claims them in batches, and sends each on its way.
 //!
-//! What cannot run now is not held back at the head of its queue: over a limit it is parked at once, behind a busy
-//! account when it has stood here for a while. With no permit free nothing is taken, and the backlog stays in RabbitMQ.
+//! What cannot run now is not held back at the head of its queue: what is to be sent later goes to [`park`], over a limit it
+//! is parked at once, behind a busy account when it has stood here for a while. With no permit free nothing is taken, and
+//! the backlog stays in RabbitMQ.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::{Hash, Hasher};
