@@ -1135,7 +1135,8 @@ END $$;
 -- Puts new jobs that are to be sent later straight into the waiting room: one statement and one version of their row for
 -- what admit_v1 and settle_v1 (kind 2, reason 3) leave behind. Their claims are p_claim_base and those after it, in the
 -- order of the arrays; p_born is a birth second * 1000. A job that is known already, due or expired is none for here: it
--- is not answered, and admit_v1 decides about it. So does a repeat, unless nobody has touched the row since.
+-- is not answered, and admit_v1 decides about it. A repeat after a lost COMMIT answers what it has parked and nobody has
+-- touched since.
 -- report: its number in the outbox. p_reports may be empty.
 CREATE FUNCTION park_new_v1(
     p_epoch bigint, p_claim_base bigint, p_born bigint, p_tenants text[], p_ids text[], p_levels smallint[],
@@ -1179,7 +1180,7 @@ BEGIN
     IF cardinality(v_o) = cardinality(p_ids) THEN
         RETURN QUERY SELECT u.o - 1, u.n FROM unnest(v_o, v_n) u(o, n);
     ELSE
-        -- Those of this very statement, were it the second time after a lost COMMIT.
+        -- Also those that this very statement has parked before.
         RETURN QUERY SELECT (u.o - 1)::integer, x.report
             FROM unnest(p_tenants, p_ids) WITH ORDINALITY u(t, id, o) JOIN job x ON x.tenant = u.t AND x.id = u.id
             WHERE x.state IS NOT DISTINCT FROM 2 AND x.epoch IS NOT DISTINCT FROM p_epoch
