@@ -103,7 +103,7 @@ pub(crate) fn all(full: bool) -> Vec<Load> {
     let mut loads = vec![
         zero_latency(),
         limits(),
-        parked(if full { 200_000 } else { 20_000 }),
+        parked(full),
         idle(),
     ];
     loads.extend(latency());
@@ -254,7 +254,7 @@ fn deferred() -> Load {
     }
 }
 
-fn parked(count: usize) -> Load {
+fn parked(full: bool) -> Load {
     let parked = |count| {
         entry(POSTROOM, count)
             .way(Way::Parked)
@@ -264,8 +264,9 @@ fn parked(count: usize) -> Load {
         entry(POSTROOM, 20_000).what("from the queue"),
         parked(20_000).what("parked"),
     ];
-    if count > 20_000 {
-        entries.push(parked(count).what("parked, 200 000"));
+    if full {
+        entries.push(parked(200_000).what("parked, 200 000"));
+        entries.push(parked(1_000_000).what("parked, 1 000 000"));
     }
     Load {
         letter: 'i',

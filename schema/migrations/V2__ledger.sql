@@ -372,10 +372,10 @@ RETURNS TABLE (granted integer[], slot_us bigint, valid_us bigint[], next_us big
 LANGUAGE plpgsql AS $$
 DECLARE
     n integer := coalesce(array_length(p_tenants, 1), 0);
-    v_keys text[]; v_held text[] := p_held; v_rows rate[]; v_names text[] := '{}'; v_next bigint[] := '{}'; v_m integer[] := '{}';
-    v_r integer[] := '{}'; v_largest integer[] := '{}'; v_valid bigint[] := '{}'; v_gm integer[]; v_gr integer[];
-    v_need integer[]; v_denied boolean[]; v_shut boolean[] := '{}'; v_counted rate[] := '{}'; v_row rate;
-    room record; i integer; p integer := 0; c integer; t bigint; shut bigint; ok boolean;
+    v_keys text[]; v_held text[] := p_held; v_rows rate[]; v_names text[]; v_next bigint[]; v_shut boolean[];
+    v_m integer[]; v_r integer[]; v_largest integer[]; v_valid bigint[]; v_still boolean[];
+    v_gm integer[]; v_gr integer[]; v_need integer[]; v_denied boolean[]; v_counted rate[] := '{}'; v_row rate;
+    i integer; p integer; c integer; t bigint; shut bigint; ok boolean;
     v_pos integer[]; key text; v_tenant text; v_account text; v_most integer; v_until bigint;
 BEGIN
     granted := p_costs; slot_us := NULL;
@@ -389,24 +389,28 @@ BEGIN
             FROM (SELECT r.key FROM rate r WHERE r.key = ANY (v_keys) AND r.next_at <= t ORDER BY r.key FOR UPDATE) q;
     END IF;
     -- What is not locked must not be granted, even if it has become free since.
-    SELECT array_agg(r ORDER BY r.key), array_agg(r.key ORDER BY r.key), array_agg(r.next_at ORDER BY r.key),
-           array_agg(r.key <> ALL (v_held) ORDER BY r.key),
-           greatest(micros(clock_timestamp()), max(r.last) FILTER (WHERE r.key = ANY (v_held)))
+    SELECT array_agg(q.r), array_agg(q.key), array_agg(q.next_at), array_agg(q.key <> ALL (v_held)),
+           greatest(micros(clock_timestamp()), max(q.last) FILTER (WHERE q.key = ANY (v_held)))
         INTO v_rows, v_names, v_next, v_shut, t
-        FROM rate r WHERE r.key = ANY (v_keys);
+        FROM (SELECT r, r.key, r.next_at, r.last FROM rate r WHERE r.key = ANY (v_keys) ORDER BY r.key) q;
     IF v_rows IS NULL THEN
         RETURN NEXT;
         RETURN;
     END IF;
-    p := cardinality(v_rows);
     slot_us := t;
-    v_gm := array_fill(0, ARRAY[p]); v_gr := v_gm; v_need := array_fill(1, ARRAY[p]); v_denied := array_fill(false, ARRAY[p]);
-    p := 0;
-    FOREACH v_row IN ARRAY v_rows LOOP
-        p := p + 1;
-        room := rate_room(v_row, t);
-        v_m[p] := room.messages; v_r[p] := room.recipients; v_largest[p] := room.largest; v_valid[p] := room.valid;
-    END LOOP;
+    -- Most rows have one limit, and are still in the bucket they were counted in last: nothing to add up.
+    SELECT array_agg(q.still), array_agg(q.messages), array_agg(q.recipients), array_agg(q.largest), array_agg(q.valid)
+        INTO v_still, v_m, v_r, v_largest, v_valid
+        FROM unnest(v_rows) y CROSS JOIN LATERAL (
+            SELECT true AS still, CASE y.unit[1] WHEN 0 THEN y.lim[1] - y.used[1] ELSE 2147483647 END AS messages,
+                   CASE y.unit[1] WHEN 1 THEN y.lim[1] - y.used[1] ELSE 2147483647 END AS recipients,
+                   CASE y.unit[1] WHEN 1 THEN y.lim[1] ELSE 2147483647 END AS largest, greatest(y.per[1] / 120, 250000) AS valid
+            WHERE cardinality(y.lim) = 1 AND t / y.width[1] = y.head[1]
+            UNION ALL
+            SELECT false, f.* FROM rate_room(y, t) f WHERE NOT (cardinality(y.lim) = 1 AND t / y.width[1] = y.head[1])) q;
+    p := cardinality(v_rows);
+    v_gm := array_fill(0, ARRAY[p]); v_need := array_fill(1, ARRAY[p]); v_denied := array_fill(false, ARRAY[p]);
+    v_gr := v_gm;
     FOR i IN 1 .. n LOOP
         c := p_costs[i];
         CONTINUE WHEN c = 0;
@@ -441,16 +445,24 @@ BEGIN
             granted[i] := 0; next_us[i] := shut;
         END IF;
     END LOOP;
-    p := 0;
-    FOREACH v_row IN ARRAY v_rows LOOP
-        p := p + 1;
-        CONTINUE WHEN v_shut[p] OR (v_gm[p] = 0 AND NOT v_denied[p]);
-        v_row := rate_counted(v_row, t, v_gm[p], v_gr[p], v_denied[p], v_need[p]);
+    UPDATE rate r SET
+        ring[r.base[1] + (r.head[1] % r.size[1])::integer + 1] = r.ring[r.base[1] + (r.head[1] % r.size[1])::integer + 1]
+            + CASE r.unit[1] WHEN 0 THEN u.m ELSE u.r END,
+        used[1] = r.used[1] + CASE r.unit[1] WHEN 0 THEN u.m ELSE u.r END, last = t, next_at = 0
+        FROM (SELECT q.key, q.m, q.r
+              FROM unnest(v_names, v_still, v_denied, v_gm, v_gr) q(key, still, denied, m, r)
+              WHERE q.still AND NOT q.denied AND q.m > 0) u
+        WHERE r.key = u.key;
+    FOR p IN 1 .. cardinality(v_rows) LOOP
+        CONTINUE WHEN v_shut[p] OR NOT v_denied[p] AND (v_still[p] OR v_gm[p] = 0);
+        v_row := rate_counted(v_rows[p], t, v_gm[p], v_gr[p], v_denied[p], v_need[p]);
         v_next[p] := v_row.next_at;
         v_counted := v_counted || v_row;
     END LOOP;
-    UPDATE rate r SET ring = u.ring, used = u.used, head = u.head, last = u.last, next_at = u.next_at
-        FROM unnest(v_counted) u WHERE r.key = u.key;
+    IF v_counted <> '{}' THEN
+        UPDATE rate r SET ring = u.ring, used = u.used, head = u.head, last = u.last, next_at = u.next_at
+            FROM unnest(v_counted) u WHERE r.key = u.key;
+    END IF;
     IF 0 = ANY (granted) THEN
         FOR i IN 1 .. n LOOP
             CONTINUE WHEN granted[i] > 0 OR p_costs[i] = 0;
@@ -671,7 +683,9 @@ LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generi
 SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
 DECLARE
     n integer := coalesce(array_length(p_ids, 1), 0);
-    v_now timestamptz := clock_timestamp(); v_us bigint; v_born bigint; v_plain boolean;
+    v_now timestamptz := clock_timestamp(); v_us bigint; v_born bigint;
+    -- nothing but a limit keeps a new job from going; when the limits open, null without limits
+    v_plain boolean; v_opens bigint;
     -- per job: known already; granted and until when; when it may go
     v_known boolean[]; v_granted integer[]; v_valid bigint[]; v_wait bigint[]; v_verdict smallint[]; v_reason smallint[];
     v_ask integer[]; v_ill bigint[] := array_fill(NULL::bigint, ARRAY[n]);
@@ -680,13 +694,16 @@ DECLARE
     s record; j record; i integer; lost integer[]; v_own boolean; v_is_ill boolean;
 BEGIN
     -- Most batches: nothing is asked for, and nothing known, that keeps a new job from going.
+    v_us := micros(v_now);
     v_plain := 2 <> ALL (p_want) AND array_remove(p_send_at, NULL) = '{}' AND array_remove(p_expires_at, NULL) = '{}'
-        AND NOT EXISTS (SELECT FROM account_health h WHERE h.state > 0)
-        AND NOT EXISTS (
-            SELECT FROM (SELECT DISTINCT u.t, u.a FROM unnest(p_tenants, p_accounts) u(t, a)) d
-            WHERE (SELECT true FROM lane y WHERE y.account = d.a AND y.fifo > 0 LIMIT 1)
-               OR (SELECT true FROM rate z WHERE z.key = ANY (charged_keys(d.t, d.a)) LIMIT 1));
+        AND NOT EXISTS (SELECT FROM account_health h WHERE h.state > 0);
     IF v_plain THEN
+        v_plain := NOT EXISTS (SELECT FROM (SELECT DISTINCT u.a FROM unnest(p_accounts) u(a)) d
+            WHERE (SELECT true FROM lane y WHERE y.account = d.a AND y.fifo > 0 LIMIT 1));
+        SELECT max((SELECT max(z.next_at) FROM rate z WHERE z.key = ANY (charged_keys(d.t, d.a)))) INTO v_opens
+            FROM (SELECT DISTINCT u.t, u.a FROM unnest(p_tenants, p_accounts) u(t, a)) d;
+    END IF;
+    IF v_plain AND v_opens IS NULL THEN
         v_born := floor(extract(epoch FROM v_now))::bigint * 1000;
         WITH made AS (
             INSERT INTO job AS x (tenant, id, state, level, account, digest, born, seq, epoch, claim, leased_at,
@@ -714,25 +731,31 @@ BEGIN
     -- what: 0 known, 1 over a limit, 3 for later, 4 its account is busy, 7 its account is in trouble (these are the reasons to
     -- wait), 8 others wait in front, 9 expired, 10 it may become the probe or take a detour, without a slot; 11 go.
     -- OFFSET 0: what was looked up is not to be looked up again wherever it is named.
-    v_us := micros(v_now);
-    SELECT array_agg(e.what = 0 ORDER BY e.o),
-           array_agg(CASE WHEN e.what IN (8, 9) THEN e.what WHEN e.what IN (1, 3, 4, 7) THEN 2 ELSE 1 END::smallint ORDER BY e.o),
-           array_agg(CASE WHEN e.what IN (1, 3, 4, 7) THEN e.what END::smallint ORDER BY e.o),
-           array_agg(CASE e.what WHEN 1 THEN e.shut - v_us WHEN 3 THEN micros(e.sa) - v_us WHEN 4 THEN 0 WHEN 7 THEN e.ill END
-                     ORDER BY e.o),
-           array_agg(CASE WHEN e.what = 11 AND e.w = 1 THEN e.cost ELSE 0 END ORDER BY e.o)
-        INTO v_known, v_verdict, v_reason, v_wait, v_ask
-    FROM (SELECT d.*,
-                 CASE WHEN d.known THEN 0 WHEN d.ea <= v_now THEN 9 WHEN d.sa > v_now THEN 3
-                      WHEN d.ill IS NOT NULL THEN CASE d.w WHEN 2 THEN 7 ELSE 10 END
-                      WHEN d.shut > v_us THEN 1 WHEN d.w = 2 THEN 4 WHEN d.behind THEN 8 ELSE 11 END AS what
-          FROM (SELECT u.*,
-                       (SELECT true FROM job x WHERE x.tenant = u.t AND x.id = u.id) IS NOT NULL AS known,
-                       (SELECT true FROM lane y WHERE y.account = u.a AND y.level <= u.l AND y.fifo > 0 LIMIT 1)
-                           IS NOT NULL AS behind,
-                       (SELECT max(z.next_at) FROM rate z WHERE z.key = ANY (charged_keys(u.t, u.a))) AS shut
-                FROM unnest(p_tenants, p_ids, p_accounts, p_levels, p_costs, p_send_at, p_expires_at, p_want, v_ill)
-                     WITH ORDINALITY u(t, id, a, l, cost, sa, ea, w, ill, o) OFFSET 0) d OFFSET 0) e;
+    IF v_plain AND v_opens <= v_us AND 1 = ALL (p_want) THEN
+        -- Slots decide; what turns out to be known gives its own back.
+        v_known := array_fill(false, ARRAY[n]); v_verdict := array_fill(1::smallint, ARRAY[n]);
+        v_reason := array_fill(NULL::smallint, ARRAY[n]); v_wait := array_fill(NULL::bigint, ARRAY[n]);
+        v_ask := p_costs;
+    ELSE
+        SELECT array_agg(e.what = 0 ORDER BY e.o),
+               array_agg(CASE WHEN e.what IN (8, 9) THEN e.what WHEN e.what IN (1, 3, 4, 7) THEN 2 ELSE 1 END::smallint ORDER BY e.o),
+               array_agg(CASE WHEN e.what IN (1, 3, 4, 7) THEN e.what END::smallint ORDER BY e.o),
+               array_agg(CASE e.what WHEN 1 THEN e.shut - v_us WHEN 3 THEN micros(e.sa) - v_us WHEN 4 THEN 0 WHEN 7 THEN e.ill END
+                         ORDER BY e.o),
+               array_agg(CASE WHEN e.what = 11 AND e.w = 1 THEN e.cost ELSE 0 END ORDER BY e.o)
+            INTO v_known, v_verdict, v_reason, v_wait, v_ask
+        FROM (SELECT d.*,
+                     CASE WHEN d.known THEN 0 WHEN d.ea <= v_now THEN 9 WHEN d.sa > v_now THEN 3
+                          WHEN d.ill IS NOT NULL THEN CASE d.w WHEN 2 THEN 7 ELSE 10 END
+                          WHEN d.shut > v_us THEN 1 WHEN d.w = 2 THEN 4 WHEN d.behind THEN 8 ELSE 11 END AS what
+              FROM (SELECT u.*,
+                           (SELECT true FROM job x WHERE x.tenant = u.t AND x.id = u.id) IS NOT NULL AS known,
+                           (SELECT true FROM lane y WHERE y.account = u.a AND y.level <= u.l AND y.fifo > 0 LIMIT 1)
+                               IS NOT NULL AS behind,
+                           (SELECT max(z.next_at) FROM rate z WHERE z.key = ANY (charged_keys(u.t, u.a))) AS shut
+                    FROM unnest(p_tenants, p_ids, p_accounts, p_levels, p_costs, p_send_at, p_expires_at, p_want, v_ill)
+                         WITH ORDINALITY u(t, id, a, l, cost, sa, ea, w, ill, o) OFFSET 0) d OFFSET 0) e;
+    END IF;
     v_granted := v_ask; v_valid := v_ill;
     IF 0 < ANY (v_ask) THEN
         SELECT g.granted, g.slot_us, g.valid_us, g.next_us INTO s FROM take_slots(p_tenants, p_accounts, v_ask, NULL) g;

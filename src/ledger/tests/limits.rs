@@ -537,12 +537,14 @@ async fn a_limit_known_to_be_shut_is_answered_without_its_lock() {
             .await
             .unwrap();
         let waits = world.admit_one(request(&epoch, "free", "1"));
+        tokio::pin!(waits);
         assert!(
-            tokio::time::timeout(Duration::from_millis(200), waits)
+            tokio::time::timeout(Duration::from_millis(200), &mut waits)
                 .await
                 .is_err()
         );
         locked.batch_execute("ROLLBACK").await.unwrap();
+        assert!(matches!(waits.await, Admitted::Go(_)));
     })
     .await;
 }
