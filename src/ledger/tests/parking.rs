@@ -71,7 +71,7 @@ async fn park_all(world: &World, birth: &Birth, jobs: &[&Later]) -> Vec<Option<P
     world.ledger.park(birth, &requests).await.unwrap()
 }
 
-/// Everything there is of the only job, its lane and its report; times as seconds from `begun`, numbers from its birth.
+/// Everything there is of the only job, its lane and its report; times as minutes from `begun`, numbers from its birth.
 async fn everything(world: &World, begun: Timestamp) -> Value {
     let mut all: Value = world
         .one(
@@ -93,10 +93,10 @@ async fn everything(world: &World, begun: Timestamp) -> Value {
                 "seq" => *value = (value.as_i64().unwrap() - born).into(),
                 name if name.ends_with("_at") && !value.is_null() && *value != "-infinity" => {
                     let time: Timestamp = value.as_str().unwrap().parse().unwrap();
-                    // To the minute: the two ways were gone seconds apart.
+                    // The two ways were gone seconds apart.
                     *value = (time.duration_since(begun).as_secs_f64() / 60.0).round().into();
                 }
-                "body" if columns_is_report(value) => {
+                "body" if is_json(value) => {
                     let mut report: Value = serde_json::from_str(value.as_str().unwrap()).unwrap();
                     report["id"] = Value::Null;
                     report["timestamp"] = Value::Null;
@@ -110,7 +110,7 @@ async fn everything(world: &World, begun: Timestamp) -> Value {
     all
 }
 
-fn columns_is_report(value: &Value) -> bool {
+fn is_json(value: &Value) -> bool {
     value.as_str().is_some_and(|text| text.starts_with('{'))
 }
 
