@@ -42,7 +42,7 @@ macro_rules! points {
 
 // The order is that of a job's life, then that of a report.
 points! {
-    /// Delivered and decoded; the admission statement is about to be sent.
+    /// Delivered and decoded; the statement that admits or parks it is about to be sent.
     Delivered = "delivered", false;
     /// The admission is committed.
     Admitted = "admitted", true;

@@ -11,6 +11,7 @@ pub mod health;
 pub mod lease;
 pub mod odd;
 pub mod outbox;
+pub mod park;
 pub mod release;
 pub mod settle;
 pub mod slots;
@@ -168,6 +169,7 @@ struct Statements {
     absorb: String,
     clear: String,
     mark: String,
+    park: String,
 }
 
 impl Ledger {
@@ -185,6 +187,9 @@ impl Ledger {
             absorb: db.sql("SELECT idx FROM {s}.absorb_v1($1, $2, $3, $4)"),
             clear: db.sql("SELECT {s}.clear_outbox_v1($1)"),
             mark: db.sql("SELECT idx FROM {s}.mark_data_v1($1, $2, $3, $4)"),
+            park: db.sql(
+                "SELECT * FROM {s}.park_new_v1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
+            ),
         });
         Self {
             vital: db.clone(),

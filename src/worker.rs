@@ -16,6 +16,7 @@ pub mod dispatcher;
 pub mod housekeeping;
 pub mod intake;
 pub mod load;
+pub mod park;
 pub mod permits;
 pub mod reporter;
 mod run;

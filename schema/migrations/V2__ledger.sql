@@ -1155,6 +1155,62 @@ BEGIN
         WHERE l.next_at > excluded.next_at OR excluded.fifo > 0 OR l.oldest_at > excluded.oldest_at;
 END $$;
 
+-- Puts new jobs that are to be sent later straight into the waiting room: one statement and one version of their row for
+-- what admit_v1 and settle_v1 (kind 2, reason 3) leave behind. Their claims are p_claim_base and those after it, in the
+-- order of the arrays; p_born is a birth second * 1000. A job that is known already, due or expired is none for here: it
+-- is not answered, and admit_v1 decides about it. A repeat after a lost COMMIT answers what it has parked and nobody has
+-- touched since.
+-- report: its number in the outbox. p_reports may be empty.
+CREATE FUNCTION park_new_v1(
+    p_epoch bigint, p_claim_base bigint, p_born bigint, p_tenants text[], p_ids text[], p_levels smallint[],
+    p_accounts text[], p_digests bytea[], p_send_at timestamptz[], p_expires_at timestamptz[], p_batches text[],
+    p_bodies bytea[], p_properties text[], p_reports text[])
+RETURNS TABLE (idx integer, report bigint)
+LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
+DECLARE
+    v_now timestamptz := clock_timestamp(); v_o integer[]; v_n bigint[];
+BEGIN
+    WITH made AS (
+        INSERT INTO job AS x (tenant, id, state, level, account, digest, born, seq, epoch, claim, leased_at, body, body_size,
+                              properties, due_at, reason, batch, created_at, updated_at, report)
+        SELECT u.t, u.id, 2, u.l, u.a, u.d, p_born, p_born + CASE WHEN u.rp IS NULL THEN 0 ELSE 1 END, p_epoch,
+               p_claim_base + u.o - 1, v_now, u.body, octet_length(u.body), u.pr::jsonb, u.sa, 3, u.b, v_now, v_now,
+               CASE WHEN u.rp IS NOT NULL THEN nextval('outbox_n_seq') END
+        FROM unnest(p_tenants, p_ids, p_levels, p_accounts, p_digests, p_send_at, p_expires_at, p_batches, p_bodies,
+                    p_properties, p_reports) WITH ORDINALITY u(t, id, l, a, d, sa, ea, b, body, pr, rp, o)
+        WHERE u.sa > v_now AND (u.ea <= v_now) IS NOT TRUE
+        -- Of twins the first.
+        ORDER BY u.t COLLATE "C", u.id COLLATE "C", u.o
+        ON CONFLICT ON CONSTRAINT job_pkey DO NOTHING
+        RETURNING x.tenant, x.id, x.seq, x.account, x.level, x.due_at, x.report AS n,
+                  (x.claim - p_claim_base + 1)::integer AS o
+    ), owed AS (
+        INSERT INTO outbox (n, tenant, id, seq, epoch, due_at, created_at, body)
+        SELECT m.n, m.tenant, m.id, m.seq, p_epoch, v_now + interval '30 seconds', v_now, p_reports[m.o]
+        FROM made m WHERE m.n IS NOT NULL
+    ), entered AS (
+        -- As touch_lanes would: they wait for their time, and keep no order.
+        INSERT INTO lane AS l (account, level, tenant, next_at, oldest_at)
+        SELECT m.account, m.level, m.tenant, min(m.due_at), min(m.due_at) FROM made m
+        GROUP BY m.account, m.level, m.tenant
+        ORDER BY m.account, m.level, m.tenant
+        ON CONFLICT (account, level, tenant) DO UPDATE
+            SET next_at = least(l.next_at, excluded.next_at), oldest_at = least(l.oldest_at, excluded.oldest_at)
+            WHERE l.next_at > excluded.next_at OR l.oldest_at > excluded.oldest_at
+    )
+    SELECT array_agg(m.o), array_agg(m.n) INTO v_o, v_n FROM made m;
+    IF cardinality(v_o) = cardinality(p_ids) THEN
+        RETURN QUERY SELECT u.o - 1, u.n FROM unnest(v_o, v_n) u(o, n);
+    ELSE
+        -- Also those that this very statement has parked before.
+        RETURN QUERY SELECT (u.o - 1)::integer, x.report
+            FROM unnest(p_tenants, p_ids) WITH ORDINALITY u(t, id, o) JOIN job x ON x.tenant = u.t AND x.id = u.id
+            WHERE x.state IS NOT DISTINCT FROM 2 AND x.epoch IS NOT DISTINCT FROM p_epoch
+              AND x.claim = p_claim_base + u.o - 1;
+    END IF;
+END $$;
+
 -- ── Release ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 -- Leases up to p_max due jobs of a level to a worker that has permits for them, lanes in turn, oldest first, with their

@@ -7,6 +7,7 @@ mod leases;
 mod limits;
 mod model;
 mod odd;
+mod parking;
 mod releasing;
 mod room;
 mod runnable;

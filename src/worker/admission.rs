@@ -1,14 +1,14 @@
 //! Admission: takes arrivals as permits and connections allow, claims them in batches, and sends each on its way.
 //!
-//! What cannot run now is not held back at the head of its queue: over a limit it is parked at once, behind a busy
-//! account when it has stood here for a while. With no permit free nothing is taken, and the backlog stays in RabbitMQ.
+//! What cannot run now is not held back at the head of its queue: what is to be sent later goes to [`park`], over a limit it
+//! is parked at once, behind a busy account when it has stood here for a while. With no permit free nothing is taken, and
+//! the backlog stays in RabbitMQ.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use jiff::{SignedDuration, Timestamp};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
@@ -17,6 +17,7 @@ use super::Worker;
 use super::arrival::Arrival;
 use super::conclude::Over;
 use super::load::InHand;
+use super::park;
 use super::permits::Permit;
 use crate::broker::dead_letter::REPLAY;
 use crate::fail_point::{self, Point};
@@ -32,9 +33,6 @@ use crate::pipeline::task::Task;
 const BATCH: usize = 128;
 /// How long a job may stand in hand because its account is busy before it is parked.
 const PARK_AFTER: Duration = Duration::from_secs(1);
-/// A job that is to be sent later than this is parked at once. Sooner ones are due by the time a statement is answered, or
-/// the clocks may differ by as much.
-const LATER: SignedDuration = SignedDuration::from_secs(2);
 /// How often jobs in hand are looked at when nothing else happens.
 const LOOK: Duration = Duration::from_millis(100);
 /// Admission statements at once.
@@ -44,6 +42,7 @@ const STATEMENTS: usize = 2;
 #[derive(Debug)]
 pub struct Admission {
     worker: Arc<Worker>,
+    later: park::Entrance,
     levels: [VecDeque<Box<Arrival>>; 4],
     statements: Arc<Semaphore>,
     /// Something urgent lacks a permit.
@@ -67,11 +66,12 @@ pub struct Picked {
 }
 
 impl Admission {
-    /// An empty hand.
+    /// An empty hand. `later`: for what is to be parked at once.
     #[must_use]
-    pub fn new(worker: Arc<Worker>) -> Self {
+    pub fn new(worker: Arc<Worker>, later: park::Entrance) -> Self {
         Self {
             worker,
+            later,
             levels: Default::default(),
             statements: Arc::new(Semaphore::new(STATEMENTS)),
             lacks_urgent_permits: false,
@@ -125,7 +125,9 @@ impl Admission {
     }
 
     fn take(&mut self, arrival: Box<Arrival>) {
-        self.levels[arrival.level.index()].push_back(arrival);
+        if let Some(arrival) = self.later.offer(arrival, &self.worker.clock) {
+            self.levels[arrival.level.index()].push_back(arrival);
+        }
     }
 
     async fn admit_what_can_run(&mut self) {
@@ -169,8 +171,6 @@ impl Admission {
 struct Picking<'a> {
     worker: &'a Worker,
     now: Instant,
-    /// On the database's clock.
-    clock_now: Timestamp,
     batch: Vec<Picked>,
     picked: HashSet<SameJob>,
     /// Accounts found full in this look.
@@ -209,7 +209,6 @@ impl<'a> Picking<'a> {
         Self {
             worker,
             now: Instant::now(),
-            clock_now: worker.clock.now(),
             batch: Vec::new(),
             picked: HashSet::new(),
             full: HashSet::new(),
@@ -248,7 +247,8 @@ impl<'a> Picking<'a> {
     }
 
     fn turn(&mut self, arrival: &Arrival, level: Level) -> Turn {
-        if self.is_for_later(arrival) {
+        // One that was not parked at once: parking takes neither permit nor connection.
+        if park::is_for_later(&arrival.job, &self.worker.clock) {
             return if self.has_twin(arrival) {
                 Turn::Later
             } else {
@@ -277,14 +277,6 @@ impl<'a> Picking<'a> {
         Turn::Now(want, Some((permit, in_hand)))
     }
 
-    /// Whether it is to be sent some time from now: parking takes neither permit nor connection.
-    fn is_for_later(&self, arrival: &Arrival) -> bool {
-        arrival
-            .job
-            .send_at
-            .is_some_and(|at| at.duration_since(self.clock_now) > LATER)
-    }
-
     fn is_full(&mut self, arrival: &Arrival) -> bool {
         let urgent = arrival.level == Level::Immediate;
         if !urgent && self.full.contains(&arrival.account) {
@@ -309,15 +301,38 @@ impl<'a> Picking<'a> {
 
     fn add(&mut self, arrival: Box<Arrival>, want: Want, permit: Option<(Permit, InHand)>) {
         self.picked.insert(SameJob(Arc::clone(&arrival.job)));
-        let (account, lease) = (arrival.account.clone(), self.worker.claim());
+        self.batch.push(Picked::new(self.worker, arrival, want, permit));
+    }
+}
+
+impl Picked {
+    fn new(worker: &Worker, arrival: Box<Arrival>, want: Want, permit: Option<(Permit, InHand)>) -> Self {
+        let (account, lease) = (arrival.account.clone(), worker.claim());
         let mut request = AdmitRequest::new(&arrival.job, arrival.level, account, lease, want);
         request.detour = arrival.may_detour;
         request.replay = arrival.delivery.has_header(REPLAY);
-        self.batch.push(Picked {
+        Self {
             arrival,
             request,
             permit,
-        });
+        }
+    }
+}
+
+/// Admits what could not be parked at once, and parks what is still to be parked. Of twins one at a time.
+#[expect(clippy::vec_box, reason = "they are large, and come boxed")]
+pub(super) async fn admit_to_park(worker: &Arc<Worker>, mut arrivals: Vec<Box<Arrival>>) {
+    while !arrivals.is_empty() {
+        let (mut picked, mut batch, mut rest) = (HashSet::new(), Vec::new(), Vec::new());
+        for arrival in arrivals {
+            if batch.len() < BATCH && picked.insert(SameJob(Arc::clone(&arrival.job))) {
+                batch.push(Picked::new(worker, arrival, Want::Park, None));
+            } else {
+                rest.push(arrival);
+            }
+        }
+        admit(worker, batch).await;
+        arrivals = rest;
     }
 }
 

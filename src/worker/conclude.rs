@@ -43,7 +43,8 @@ pub struct Over {
 }
 
 impl Over {
-    fn new(origin: Box<Arrival>, row: Row, verdict: Verdict) -> Self {
+    /// The same for a job that is not claimed yet, but will have this row.
+    pub(super) fn new(origin: Box<Arrival>, row: Row, verdict: Verdict) -> Self {
         Self {
             task: task(&origin, row),
             origin,
@@ -60,10 +61,11 @@ impl Over {
 }
 
 /// What is left to do when an outcome is written.
-struct End {
-    task: Task,
+pub(super) struct End {
+    /// What was to be done.
+    pub(super) task: Task,
     /// Where a new job came from.
-    origin: Option<Box<Arrival>>,
+    pub(super) origin: Option<Box<Arrival>>,
     /// What the server said, if it took the mail for anybody.
     results: Vec<RecipientResult>,
     message_id: Arc<str>,
@@ -222,7 +224,8 @@ impl Worker {
         });
     }
 
-    fn plan_at_once(&self, over: Over) -> (End, Settlement) {
+    /// What is to be written of one of them.
+    pub(super) fn plan_at_once(&self, over: Over) -> (End, Settlement) {
         let Over {
             task,
             origin,
@@ -289,7 +292,7 @@ impl Worker {
     }
 
     /// What follows when the outcome is written, or could not be: acknowledge, then report.
-    async fn end(self: &Arc<Self>, end: End, settlement: Settlement, answer: Answer) {
+    pub(super) async fn end(self: &Arc<Self>, end: End, settlement: Settlement, answer: Answer) {
         let (settlement, answer) = if answer.settled == Settled::Cancelled {
             // Boxed, like what follows a lost lease: every job would carry the room for it.
             Box::pin(self.settle_cancelled(&end.task, settlement)).await

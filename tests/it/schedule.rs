@@ -8,7 +8,7 @@ use postroom_testkit::smtp::{Action, Phase, Script, SmtpServer};
 use serde_json::Value;
 
 use crate::sends::account;
-use crate::support::{World, mail, taken};
+use crate::support::{World, eventually, mail, mails, taken};
 
 fn in_seconds(seconds: i64) -> Timestamp {
     Timestamp::now()
@@ -107,4 +107,123 @@ async fn an_expired_job_is_reported_and_never_sent_also_when_it_expires_while_it
         ["first", "second"]
     );
     world.assert_settled().await;
+}
+
+#[tokio::test]
+async fn jobs_for_later_are_parked_by_one_statement_each_lot_and_what_is_known_goes_the_ordinary_way() {
+    const JOBS: usize = 300;
+    let world = World::ready().await;
+    let server = SmtpServer::builder().start().await;
+    account(&world, "acme", &server, &[]).await;
+    let mut reports = world.reports().await;
+    let send_at = in_seconds(3600);
+    let later = |id: &str| with(mail("acme", id), "send_at", send_at);
+    world
+        .postroom(&["job", "cancel", "acme", "not-this"])
+        .await
+        .success();
+    let mut jobs: Vec<_> = (0..JOBS).map(|n| later(&format!("later-{n}"))).collect();
+    jobs.extend([later("not-this"), later("twice"), later("twice"), later("other")]);
+    let mut other = later("other");
+    other["subject"] = "something else".into();
+    jobs.push(other);
+    let jobs: Vec<_> = jobs.into_iter().map(|job| ("acme".to_owned(), job)).collect();
+    world.publish_all(Level::Medium, &jobs).await;
+    let worker = world.start_worker().await;
+    reports
+        .until(|all| {
+            let told = |kind, id| all.iter().any(|r| r.kind() == kind && r.job() == id);
+            told("mail.cancelled", "not-this")
+                && told("mail.rejected", "other")
+                && told("mail.deferred", "twice")
+                && all.iter().filter(|r| r.kind() == "mail.deferred").count() == JOBS + 2
+        })
+        .await;
+    world.wait_depth("mail.jobs.medium", 0).await;
+    let sql = world.sql().await;
+    let waiting =
+        "SELECT count(*) FROM job WHERE state = 2 AND reason = 3 AND due_at = $1 AND body IS NOT NULL";
+    let waiting: i64 = sql.query_one(waiting, &[&send_at]).await.unwrap().get(0);
+    assert_eq!(waiting as usize, JOBS + 2);
+    for report in reports.all().iter().filter(|r| r.kind() == "mail.deferred") {
+        let next: Timestamp = report.json["data"]["next_attempt_at"]
+            .as_str()
+            .unwrap()
+            .parse()
+            .unwrap();
+        assert!(next.duration_since(send_at).abs() < SignedDuration::from_millis(50));
+    }
+    let statements = |name| {
+        let series = format!("postroom_sql_batch_rows_count{{statement=\"{name}\"}}");
+        let worker = &worker;
+        async move { worker.metric(&series).await }
+    };
+    let (parks, admissions) = (statements("park").await, statements("admit").await);
+    assert!((1.0..=JOBS as f64 / 3.0).contains(&parks), "{parks} statements");
+    assert!((1.0..=3.0).contains(&admissions), "{admissions} admissions");
+    let count = |outcome| {
+        let series = format!("postroom_jobs_total{{outcome=\"{outcome}\"}}");
+        let worker = &worker;
+        async move { worker.metric(&series).await as usize }
+    };
+    assert_eq!(
+        (
+            count("parked").await,
+            count("cancelled").await,
+            count("duplicate").await
+        ),
+        (JOBS + 2, 1, 1)
+    );
+    assert_eq!(server.received_count(), 0);
+}
+
+async fn waiting(sql: &tokio_postgres::Client) -> usize {
+    let waiting = "SELECT count(*) FROM job WHERE state = 2 AND reason = 3";
+    let waiting: i64 = sql.query_one(waiting, &[]).await.unwrap().get(0);
+    waiting as usize
+}
+
+#[tokio::test]
+async fn a_worker_told_to_end_while_it_parks_leaves_every_job_in_one_place() {
+    const JOBS: usize = 2_000;
+    let world = World::ready().await;
+    let server = SmtpServer::builder().start().await;
+    account(&world, "acme", &server, &[]).await;
+    let (sql, send_at) = (world.sql().await, in_seconds(3600));
+    let jobs: Vec<_> = mails("acme", "later", JOBS)
+        .into_iter()
+        .map(|(tenant, job)| (tenant, with(job, "send_at", send_at)))
+        .collect();
+    world.publish_all(Level::Medium, &jobs).await;
+    let mut first = world.start_worker().await;
+    eventually(Duration::from_secs(30), || async { waiting(&sql).await > 0 }).await;
+    assert!(first.term().await.success(), "{}", first.logs());
+    let parked = waiting(&sql).await;
+    world.wait_depth("mail.jobs.medium", (JOBS - parked) as u32).await;
+    let _second = world.start_worker().await;
+    eventually(Duration::from_secs(30), || async { waiting(&sql).await == JOBS }).await;
+    world.wait_depth("mail.jobs.medium", 0).await;
+    assert_eq!(world.depth("mail.jobs.dead").await, 0);
+}
+
+#[tokio::test]
+async fn a_job_for_later_that_the_database_refuses_is_buried_alone() {
+    let world = World::ready().await;
+    let server = SmtpServer::builder().start().await;
+    account(&world, "acme", &server, &[]).await;
+    let sql = world.sql().await;
+    sql.batch_execute("ALTER TABLE job ADD CONSTRAINT refused CHECK (id <> 'later-7')")
+        .await
+        .unwrap();
+    let jobs: Vec<_> = mails("acme", "later", 20)
+        .into_iter()
+        .map(|(tenant, job)| (tenant, with(job, "send_at", in_seconds(3600))))
+        .collect();
+    world.publish_all(Level::Medium, &jobs).await;
+    let _worker = world.start_worker().await;
+    eventually(Duration::from_secs(30), || async { waiting(&sql).await == 19 }).await;
+    world.wait_depth("mail.jobs.dead", 1).await;
+    let letters = world.postroom(&["dead", "list", "--json"]).await.success();
+    assert!(letters.contains("refused_by_database"), "{letters}");
+    world.wait_depth("mail.jobs.medium", 0).await;
 }

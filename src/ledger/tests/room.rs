@@ -3,12 +3,16 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use jiff::{SignedDuration, Timestamp};
 use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom as _;
 use rand::{Rng as _, SeedableRng as _};
 
-use super::world::{World, account, all, done, in_world, job, park, request, settlement, tenant, until};
+use super::world::{
+    World, account, all, body, done, in_world, job, park, request, settlement, tenant, until,
+};
 use crate::ledger::admit::{Admitted, Want};
+use crate::ledger::park::{Birth, ParkRequest};
 use crate::ledger::settle::{Next, Settled, Settlement};
 use crate::ledger::{Row, WaitReason};
 use crate::level::Level;
@@ -36,7 +40,8 @@ impl Walker {
     async fn walk(mut self, end: Instant) {
         let epoch = self.world.epoch().await;
         while Instant::now() < end {
-            match self.random.random_range(0..12) {
+            match self.random.random_range(0..13) {
+                12 => self.park_at_once(&epoch).await,
                 0..3 => self.admit(&epoch).await,
                 3..6 => self.release(&epoch).await,
                 6..9 => self.settle().await,
@@ -81,6 +86,43 @@ impl Walker {
                 }
                 other => panic!("{other:?}"),
             }
+        }
+    }
+
+    /// New jobs that are due in a moment, some of them while their statement runs; the statement may come twice at once.
+    async fn park_at_once(&mut self, epoch: &std::sync::Arc<crate::ledger::Epoch>) {
+        let now = Timestamp::now();
+        let jobs: Vec<_> = (0..self.random.random_range(1..12))
+            .map(|_| {
+                self.number += 1;
+                let (owner, key) = *ACCOUNTS.choose(&mut self.random).unwrap();
+                let id = job(&format!("{}-{}", self.seed, self.number));
+                let level = Level::ALL[self.random.random_range(1..3)];
+                let after = SignedDuration::from_millis(self.random.random_range(0..60));
+                (tenant(owner), id, account(key), level, now + after)
+            })
+            .collect();
+        let body = body();
+        let requests: Vec<_> = jobs
+            .iter()
+            .map(|(tenant, id, account, level, send_at)| ParkRequest {
+                tenant,
+                id,
+                level: *level,
+                account,
+                digest: &[7; 32],
+                send_at: *send_at,
+                expires_at: None,
+                batch: None,
+                body: &body,
+                report: None,
+            })
+            .collect();
+        let birth = Birth::new(std::sync::Arc::clone(epoch), requests.len(), now);
+        let copies = if self.random.random_bool(0.2) { 2 } else { 1 };
+        let answers = (0..copies).map(|_| self.world.ledger.park(&birth, &requests));
+        for answer in futures_util::future::join_all(answers).await {
+            answer.unwrap();
         }
     }
 

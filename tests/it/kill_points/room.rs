@@ -1,5 +1,6 @@
 //! The waiting room, and jobs that pass from one worker to another.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
@@ -9,14 +10,81 @@ use serde_json::Value;
 use super::{LONG_LEASE, Scene, held, job, was_killed};
 use crate::support::{Process, eventually};
 
-/// A job that waits in the ledger for a moment before it is sent.
+/// A job that waits in the ledger for a moment before it is sent: so short that it is not parked at once, but claimed.
 fn later(id: &str) -> Value {
+    in_seconds(2, id)
+}
+
+fn in_seconds(seconds: i64, id: &str) -> Value {
     let mut job = job(id);
     let at = Timestamp::now()
-        .checked_add(SignedDuration::from_secs(2))
+        .checked_add(SignedDuration::from_secs(seconds))
         .unwrap();
     job["send_at"] = at.to_string().into();
     job
+}
+
+/// Where a worker dies while it parks a job of that name at once. The last one: the next to be killed would get it, and
+/// park it.
+const PARKING: [&str; 4] = ["settled", "before_ack", "acked", "delivered"];
+
+async fn waiting(sql: &tokio_postgres::Client) -> i64 {
+    let text = "SELECT count(*) FROM job WHERE state = 2 AND reason = 3";
+    sql.query_one(text, &[]).await.unwrap().get(0)
+}
+
+#[tokio::test]
+async fn a_worker_killed_at_any_boundary_of_parking_leaves_a_job_that_waits_once_and_is_told_once() {
+    let mut scene = Scene::new(Script::new()).await;
+    for point in PARKING {
+        scene
+            .dies(&format!("{point}=kill@job={point}"), &in_seconds(3600, point))
+            .await;
+    }
+    let sql = scene.world.sql().await;
+    assert_eq!(
+        waiting(&sql).await,
+        3,
+        "all but the one of which nothing was written"
+    );
+    scene.outbox_is_due().await;
+    let _survivor = scene.worker_with("", &[LONG_LEASE]).await;
+    eventually(Duration::from_secs(20), || async { waiting(&sql).await == 4 }).await;
+    for id in PARKING {
+        let released = scene.world.postroom(&["job", "release", "acme", id]).await;
+        released.success();
+        scene.reports.final_of(id).await;
+    }
+    scene.over().await;
+    for id in PARKING {
+        scene.was_sent(id, 1, 0);
+        let told = scene.reports.of(id);
+        let deferred = told.iter().filter(|report| report.kind() == "mail.deferred");
+        let ids: BTreeSet<_> = deferred.map(|report| &report.id).collect();
+        assert_eq!(ids.len(), 1, "{id}: {ids:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_job_parked_by_a_statement_whose_answer_is_lost_is_recognised_and_told_once() {
+    let mut scene = Scene::new(Script::new()).await;
+    scene.world.set("POSTROOM_DEFERRED_REPORT_AFTER", "1s");
+    let worker = scene.worker("settled=error@1").await;
+    scene.publish(&in_seconds(5, "answer")).await;
+    scene.reports.final_of("answer").await;
+    scene.over().await;
+    assert!(worker.logs().contains("fail point settled"));
+    scene.was_sent("answer", 1, 0);
+    let told: Vec<_> = scene
+        .reports
+        .of("answer")
+        .iter()
+        .map(|report| report.kind().to_owned())
+        .collect();
+    assert_eq!(told, ["mail.deferred", "mail.sent"]);
+    let parked = worker.metric(r#"postroom_jobs_total{outcome="parked"}"#).await;
+    let again = worker.metric(r#"postroom_jobs_total{outcome="duplicate"}"#).await;
+    assert_eq!((parked as u64, again as u64), (1, 0));
 }
 
 #[tokio::test]

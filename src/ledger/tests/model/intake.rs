@@ -3,14 +3,19 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use jiff::{SignedDuration, Timestamp};
+
 use super::jobs::Key;
-use super::{Model, Stage, Step, Task};
+use super::mutants::Habit;
+use super::reports::Unpublished;
+use super::{Model, Rule, Stage, Step, Task, holds};
 use crate::ledger::admit::{Absorb, AdmitRequest, Admitted, Want};
+use crate::ledger::park::{Birth, ParkRequest, Parked};
 use crate::ledger::{Row, WaitReason};
 use crate::level::Level;
-use crate::report::ReportType;
+use crate::report::{ReportMessage, ReportType};
 
-use super::super::world::all;
+use super::super::world::{all, report, row_of};
 
 /// An answer, without what is known anyway.
 fn brief(answer: &Admitted) -> String {
@@ -63,6 +68,9 @@ impl Model {
 
     pub(super) async fn deliver_job(&mut self, w: usize, key: Key) -> Step {
         self.job(&key).ready -= 1;
+        if self.habit == Habit::Good && self.chance(6) && self.park_at_once(w, &key).await? {
+            return Ok(());
+        }
         let want = [Want::Slot, Want::Slot, Want::Claim, Want::Park][self.pick(4)];
         let request = self.request(w, &key, want);
         if self.chance(6) {
@@ -77,6 +85,53 @@ impl Model {
             return self.look().await;
         }
         self.admit(w, key, request).await
+    }
+
+    /// A delivery is to be sent in a moment; the answer may get lost, the worker die over it. `false`: it is to be admitted.
+    async fn park_at_once(&mut self, w: usize, key: &Key) -> Step<bool> {
+        let request = self.request(w, key, Want::Park);
+        let now = Timestamp::now();
+        let birth = Birth::new(self.epoch(w), 1, now);
+        let told = self.chance(2).then(|| {
+            let row = row_of(&request, birth.born);
+            ReportMessage::from(report(&row, ReportType::Deferred))
+        });
+        let body = self.jobs[key].body();
+        let later = ParkRequest {
+            tenant: &key.tenant,
+            id: &key.id,
+            level: request.level,
+            account: &request.account,
+            digest: &request.digest,
+            send_at: now + SignedDuration::from_millis(30),
+            expires_at: None,
+            batch: None,
+            body: &body,
+            report: told.as_ref(),
+        };
+        let mut parked = self.world.ledger.park(&birth, &[later]).await.unwrap()[0];
+        if self.chance(4) {
+            parked = self.world.ledger.park(&birth, &[later]).await.unwrap()[0];
+        }
+        let dies = parked.is_some() && self.chance(6);
+        self.note(|| format!("worker {w} parks {key}: {parked:?} (and dies: {dies})"));
+        if dies {
+            self.job(key).ready += 1;
+        } else if let (Some(number), Some(report)) = (parked.and_then(|parked| parked.report), told) {
+            let key = key.clone();
+            self.workers[w]
+                .unpublished
+                .push(Unpublished { key, report, number });
+        }
+        let Some(Parked { report }) = parked else {
+            return Ok(false);
+        };
+        self.look().await?;
+        let owes = report.is_none() || self.owes(key, birth.born + 1);
+        holds(owes, Rule::ReportsOwed, || {
+            format!("{key} waits and owes no report")
+        })?;
+        Ok(true)
     }
 
     /// Repeats an admission whose answer got lost.

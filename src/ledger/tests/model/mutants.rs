@@ -8,6 +8,8 @@ use super::Rule;
 pub(super) enum Habit {
     /// Nothing.
     Good,
+    /// Nothing, but they park nothing at once: that would leave fewer chances to find faults elsewhere.
+    Admits,
     /// They acknowledge before the settlement is written.
     AcksFirst,
     /// They write without asking whether they may still.
@@ -67,7 +69,8 @@ macro_rules! mutants {
     ($($name:ident: $function:literal [$($from:literal => $to:literal),+] breaks $($rule:ident)|+;)+) => {$(
         #[tokio::test]
         async fn $name() {
-            let found = found($function, &[$(($from, $to)),+], Habit::Good).await;
+            let habit = if $function == "park_new_v1" { Habit::Good } else { Habit::Admits };
+            let found = found($function, &[$(($from, $to)),+], habit).await;
             assert!(matches!(found, Some($(Rule::$rule)|+)), "{found:?}");
         }
     )+};
@@ -155,6 +158,18 @@ mutants! {
     parking_in_a_lane_that_sleeps:
         "touch_lanes" ["next_at = least(l.next_at, excluded.next_at)" => "next_at = l.next_at + interval '1 hour'"]
         breaks LanesRight;
+    parking_at_once_without_a_lane:
+        "park_new_v1" ["FROM made m\n        GROUP BY" => "FROM made m WHERE m.o > 1\n        GROUP BY"]
+        breaks LanesRight;
+    parking_at_once_in_a_lane_that_sleeps:
+        "park_new_v1" ["next_at = least(l.next_at, excluded.next_at)" => "next_at = l.next_at + interval '1 hour'"]
+        breaks LanesRight;
+    parking_at_once_owes_nothing:
+        "park_new_v1" ["FROM made m WHERE m.n IS NOT NULL" => "FROM made m WHERE m.o > 1"]
+        breaks ReportsOwed;
+    parking_at_once_tells_another_number:
+        "park_new_v1" ["array_agg(m.n)" => "array_agg(m.n - 1)"]
+        breaks ReportsOwed;
 }
 
 #[tokio::test]
