@@ -257,7 +257,7 @@ fn parked(full: bool) -> Load {
     };
     let mut entries = vec![
         entry(POSTROOM, 20_000).what("from the queue"),
-        parked(20_000).what("parked"),
+        parked(20_000).what("parked, 20 000"),
     ];
     if full {
         entries.push(parked(200_000).what("parked, 200 000"));
