@@ -3,7 +3,10 @@
 
 pub mod attempt;
 pub mod evidence;
+pub mod resolve;
+mod suspect;
 pub mod task;
+mod transact;
 
 use std::sync::Arc;
 use std::time::Duration;

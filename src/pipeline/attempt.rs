@@ -6,24 +6,24 @@ use std::time::{Duration, Instant};
 
 use lettre::Address;
 
+use super::resolve::{Entries, account_name};
 use super::task::{SharedClock, Task};
 use super::{Attempt, Verdict, evidence};
 use crate::attachment::{Attachments, Part, Prepared};
 use crate::compose::{self, Composition, Email};
 use crate::config::UnknownTenant;
-use crate::directory::{Chosen, Directory, TenantEntry, Via, overrides, sender};
+use crate::directory::{Chosen, Directory, Via, sender};
 use crate::fail_point::{self, Point};
-use crate::failure::{Class, Failure, Fault, Severity, Stage};
-use crate::id::{AccountId, TenantId};
-use crate::job::{MailJob, OnUncertain};
+use crate::failure::{Class, Failure, Fault, Stage};
+use crate::id::TenantId;
 use crate::ledger::batches::Batches;
 use crate::ledger::slots::{SlotAnswer, SlotRequest};
 use crate::ledger::{Slot, WaitReason};
 use crate::memory::{Held, Memory, Share};
-use crate::report::{LinkedFile, RecipientStatus};
-use crate::secret::{Keys, SharedKeyring};
+use crate::report::LinkedFile;
+use crate::secret::Keys;
 use crate::settlement::all_pending;
-use crate::smtp::{self, CheckoutError, Envelope, NotAtOnce, Outcome, Pools, Submission};
+use crate::smtp::{self, CheckoutError, Pools, Submission};
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::traces;
 
@@ -58,20 +58,6 @@ pub struct Pipeline {
     pub metrics: Arc<Metrics>,
     /// Watched alone: one prime suspect at a time.
     pub alone: tokio::sync::Semaphore,
-}
-
-/// A suspect at work.
-struct Watched<'a> {
-    _alone: Option<tokio::sync::SemaphorePermit<'a>>,
-}
-
-/// The two entries a sender is chosen from.
-#[derive(Debug)]
-pub struct Entries {
-    /// The job's tenant.
-    pub tenant: Arc<TenantEntry>,
-    /// The platform.
-    pub platform: Option<Arc<TenantEntry>>,
 }
 
 impl Pipeline {
@@ -182,122 +168,6 @@ impl Pipeline {
         })
     }
 
-    /// How long the account of `chosen` is to be left alone. An account that the job was not admitted under may be tried
-    /// as soon as its cooldown is over: nobody else may come to do it.
-    fn trouble(&self, task: &Task, chosen: &Chosen) -> Option<Duration> {
-        if chosen.via == Via::Override {
-            return None;
-        }
-        let wait = self.batches.health().wait(&chosen.account.key)?;
-        let is_own = chosen.account.key == task.row.account;
-        let may_try = if is_own { task.row.probe } else { wait.is_zero() };
-        (!may_try).then_some(wait)
-    }
-
-    /// Who sends while accounts are in trouble: `chosen` if it is not, else the platform if it may, else nobody yet. No
-    /// attempt, and no slot.
-    fn healthy(
-        &self,
-        task: &Task,
-        attempt: &mut Attempt,
-        entries: &Entries,
-        chosen: Chosen,
-    ) -> Result<Chosen, Verdict> {
-        let Some(delay) = self.trouble(task, &chosen) else {
-            return Ok(chosen);
-        };
-        let platform = entries.platform.as_deref();
-        let other = sender::while_unhealthy(&chosen, &task.job, &entries.tenant, platform);
-        if let Some(other) = other.filter(|other| self.trouble(task, other).is_none()) {
-            return Ok(other);
-        }
-        attempt.account = account_name(task, &chosen);
-        attempt.retry = Some(chosen.account.retry);
-        attempt.waits_for = (chosen.account.key != task.row.account).then(|| chosen.account.key.clone());
-        Err(Verdict::Wait {
-            reason: WaitReason::Unhealthy,
-            delay,
-        })
-    }
-
-    /// Begins to watch what a suspect does to us: says so in the ledger, so that a crash is known to be its own. The prime
-    /// suspect alone, so that it is nobody else's.
-    async fn watch(&self, task: &Task) -> Result<Option<Watched<'_>>, Verdict> {
-        if !task.row.is_suspect() {
-            return Ok(None);
-        }
-        let alone = if task.row.is_prime_suspect() {
-            self.alone.acquire().await.ok()
-        } else {
-            None
-        };
-        if !self.batches.mark_suspect(&task.row, true).await {
-            return Err(Verdict::GiveBack);
-        }
-        Ok(Some(Watched { _alone: alone }))
-    }
-
-    /// All of our own work on a suspect's content, while it is watched; what follows is a conversation like any other.
-    fn rehearse(&self, task: &Task, attempt: &mut Attempt, chosen: &Chosen, prepared: &Prepared) {
-        let message_id = self.message_id(task, chosen, attempt);
-        let open = open_recipients(attempt, &HashSet::new());
-        // Its failure is told when it is composed to be sent.
-        drop(Self::compose(task, chosen, prepared, &message_id, &open));
-    }
-
-    async fn unwatch(&self, task: &Task, watched: Watched<'_>) -> Result<(), Verdict> {
-        let stands = self.batches.mark_suspect(&task.row, false).await;
-        drop(watched);
-        if stands { Ok(()) } else { Err(Verdict::GiveBack) }
-    }
-
-    /// Who sends a job, and from which entries that was chosen. A refusal is never said from memory: tenant or account may
-    /// have been set up a moment ago.
-    ///
-    /// # Errors
-    /// `Failed`: why nobody sends. `GiveBack`: the directory cannot be read.
-    pub async fn resolve(&self, job: &MailJob) -> Result<(Entries, Chosen), Verdict> {
-        let resolved = self.look_up(job).await;
-        match resolved {
-            Err(Verdict::Failed(failure)) if !failure.is_transient() => {
-                self.directory.forget(&[&job.tenant, &TenantId::platform()]);
-                self.look_up(job).await
-            }
-            resolved => resolved,
-        }
-    }
-
-    async fn look_up(&self, job: &MailJob) -> Result<(Entries, Chosen), Verdict> {
-        let entries = self.entries(&job.tenant).await?;
-        let overrides = self.keys.overrides.as_ref().map(SharedKeyring::current);
-        let opened = overrides::open_override(job, &self.keys.encryption.current(), overrides.as_deref());
-        let chosen = opened
-            .and_then(|opened| sender::choose(job, &entries.tenant, entries.platform.as_deref(), opened))
-            .map_err(Verdict::Failed)?;
-        Ok((entries, chosen))
-    }
-
-    /// The tenant's accounts and the platform's. An unreadable directory is our trouble: the job goes back.
-    async fn entries(&self, tenant: &TenantId) -> Result<Entries, Verdict> {
-        let unreadable = |error| {
-            tracing::warn!(%error, "the directory cannot be read");
-            Verdict::GiveBack
-        };
-        let entry = match self.directory.tenant(tenant).await.map_err(unreadable)? {
-            Some(entry) => entry,
-            None => Arc::new(sender::unknown_tenant(tenant, self.unknown_tenant).map_err(Verdict::Failed)?),
-        };
-        let platform = self
-            .directory
-            .tenant(&TenantId::platform())
-            .await
-            .map_err(unreadable)?;
-        Ok(Entries {
-            tenant: entry,
-            platform,
-        })
-    }
-
     fn note_files(&self, task: &Task, attempt: &mut Attempt, prepared: &Prepared, since: Instant) {
         if !task.job.attachments.is_empty() {
             self.observe("fetch", since);
@@ -375,7 +245,7 @@ impl Pipeline {
     }
 
     /// The Message-ID: that of earlier attempts, else made from what identifies the job.
-    fn message_id(&self, task: &Task, chosen: &Chosen, attempt: &mut Attempt) -> Arc<str> {
+    pub(super) fn message_id(&self, task: &Task, chosen: &Chosen, attempt: &mut Attempt) -> Arc<str> {
         let from = task.job.from.as_ref().unwrap_or(&chosen.from);
         let message_id = attempt.message_id.get_or_insert_with(|| {
             compose::message_id(
@@ -390,7 +260,7 @@ impl Pipeline {
         Arc::clone(message_id)
     }
 
-    fn compose(
+    pub(super) fn compose(
         task: &Task,
         chosen: &Chosen,
         prepared: &Prepared,
@@ -486,65 +356,6 @@ impl Pipeline {
         }
     }
 
-    /// One transaction: in one flight where the server takes that, else MAIL, RCPT and DATA, the last look at the lease,
-    /// the mail.
-    async fn transact(
-        &self,
-        task: &Task,
-        attempt: &mut Attempt,
-        lease: smtp::Lease,
-        email: &Email,
-        part: &[Address],
-    ) -> Result<(), Verdict> {
-        attempt.started = true;
-        let envelope = Envelope {
-            from: email.envelope_from.clone(),
-            to: email.recipients.clone(),
-        };
-        let mail = smtp::Mail {
-            size: email.message.len(),
-            utf8: email.needs_utf8,
-            eightbit: email.is_8bit,
-        };
-        let mut lease = lease;
-        if lease.may_deliver_at_once(&envelope, mail) {
-            // From the first byte on nobody knows: the last look comes before all of it.
-            if !self.may_write(task, attempt.on_uncertain).await {
-                return Err(Verdict::GiveBack);
-            }
-            match lease.deliver_at_once(&envelope, mail, &email.message).await {
-                Ok(outcome) => return conclude(attempt, outcome, email, part),
-                Err(NotAtOnce::Failed(error)) => return not_opened(attempt, error, part),
-                Err(NotAtOnce::Fresh(fresh)) => lease = *fresh,
-            }
-        }
-        let transaction = match lease.open(&envelope, mail).await {
-            Ok(transaction) => transaction,
-            Err(error) => return not_opened(attempt, error, part),
-        };
-        attempt.reached_mail_from = true;
-        if !self.may_write(task, attempt.on_uncertain).await {
-            transaction.abandon();
-            return Err(Verdict::GiveBack);
-        }
-        let outcome = transaction.finish(&email.message).await;
-        conclude(attempt, outcome, email, part)
-    }
-
-    /// The last question before the write that may end the message: is the job still ours? For jobs that are to be
-    /// held when the outcome stays unknown, the answer is committed first.
-    async fn may_write(&self, task: &Task, policy: OnUncertain) -> bool {
-        fail_point::hit(Point::EnvelopeAccepted, [task.job.id.as_str()]);
-        if policy == OnUncertain::Hold && !self.batches.mark_data(task.row.clone()).await {
-            return false;
-        }
-        let is_ours = task.row.lease.is_good();
-        if is_ours {
-            fail_point::hit(Point::BeforeFinalWrite, [task.job.id.as_str()]);
-        }
-        is_ours
-    }
-
     fn observe(&self, stage: &'static str, since: Instant) {
         traces::stage(stage, since);
         self.metrics
@@ -567,82 +378,13 @@ fn started(attempt: &mut Attempt, failure: Failure) -> Verdict {
 }
 
 /// Recipients that still wait and have not had their turn in this attempt.
-fn open_recipients(attempt: &Attempt, tried: &HashSet<String>) -> Vec<Address> {
+pub(super) fn open_recipients(attempt: &Attempt, tried: &HashSet<String>) -> Vec<Address> {
     attempt
         .recipients
         .iter()
         .filter(|r| r.is_open() && !tried.contains(&*r.address))
         .filter_map(|r| r.address.parse().ok())
         .collect()
-}
-
-/// No recipient can be sent to: what the server said to each, or why it was not asked.
-fn not_opened(attempt: &mut Attempt, error: smtp::OpenError, part: &[Address]) -> Result<(), Verdict> {
-    if !error.mail_sent {
-        return Err(Verdict::Failed(error.failure));
-    }
-    attempt.reached_mail_from = true;
-    record(attempt, part, error.results.iter().map(|(_, result)| result));
-    Ok(())
-}
-
-/// What became of the mail.
-fn conclude(attempt: &mut Attempt, outcome: Outcome, email: &Email, part: &[Address]) -> Result<(), Verdict> {
-    attempt.reached_mail_from = true;
-    match outcome {
-        Outcome::Done(results) => {
-            record(attempt, part, results.iter().map(|(_, result)| result));
-            Ok(())
-        }
-        Outcome::Uncertain { refused, failure, .. } => {
-            for (address, result) in &refused {
-                // In the envelope's spelling; the report has the job's.
-                let place = email.recipients.iter().position(|a| a == address);
-                if let Some(mine) = place.and_then(|place| part.get(place)) {
-                    record(attempt, std::slice::from_ref(mine), std::iter::once(result));
-                }
-            }
-            Err(Verdict::Uncertain(failure))
-        }
-    }
-}
-
-/// The tenant's own account the job is for, by name.
-fn account_name(task: &Task, chosen: &Chosen) -> Option<Arc<str>> {
-    match chosen.via {
-        Via::Account => Some(chosen.account.key.account().into()),
-        _ => task.job.account.as_ref().map(AccountId::shared),
-    }
-}
-
-/// Notes what the server said about each recipient of this transaction, and the failure most worth telling.
-fn record<'a>(attempt: &mut Attempt, part: &[Address], results: impl Iterator<Item = &'a smtp::RcptResult>) {
-    for (address, result) in part.iter().zip(results) {
-        let address: &str = address.as_ref();
-        let Some(mine) = attempt.recipients.iter_mut().find(|r| *r.address == *address) else {
-            continue;
-        };
-        let status = match result.failure() {
-            None => RecipientStatus::Accepted,
-            Some(failure) if failure.is_transient() => RecipientStatus::Deferred,
-            Some(_) => RecipientStatus::Refused,
-        };
-        mine.record(status, result.reply());
-        if let Some(failure) = result.failure() {
-            keep_worse(attempt, failure);
-        }
-    }
-}
-
-/// A transient failure decides when to come back, so it is the one to keep.
-fn keep_worse(attempt: &mut Attempt, failure: &Failure) {
-    let keep = attempt
-        .failure
-        .as_ref()
-        .is_some_and(|f| f.severity == Severity::Transient);
-    if !keep {
-        attempt.failure = Some(failure.clone());
-    }
 }
 
 /// What a panic in an attempt is told as.

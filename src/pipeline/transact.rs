@@ -1,0 +1,135 @@
+//! Send: one SMTP transaction, and what its replies say about each recipient.
+
+use lettre::Address;
+
+use super::attempt::Pipeline;
+use super::task::Task;
+use super::{Attempt, Verdict};
+use crate::compose::Email;
+use crate::fail_point::{self, Point};
+use crate::failure::{Failure, Severity};
+use crate::job::OnUncertain;
+use crate::report::RecipientStatus;
+use crate::smtp::{self, Envelope, NotAtOnce, Outcome};
+
+impl Pipeline {
+    /// One transaction: in one flight where the server takes that, else MAIL, RCPT and DATA, the last look at the lease,
+    /// the mail.
+    pub(super) async fn transact(
+        &self,
+        task: &Task,
+        attempt: &mut Attempt,
+        lease: smtp::Lease,
+        email: &Email,
+        part: &[Address],
+    ) -> Result<(), Verdict> {
+        attempt.started = true;
+        let envelope = Envelope {
+            from: email.envelope_from.clone(),
+            to: email.recipients.clone(),
+        };
+        let mail = smtp::Mail {
+            size: email.message.len(),
+            utf8: email.needs_utf8,
+            eightbit: email.is_8bit,
+        };
+        let mut lease = lease;
+        if lease.may_deliver_at_once(&envelope, mail) {
+            // From the first byte on nobody knows: the last look comes before all of it.
+            if !self.may_write(task, attempt.on_uncertain).await {
+                return Err(Verdict::GiveBack);
+            }
+            match lease.deliver_at_once(&envelope, mail, &email.message).await {
+                Ok(outcome) => return conclude(attempt, outcome, email, part),
+                Err(NotAtOnce::Failed(error)) => return not_opened(attempt, error, part),
+                Err(NotAtOnce::Fresh(fresh)) => lease = *fresh,
+            }
+        }
+        let transaction = match lease.open(&envelope, mail).await {
+            Ok(transaction) => transaction,
+            Err(error) => return not_opened(attempt, error, part),
+        };
+        attempt.reached_mail_from = true;
+        if !self.may_write(task, attempt.on_uncertain).await {
+            transaction.abandon();
+            return Err(Verdict::GiveBack);
+        }
+        let outcome = transaction.finish(&email.message).await;
+        conclude(attempt, outcome, email, part)
+    }
+
+    /// The last question before the write that may end the message: is the job still ours? For jobs that are to be
+    /// held when the outcome stays unknown, the answer is committed first.
+    async fn may_write(&self, task: &Task, policy: OnUncertain) -> bool {
+        fail_point::hit(Point::EnvelopeAccepted, [task.job.id.as_str()]);
+        if policy == OnUncertain::Hold && !self.batches.mark_data(task.row.clone()).await {
+            return false;
+        }
+        let is_ours = task.row.lease.is_good();
+        if is_ours {
+            fail_point::hit(Point::BeforeFinalWrite, [task.job.id.as_str()]);
+        }
+        is_ours
+    }
+}
+
+/// No recipient can be sent to: what the server said to each, or why it was not asked.
+fn not_opened(attempt: &mut Attempt, error: smtp::OpenError, part: &[Address]) -> Result<(), Verdict> {
+    if !error.mail_sent {
+        return Err(Verdict::Failed(error.failure));
+    }
+    attempt.reached_mail_from = true;
+    record(attempt, part, error.results.iter().map(|(_, result)| result));
+    Ok(())
+}
+
+/// What became of the mail.
+fn conclude(attempt: &mut Attempt, outcome: Outcome, email: &Email, part: &[Address]) -> Result<(), Verdict> {
+    attempt.reached_mail_from = true;
+    match outcome {
+        Outcome::Done(results) => {
+            record(attempt, part, results.iter().map(|(_, result)| result));
+            Ok(())
+        }
+        Outcome::Uncertain { refused, failure, .. } => {
+            for (address, result) in &refused {
+                // In the envelope's spelling; the report has the job's.
+                let place = email.recipients.iter().position(|a| a == address);
+                if let Some(mine) = place.and_then(|place| part.get(place)) {
+                    record(attempt, std::slice::from_ref(mine), std::iter::once(result));
+                }
+            }
+            Err(Verdict::Uncertain(failure))
+        }
+    }
+}
+
+/// Notes what the server said about each recipient of this transaction, and the failure most worth telling.
+fn record<'a>(attempt: &mut Attempt, part: &[Address], results: impl Iterator<Item = &'a smtp::RcptResult>) {
+    for (address, result) in part.iter().zip(results) {
+        let address: &str = address.as_ref();
+        let Some(mine) = attempt.recipients.iter_mut().find(|r| *r.address == *address) else {
+            continue;
+        };
+        let status = match result.failure() {
+            None => RecipientStatus::Accepted,
+            Some(failure) if failure.is_transient() => RecipientStatus::Deferred,
+            Some(_) => RecipientStatus::Refused,
+        };
+        mine.record(status, result.reply());
+        if let Some(failure) = result.failure() {
+            keep_worse(attempt, failure);
+        }
+    }
+}
+
+/// A transient failure decides when to come back, so it is the one to keep.
+fn keep_worse(attempt: &mut Attempt, failure: &Failure) {
+    let keep = attempt
+        .failure
+        .as_ref()
+        .is_some_and(|f| f.severity == Severity::Transient);
+    if !keep {
+        attempt.failure = Some(failure.clone());
+    }
+}
