@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -24,8 +25,6 @@ const ON_THEIR_WAY: usize = 2048;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How often the outbox is swept.
 const SWEEP: Duration = Duration::from_secs(5);
-/// Swept reports that are struck off the outbox together.
-const CLEARED_AT_ONCE: usize = 32;
 /// How long a swept report is nobody else's.
 const HOLD: Duration = Duration::from_mins(1);
 
@@ -53,6 +52,13 @@ impl Reporter {
     #[must_use]
     pub fn is_full(&self) -> bool {
         self.full.load(Ordering::Relaxed)
+    }
+
+    /// Waits until so many more reports can be on their way, but not for long: the sweeper is there for what does not fit.
+    pub async fn has_room(&self, reports: usize) {
+        let reports = u32::try_from(reports.min(ON_THEIR_WAY)).unwrap_or(u32::MAX);
+        // Not kept: who publishes takes its own.
+        let _ = tokio::time::timeout(PATIENCE, self.room.acquire_many(reports)).await;
     }
 
     /// Notes how many reports are owed. Full from the limit on, until an eighth of it is free again.
@@ -185,49 +191,46 @@ async fn sweep_once(worker: &Arc<Worker>) -> bool {
     let oldest = owed.iter().map(|o| o.waiting.as_secs()).max().unwrap_or(0);
     worker.metrics.outbox_age.set(oldest as i64);
     let more = owed.len() == CHUNK as usize;
-    for part in owed.chunks(CLEARED_AT_ONCE) {
-        let (published, all) = publish_owed(worker, part).await;
-        if let Err(error) = worker.ledger.clear_outbox(&published).await {
-            // They are published once more, under the same ids.
-            worker.database_trouble("outbox", &error);
-            return false;
-        }
-        if !all {
-            return false;
-        }
+    let (published, all) = publish_owed(worker, &owed).await;
+    if let Err(error) = worker.ledger.clear_outbox(&published).await {
+        // They are published once more, under the same ids.
+        worker.database_trouble("outbox", &error);
+        return false;
     }
-    more
+    all && more
 }
 
-/// Publishes these reports, until it fails: what was published, and whether that is all.
+/// Publishes these reports together: what was published, and whether that is all.
 async fn publish_owed(worker: &Arc<Worker>, reports: &[Owed]) -> (Vec<ReportNumber>, bool) {
-    let mut published = Vec::with_capacity(reports.len());
-    for report in reports {
-        let Some(of) = head(&report.json) else {
-            continue;
-        };
-        let (tenant, sequence) = (report.tenant.as_str(), report.sequence.to_string());
-        let head = Head {
-            event: &event_id(tenant, "job", report.id.as_str(), &sequence),
-            tenant,
-            kind: &of.kind,
-            correlation: of.correlation.as_deref(),
-            traceparent: of.traceparent.as_deref(),
-        };
-        let json = report.json.as_bytes();
-        let mut confirmed = worker.publish_json(&head, json).await;
-        if confirmed.is_err() {
-            // Nobody else may publish it for a while now: once more if the session has ended under it.
-            worker.wait_connected().await;
-            confirmed = worker.publish_json(&head, json).await;
-        }
-        if let Err(error) = confirmed {
-            tracing::warn!(%error, "reports stay in the outbox");
-            return (published, false);
-        }
-        published.push(report.number);
+    let publishing = reports.iter().map(|report| publish_one_owed(worker, report));
+    let results = join_all(publishing).await;
+    if let Some(error) = results.iter().find_map(|result| result.as_ref().err()) {
+        tracing::warn!(%error, "reports stay in the outbox");
     }
-    (published, true)
+    let all = results.iter().all(Result::is_ok);
+    (results.into_iter().flatten().flatten().collect(), all)
+}
+
+/// The number of the report, once it is published; none if it cannot be read.
+async fn publish_one_owed(worker: &Arc<Worker>, report: &Owed) -> Result<Option<ReportNumber>, PublishError> {
+    let Some(of) = head(&report.json) else {
+        return Ok(None);
+    };
+    let (tenant, sequence) = (report.tenant.as_str(), report.sequence.to_string());
+    let head = Head {
+        event: &event_id(tenant, "job", report.id.as_str(), &sequence),
+        tenant,
+        kind: &of.kind,
+        correlation: of.correlation.as_deref(),
+        traceparent: of.traceparent.as_deref(),
+    };
+    let json = report.json.as_bytes();
+    if worker.publish_json(&head, json).await.is_err() {
+        // Nobody else may publish it for a while now: once more if the session has ended under it.
+        worker.wait_connected().await;
+        worker.publish_json(&head, json).await?;
+    }
+    Ok(Some(report.number))
 }
 
 /// What a report is published under.
