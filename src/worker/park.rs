@@ -160,7 +160,7 @@ async fn park(worker: Arc<Worker>, arrivals: Vec<Box<Arrival>>) {
     }
     while !ready.is_empty() {
         let batch = next_batch(&mut ready);
-        worker.reporter.has_room(batch.len()).await;
+        worker.reporter.wait_for_room(batch.len()).await;
         let parked = insert(&worker, &batch, now).await;
         for (job, parked) in batch.into_iter().zip(parked) {
             match parked {

@@ -20,6 +20,10 @@ use crate::report::{ReportMessage, event_id, routing_key};
 const MESSAGE_TYPE: &str = "mail.report.v1";
 /// Reports on their way at once. With a broker that confirms nothing, the rest stays in the outbox.
 const ON_THEIR_WAY: usize = 2048;
+/// How many of them are not for jobs that are only parked: what became of a mail is told without delay.
+const LEFT_TO_OTHERS: usize = ON_THEIR_WAY / 2;
+/// How often parking looks whether there is room.
+const LOOK: Duration = Duration::from_millis(10);
 /// How long a report waits for a session with the broker, at the start or in between; then it is the sweeper's. Less
 /// than the time after which the sweeper comes for it.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -54,11 +58,17 @@ impl Reporter {
         self.full.load(Ordering::Relaxed)
     }
 
-    /// Waits until so many more reports can be on their way, but not for long: the sweeper is there for what does not fit.
-    pub async fn has_room(&self, reports: usize) {
-        let reports = u32::try_from(reports.min(ON_THEIR_WAY)).unwrap_or(u32::MAX);
-        // Not kept: who publishes takes its own.
-        let _ = tokio::time::timeout(PATIENCE, self.room.acquire_many(reports)).await;
+    /// Waits until so many more reports can be on their way and leave room for others, but not for long: the sweeper is
+    /// there for what does not fit.
+    pub async fn wait_for_room(&self, reports: usize) {
+        let wanted = (reports + LEFT_TO_OTHERS).min(ON_THEIR_WAY);
+        // Looked at rather than queued for: who stands in line gets every place that becomes free.
+        let room = async {
+            while self.room.available_permits() < wanted {
+                tokio::time::sleep(LOOK).await;
+            }
+        };
+        let _ = tokio::time::timeout(PATIENCE, room).await;
     }
 
     /// Notes how many reports are owed. Full from the limit on, until an eighth of it is free again.
