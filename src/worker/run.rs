@@ -297,6 +297,8 @@ async fn serve(
 
 /// Deliveries whose tenants are read together.
 const DECODED_AT_ONCE: usize = 64;
+/// A body that takes so long to decode, in bytes, that others have their turn before it.
+const LARGE: usize = 64 << 10;
 
 /// Deliveries of one queue, decoded in turn.
 async fn decode(
@@ -313,10 +315,13 @@ async fn decode(
             deliveries.clear();
             continue;
         }
-        let decoded = deliveries.drain(..);
-        let decoded: Vec<_> = decoded
-            .filter_map(|delivery| worker.decode(delivery, &ended))
-            .collect();
+        let mut decoded = Vec::with_capacity(deliveries.len());
+        for delivery in deliveries.drain(..) {
+            if delivery.body.len() > LARGE {
+                tokio::task::yield_now().await;
+            }
+            decoded.extend(worker.decode(delivery, &ended));
+        }
         worker.know_tenants(&decoded).await;
         for decoded in decoded {
             if let Some(arrival) = worker.receive(decoded, level, &ended).await {
