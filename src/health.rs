@@ -147,6 +147,17 @@ async fn render(State(shared): State<Shared>) -> Response {
 mod tests {
     use super::*;
 
+    #[test]
+    fn a_process_that_has_only_begun_is_not_ready() {
+        let readiness = Readiness::default();
+        assert!(!readiness.is_ready());
+        assert_eq!(readiness.to_string(), "not ready\n");
+        let database = readiness.component("database");
+        assert!(!readiness.is_ready());
+        database.ready();
+        assert!(readiness.is_ready());
+    }
+
     struct Fixture {
         base: String,
         readiness: Readiness,

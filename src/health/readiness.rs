@@ -38,15 +38,20 @@ impl Readiness {
         }
     }
 
-    /// Whether all components are ready.
+    /// Whether all components are ready. Not before there are any: who asks while a process begins must not be told that
+    /// it can work.
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        self.lock().iter().all(|component| component.reason.is_none())
+        all_ready(&self.lock())
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Component>> {
         self.components.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn all_ready(components: &[Component]) -> bool {
+    !components.is_empty() && components.iter().all(|component| component.reason.is_none())
 }
 
 /// One line per component and one for all, as Kubernetes' own servers answer.
@@ -59,8 +64,11 @@ impl fmt::Display for Readiness {
                 Some(reason) => writeln!(f, "[-] {}: {reason}", component.name)?,
             }
         }
-        let ready = components.iter().all(|component| component.reason.is_none());
-        f.write_str(if ready { "ready\n" } else { "not ready\n" })
+        f.write_str(if all_ready(&components) {
+            "ready\n"
+        } else {
+            "not ready\n"
+        })
     }
 }
 
