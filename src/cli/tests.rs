@@ -274,6 +274,7 @@ async fn a_service_is_not_ready_while_it_ends_and_tells_a_crash() {
         .await
         .unwrap();
     let (readiness, hard) = (service.readiness.clone(), service.shutdown.hard.clone());
+    readiness.component("work").ready();
     assert!(readiness.is_ready());
     let watched = readiness.clone();
     let soft = service.shutdown.soft.clone();
