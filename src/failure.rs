@@ -188,7 +188,6 @@ impl fmt::Display for Reply {
     }
 }
 
-/// Splits `5.1.1 No such user` into code and text; the class digit must agree with the reply code (RFC 2034 §4).
 /// With a space for each control character.
 fn without_controls(text: &str) -> Cow<'_, str> {
     if text.chars().any(char::is_control) {
@@ -198,6 +197,7 @@ fn without_controls(text: &str) -> Cow<'_, str> {
     }
 }
 
+/// Splits `5.1.1 No such user` into code and text; the class digit must agree with the reply code (RFC 2034 §4).
 fn split_enhanced(code: u16, text: &str) -> (Option<&str>, &str) {
     let (first, rest) = text.split_once(' ').unwrap_or((text, ""));
     let mut parts = first.split('.');
