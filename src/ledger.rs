@@ -128,6 +128,28 @@ const CRASH_LOOP: u32 = 3;
 const DEADLY: u32 = 20;
 
 impl Row {
+    /// The row of a job that has just been born, in the second that `born` names.
+    #[must_use]
+    pub fn new(tenant: TenantId, id: JobId, account: AccountKey, lease: Lease, born: i64) -> Self {
+        Self {
+            tenant,
+            id,
+            account,
+            lease,
+            born,
+            sequence: born,
+            attempts: 0,
+            created: Timestamp::from_second(born / 1000).unwrap_or_default(),
+            recipients: Vec::new(),
+            message_id: None,
+            uncertain: 0,
+            crashes: 0,
+            deaths: 0,
+            probe: false,
+            slot: None,
+        }
+    }
+
     /// Whether a worker died over it, or a panic was caught: what it does to us is watched.
     #[must_use]
     pub fn is_suspect(&self) -> bool {

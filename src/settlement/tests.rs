@@ -22,22 +22,12 @@ fn job(more: &serde_json::Value) -> MailJob {
 }
 
 fn row(attempts: u32) -> Row {
+    let (tenant, id) = ("acme".parse().unwrap(), "1".parse().unwrap());
+    let lease = lease::Epoch::for_tests().claim();
     Row {
-        tenant: "acme".parse().unwrap(),
-        id: "1".parse().unwrap(),
-        account: AccountKey::from_stored("acme/main"),
-        lease: lease::Epoch::for_tests().claim(),
-        born: 1000,
-        sequence: 1000,
         attempts,
         created: Timestamp::UNIX_EPOCH,
-        recipients: Vec::new(),
-        message_id: None,
-        uncertain: 0,
-        crashes: 0,
-        deaths: 0,
-        probe: false,
-        slot: None,
+        ..Row::new(tenant, id, AccountKey::from_stored("acme/main"), lease, 1000)
     }
 }
 

@@ -241,22 +241,9 @@ impl Worker {
 
 /// The row that an arrival will have, as the plan wants it. Nothing is done under the lease: it waits.
 fn unborn(arrival: &Arrival, now: Timestamp, lease: &Lease) -> Row {
-    let born = born(now);
+    let (tenant, id) = (arrival.job.tenant.clone(), arrival.job.id.clone());
     Row {
-        tenant: arrival.job.tenant.clone(),
-        id: arrival.job.id.clone(),
-        account: arrival.account.clone(),
-        lease: lease.clone(),
-        born,
-        sequence: born,
-        attempts: 0,
         created: now,
-        recipients: Vec::new(),
-        message_id: None,
-        uncertain: 0,
-        crashes: 0,
-        deaths: 0,
-        probe: false,
-        slot: None,
+        ..Row::new(tenant, id, arrival.account.clone(), lease.clone(), born(now))
     }
 }

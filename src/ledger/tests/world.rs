@@ -259,22 +259,10 @@ pub(super) fn request(epoch: &Arc<Epoch>, owner: &str, id: &str) -> AdmitRequest
 
 /// The row of a new job.
 pub(super) fn row_of(request: &AdmitRequest, born: i64) -> Row {
+    let (tenant, id) = (request.tenant.clone(), request.id.clone());
     Row {
-        tenant: request.tenant.clone(),
-        id: request.id.clone(),
-        account: request.account.clone(),
-        lease: request.lease.clone(),
-        born,
-        sequence: born,
-        attempts: 0,
         created: Timestamp::now(),
-        recipients: Vec::new(),
-        message_id: None,
-        uncertain: 0,
-        crashes: 0,
-        deaths: 0,
-        probe: false,
-        slot: None,
+        ..Row::new(tenant, id, request.account.clone(), request.lease.clone(), born)
     }
 }
 
