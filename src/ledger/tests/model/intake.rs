@@ -68,7 +68,11 @@ impl Model {
 
     pub(super) async fn deliver_job(&mut self, w: usize, key: Key) -> Step {
         self.job(&key).ready -= 1;
-        if self.habit == Habit::Good && self.chance(6) && self.park_at_once(w, &key).await? {
+        let at_once = match self.habit {
+            Habit::Good => self.chance(6),
+            habit => habit == Habit::Parks,
+        };
+        if at_once && self.park_at_once(w, &key).await? {
             return Ok(());
         }
         let want = [Want::Slot, Want::Slot, Want::Claim, Want::Park][self.pick(4)];

@@ -10,6 +10,8 @@ pub(super) enum Habit {
     Good,
     /// Nothing, but they park nothing at once: that would leave fewer chances to find faults elsewhere.
     Admits,
+    /// Nothing, and they park at once whatever is new: faults of that are found within few walks.
+    Parks,
     /// They acknowledge before the settlement is written.
     AcksFirst,
     /// They write without asking whether they may still.
@@ -69,7 +71,7 @@ macro_rules! mutants {
     ($($name:ident: $function:literal [$($from:literal => $to:literal),+] breaks $($rule:ident)|+;)+) => {$(
         #[tokio::test]
         async fn $name() {
-            let habit = if $function == "park_new_v1" { Habit::Good } else { Habit::Admits };
+            let habit = if $function == "park_new_v1" { Habit::Parks } else { Habit::Admits };
             let found = found($function, &[$(($from, $to)),+], habit).await;
             assert!(matches!(found, Some($(Rule::$rule)|+)), "{found:?}");
         }
