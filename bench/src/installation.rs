@@ -184,6 +184,12 @@ impl Installation {
         Ok(())
     }
 
+    /// How many reports have ever been owed: each job that is parked owes one. Cheap to ask for, unlike what waits.
+    pub(crate) async fn reports_owed(&self) -> Result<u64, Failed> {
+        let owed = "SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM postroom.outbox_n_seq";
+        Ok(self.database.query_one(owed, &[]).await?.get::<_, i64>(0) as u64)
+    }
+
     /// Jobs in the waiting room.
     pub(crate) async fn waiting(&self) -> Result<u64, Failed> {
         let row = self

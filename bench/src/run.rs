@@ -30,9 +30,9 @@ pub(crate) struct Options {
     /// Only loads with these letters, such as abd
     #[arg(long, value_name = "LETTERS")]
     only: Option<String>,
-    /// Only entries with this in their name, such as CHUNKING
+    /// Only entries with this in their name, such as CHUNKING; may be repeated
     #[arg(long, value_name = "PART")]
-    named: Option<String>,
+    named: Vec<String>,
     /// Runs of each entry, of which the median counts
     #[arg(long, default_value_t = 3)]
     rounds: usize,
@@ -68,7 +68,7 @@ pub(crate) async fn run(options: Options) -> Result<(), Failed> {
             .filter(|entry| on.peers.have(entry.contestant))
             .filter(|entry| {
                 let name = Row::new(entry).name();
-                options.named.as_ref().is_none_or(|part| name.contains(part))
+                options.named.is_empty() || options.named.iter().any(|part| name.contains(part))
             })
             .cloned()
             .collect();
@@ -198,26 +198,30 @@ async fn progress(
 
 async fn parked(on: &mut Installation, entry: &Entry, running: &mut Running) -> Result<Measured, Failed> {
     let count = entry.jobs.count as u64;
+    // The worker has only been started: nothing is parked yet.
+    let before = on.reports_owed().await?;
     let (mut first, mut last, mut moved) = (None, 0, Instant::now());
     let rate = loop {
-        let asked = Instant::now();
-        let waiting = on.waiting().await?;
-        // Counting costs the database the more, the more there is.
-        let pause = LOOK.max(asked.elapsed() * 20);
-        if waiting > last {
-            (last, moved) = (waiting, Instant::now());
-        }
-        let (begun, parked) = *first.get_or_insert_with(|| (Instant::now(), waiting));
-        if waiting == 0 {
-            first = None;
-        } else if waiting >= count {
-            break (waiting - parked) as f64 / begun.elapsed().as_secs_f64();
+        let parked = on.reports_owed().await? - before;
+        if parked > last {
+            (last, moved) = (parked, Instant::now());
+            let (begun, earlier) = *first.get_or_insert((moved, parked));
+            if parked >= count {
+                break (parked - earlier) as f64 / begun.elapsed().as_secs_f64();
+            }
         }
         if moved.elapsed() > STUCK {
-            return Err(format!("stuck at {waiting} of {count} parked").into());
+            return Err(format!("stuck at {parked} of {count} parked").into());
         }
-        sleep(pause).await;
+        running.alive()?;
+        sleep(LOOK).await;
     };
+    while on.waiting().await? < count {
+        if moved.elapsed() > STUCK {
+            return Err("not everything is parked".into());
+        }
+        sleep(LOOK).await;
+    }
     on.make_due().await?;
     let mut measured = drain(on, entry, running).await?;
     measured.parking = Some(rate);
