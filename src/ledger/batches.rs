@@ -40,9 +40,13 @@ const BODY_BYTES: usize = 4 << 20;
 /// Calls that make a second statement worth its while beside one that is running.
 const CROWD: usize = 32;
 
-/// How long a published report may stay in the outbox until others go with it. Nobody waits for that; what dies in
+/// From one statement that settles to the next. The connection of such a mail is in use again already; what waits is its
+/// report, and its place at the broker.
+const SETTLE_PACE: Duration = Duration::from_millis(5);
+
+/// From one statement that strikes published reports off the outbox to the next. Nobody waits for that; what dies in
 /// between publishes its reports once more, under the same ids.
-const CLEAR_LINGER: Duration = Duration::from_millis(20);
+const CLEAR_PACE: Duration = Duration::from_millis(20);
 
 impl Batches {
     /// Starts the tasks behind the calls.
@@ -53,16 +57,23 @@ impl Batches {
             weight: BODY_BYTES,
             parallel,
             crowd: CROWD,
-            linger: Duration::ZERO,
+            pace: Duration::ZERO,
         };
         Self {
             ledger: ledger.clone(),
-            settle: Coalescer::spawn(rows(2), with(ledger, settle)),
+            settle: Coalescer::spawn(
+                Bounds {
+                    pace: SETTLE_PACE,
+                    ..rows(2)
+                },
+                with(ledger, settle),
+            ),
             slots: Coalescer::spawn(rows(1), with(ledger, slots)),
             absorb: Coalescer::spawn(rows(1), with(ledger, absorb)),
             clear: Coalescer::spawn(
                 Bounds {
-                    linger: CLEAR_LINGER,
+                    pace: CLEAR_PACE,
+                    crowd: ROWS,
                     ..rows(1)
                 },
                 with(ledger, clear),

@@ -1,5 +1,6 @@
 //! Makes one statement out of many concurrent calls. Batches form by load: while a statement runs, the calls that come
-//! in meanwhile become the next one; a lone call never waits for company, unless nobody waits for its answer.
+//! in meanwhile become the next one, and statements that hold up no mail keep a distance from each other in which more calls
+//! come together. A lone call never waits for company.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -8,6 +9,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 /// Bounds of one batch.
 #[derive(Debug, Clone, Copy)]
@@ -18,10 +20,12 @@ pub struct Bounds {
     pub weight: usize,
     /// Batches in flight at once.
     pub parallel: usize,
-    /// Calls that a batch must have to go beside another: fewer wait until that is answered.
+    /// Calls that a batch must have to go beside another, or right after it: fewer wait until that is answered, and its
+    /// `pace` is over.
     pub crowd: usize,
-    /// How long the first call of a batch waits for company. Nothing for calls that somebody waits for.
-    pub linger: Duration,
+    /// From the beginning of one batch to that of the next, unless it is a crowd. A call that comes after a quiet time goes
+    /// at once. Nothing for calls that an open SMTP transaction waits for.
+    pub pace: Duration,
 }
 
 /// Sends calls to a task that answers them in batches. Cheap to clone.
@@ -83,21 +87,20 @@ where
     let mut running = JoinSet::new();
     let mut room = Vec::with_capacity(bounds.rows);
     let mut closed = false;
+    let mut next = Instant::now();
     while !(closed && waiting.is_empty()) {
-        let enough = if running.is_empty() { 1 } else { bounds.crowd };
+        let now = Instant::now();
+        let is_alone = running.is_empty() && (now >= next || closed);
+        let enough = if is_alone { 1 } else { bounds.crowd };
         if waiting.len() >= enough && running.len() < bounds.parallel {
-            if !bounds.linger.is_zero() {
-                tokio::time::sleep(bounds.linger).await;
-                while let Ok(call) = incoming.try_recv() {
-                    waiting.push_back(call);
-                }
-            }
+            next = now + bounds.pace;
             let batch = next_batch(&mut waiting, bounds);
             let run = Arc::clone(&run);
             running.spawn(async move { answer(batch, run.as_ref()).await });
             continue;
         }
         tokio::select! {
+            () = tokio::time::sleep_until(next), if running.is_empty() && !waiting.is_empty() => {}
             taken = incoming.recv_many(&mut room, bounds.rows), if !closed && waiting.len() < bounds.rows => {
                 closed = taken == 0;
                 waiting.extend(room.drain(..));
@@ -150,7 +153,7 @@ mod tests {
                 weight: 1000,
                 parallel: 1,
                 crowd: 1,
-                linger: Duration::ZERO,
+                pace: Duration::ZERO,
             },
             move |items: Vec<u32>| {
                 let (seen, gate) = (Arc::clone(&seen), Arc::clone(&gate));
@@ -191,7 +194,7 @@ mod tests {
             weight: 1000,
             parallel: 2,
             crowd: 10,
-            linger: Duration::ZERO,
+            pace: Duration::ZERO,
         };
         let coalescer = Coalescer::spawn(bounds, move |items: Vec<u32>| {
             let (seen, gate) = (Arc::clone(&seen), Arc::clone(&gate));
@@ -224,27 +227,41 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn calls_nobody_waits_for_are_gathered_for_a_moment() {
+    async fn batches_keep_their_pace_but_neither_a_lone_call_nor_a_crowd_waits() {
         let bounds = Bounds {
             rows: 100,
             weight: 1000,
             parallel: 1,
-            crowd: 1,
-            linger: Duration::from_millis(20),
+            crowd: 4,
+            pace: Duration::from_millis(20),
         };
         let coalescer = Coalescer::spawn(
             bounds,
             |items: Vec<u32>| async move { vec![items.len(); items.len()] },
         );
-        let call = |after| {
+        let begin = Instant::now();
+        let call = |after: u64| {
             let coalescer = coalescer.clone();
             async move {
                 tokio::time::sleep(Duration::from_millis(after)).await;
-                coalescer.call(0, 1).await
+                let together = coalescer.call(0, 1).await.unwrap();
+                (after, together, begin.elapsed().as_millis())
             }
         };
-        let answers = futures_util::future::join_all([0, 5, 15, 30].map(call)).await;
-        assert_eq!(answers, [Some(3), Some(3), Some(3), Some(1)]);
+        let calls = [0, 5, 15, 100, 105, 106, 107, 108, 200].map(call);
+        let answers = futures_util::future::join_all(calls).await;
+        let expected = [
+            (0, 1, 0),
+            (5, 2, 20),
+            (15, 2, 20),
+            (100, 1, 100),
+            (105, 4, 108),
+            (106, 4, 108),
+            (107, 4, 108),
+            (108, 4, 108),
+            (200, 1, 200),
+        ];
+        assert_eq!(answers, expected);
     }
 
     #[tokio::test]
@@ -255,7 +272,7 @@ mod tests {
                 weight: 10,
                 parallel: 1,
                 crowd: 1,
-                linger: Duration::ZERO,
+                pace: Duration::ZERO,
             },
             |items: Vec<usize>| async move {
                 let total: usize = items.iter().sum();
