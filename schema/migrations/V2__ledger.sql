@@ -1391,6 +1391,12 @@ LANGUAGE sql SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bi
     SELECT * FROM due ORDER BY n
 $$;
 
+-- Reports that the caller had taken and could not publish: whoever comes first.
+CREATE FUNCTION leave_reports_v1(p_numbers bigint[]) RETURNS void
+LANGUAGE sql SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
+    UPDATE outbox SET due_at = clock_timestamp() WHERE n = ANY (p_numbers)
+$$;
+
 -- How many reports are owed, counted up to p_most. By the index: most of the table's pages hold only what is gone.
 CREATE FUNCTION outbox_size_v1(p_most bigint) RETURNS bigint
 LANGUAGE sql SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$

@@ -55,6 +55,12 @@ pub enum PublishError {
 }
 
 impl PublishError {
+    /// Whether the session with the broker is what failed: with the next one it may work.
+    #[must_use]
+    pub fn is_of_the_session(&self) -> bool {
+        matches!(self, Self::NotConnected | Self::Lost(_))
+    }
+
     /// The metric's label.
     fn label(&self) -> &'static str {
         match self {

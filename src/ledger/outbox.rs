@@ -74,6 +74,20 @@ impl Ledger {
         Ok(owed)
     }
 
+    /// Leaves reports that were taken, and could not be published, to whoever comes first.
+    ///
+    /// # Errors
+    /// If the database cannot be asked; they then rest until the time is over for which they were taken.
+    pub async fn leave_reports(&self, batch: &[ReportNumber]) -> Result<(), DbError> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let numbers: Vec<i64> = batch.iter().map(|number| number.0).collect();
+        let sql = self.db.sql("SELECT {s}.leave_reports_v1($1)");
+        self.db.client().await?.execute(&sql, &[&numbers]).await?;
+        Ok(())
+    }
+
     /// How many reports are owed, counted up to `most`.
     ///
     /// # Errors

@@ -1,20 +1,21 @@
 //! Reports on their way out: published with a confirm, then struck off the outbox. What cannot be published now stays
-//! in the outbox; the sweeper comes for it.
+//! in the outbox; the sweeper comes for it ([`sweep`]).
+
+pub mod sweep;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use futures_util::future::join_all;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use tokio::sync::Semaphore;
-use tokio_util::sync::CancellationToken;
+use tokio::time::Instant;
 
 use super::Worker;
 use crate::broker::{Properties, PublishError};
 use crate::fail_point::{self, Point};
-use crate::ledger::outbox::{Owed, ReportNumber};
-use crate::report::{ReportMessage, event_id, routing_key};
+use crate::ledger::outbox::ReportNumber;
+use crate::report::{ReportMessage, routing_key};
 
 /// AMQP `type` of a report.
 const MESSAGE_TYPE: &str = "mail.report.v1";
@@ -24,13 +25,15 @@ const ON_THEIR_WAY: usize = 2048;
 const LEFT_TO_OTHERS: usize = ON_THEIR_WAY / 2;
 /// How often parking looks whether there is room.
 const LOOK: Duration = Duration::from_millis(10);
-/// How long a report waits for a session with the broker, at the start or in between; then it is the sweeper's. Less
-/// than the time after which the sweeper comes for it.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// How often the outbox is swept.
-const SWEEP: Duration = Duration::from_secs(5);
-/// How long a swept report is nobody else's.
-const HOLD: Duration = Duration::from_mins(1);
+/// How long parking waits for that at most.
+const NO_ROOM: Duration = Duration::from_secs(10);
+/// How long a report is tried, with the time in which there is no session with the broker: longer than a restart of one
+/// takes. Less than the 30 s after which the sweeper comes for it, and than what it takes is nobody else's.
+const PATIENCE: Duration = Duration::from_secs(25);
+/// Pause after a session is lost.
+const LOST: Duration = Duration::from_millis(100);
+/// Tries that the broker refuses or does not answer until the report is left.
+const REFUSED: usize = 2;
 
 /// Publishes reports.
 #[derive(Debug)]
@@ -68,7 +71,7 @@ impl Reporter {
                 tokio::time::sleep(LOOK).await;
             }
         };
-        let _ = tokio::time::timeout(PATIENCE, room).await;
+        let _ = tokio::time::timeout(NO_ROOM, room).await;
     }
 
     /// Notes how many reports are owed. Full from the limit on, until an eighth of it is free again.
@@ -114,9 +117,9 @@ impl Reporter {
         };
         let worker = Arc::clone(worker);
         Arc::clone(&worker).tasks.spawn(async move {
-            // Once more if the session ends under it; the id makes a repeat recognisable.
-            for _ in 0..2 {
-                worker.wait_connected().await;
+            let mut tries = Tries::new();
+            loop {
+                worker.wait_connected(tries.until).await;
                 let trace = worker.trace_report(&report);
                 let published = worker.publish_report(&report).await;
                 if let Some(trace) = trace {
@@ -127,7 +130,11 @@ impl Reporter {
                         worker.batches.clear(number).await;
                         break;
                     }
-                    Err(error) => tracing::debug!(%error, "a report stays in the outbox"),
+                    Err(error) if tries.one_more(&worker, &error).await => {}
+                    Err(error) => {
+                        tracing::debug!(%error, "a report stays in the outbox");
+                        break;
+                    }
                 }
             }
             drop(room);
@@ -135,112 +142,34 @@ impl Reporter {
     }
 }
 
-/// Publishes what crashes and broker outages left in the outbox, until `stop`.
-pub async fn sweep(worker: Arc<Worker>, stop: CancellationToken) {
-    let mut ticks = tokio::time::interval(SWEEP);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        let is_time = tokio::select! {
-            () = stop.cancelled() => return,
-            _ = ticks.tick() => true,
-            () = worker.ledger.health().event() => false,
-        };
-        // Counts as a job in flight: what it takes out of the outbox is nobody else's for a while, so the session must
-        // not end under it.
-        let _sweeping = worker.tasks.token();
-        if stop.is_cancelled() {
-            return;
-        }
-        publish_account_events(&worker).await;
-        while is_time && sweep_once(&worker).await && !stop.is_cancelled() {}
-    }
+/// How often a report is tried: again in the next session if one ends under it, and once more if the broker does not take
+/// it. Its id makes a repeat recognisable.
+struct Tries {
+    until: Instant,
+    refused: usize,
 }
 
-/// Events of accounts; each goes from its table when its publish is confirmed. What fails is taken up again later, by
-/// whichever worker comes first.
-async fn publish_account_events(worker: &Arc<Worker>) {
-    const CHUNK: i32 = 100;
-    if !worker.is_connected() {
-        return;
-    }
-    let owed = match worker.ledger.owed_account_events(CHUNK, HOLD).await {
-        Ok(owed) => owed,
-        Err(error) => return worker.database_trouble("account events", &error),
-    };
-    for event in owed {
-        let head = Head {
-            event: &event.id,
-            tenant: &event.tenant,
-            kind: &event.kind,
-            correlation: None,
-            traceparent: None,
-        };
-        if let Err(error) = worker.publish_json(&head, event.body.as_bytes()).await {
-            return tracing::warn!(%error, "events of accounts are published later");
-        }
-        if let Err(error) = worker.ledger.clear_account_event(&event.id).await {
-            worker.database_trouble("account events", &error);
+impl Tries {
+    fn new() -> Self {
+        Self {
+            until: Instant::now() + PATIENCE,
+            refused: 0,
         }
     }
-}
 
-/// One chunk; whether there may be more.
-async fn sweep_once(worker: &Arc<Worker>) -> bool {
-    const CHUNK: i32 = 256;
-    // Whatever was taken now and not published would rest for a while.
-    if !worker.is_connected() || worker.publisher.is_blocked() {
-        return false;
-    }
-    let owed = match worker.ledger.owed_reports(CHUNK, HOLD).await {
-        Ok(owed) => owed,
-        Err(error) => {
-            worker.database_trouble("outbox", &error);
+    /// Whether it is tried again, with a pause before if there is a reason for one.
+    async fn one_more(&mut self, worker: &Worker, error: &PublishError) -> bool {
+        if Instant::now() + LOST >= self.until {
             return false;
         }
-    };
-    let oldest = owed.iter().map(|o| o.waiting.as_secs()).max().unwrap_or(0);
-    worker.metrics.outbox_age.set(oldest as i64);
-    let more = owed.len() == CHUNK as usize;
-    let (published, all) = publish_owed(worker, &owed).await;
-    if let Err(error) = worker.ledger.clear_outbox(&published).await {
-        // They are published once more, under the same ids.
-        worker.database_trouble("outbox", &error);
-        return false;
+        if error.is_of_the_session() {
+            // Until that is known here.
+            tokio::time::sleep(LOST).await;
+            return !worker.tasks.is_closed();
+        }
+        self.refused += 1;
+        self.refused < REFUSED
     }
-    all && more
-}
-
-/// Publishes these reports together: what was published, and whether that is all.
-async fn publish_owed(worker: &Arc<Worker>, reports: &[Owed]) -> (Vec<ReportNumber>, bool) {
-    let publishing = reports.iter().map(|report| publish_one_owed(worker, report));
-    let results = join_all(publishing).await;
-    if let Some(error) = results.iter().find_map(|result| result.as_ref().err()) {
-        tracing::warn!(%error, "reports stay in the outbox");
-    }
-    let all = results.iter().all(Result::is_ok);
-    (results.into_iter().flatten().flatten().collect(), all)
-}
-
-/// The number of the report, once it is published; none if it cannot be read.
-async fn publish_one_owed(worker: &Arc<Worker>, report: &Owed) -> Result<Option<ReportNumber>, PublishError> {
-    let Some(of) = head(&report.json) else {
-        return Ok(None);
-    };
-    let (tenant, sequence) = (report.tenant.as_str(), report.sequence.to_string());
-    let head = Head {
-        event: &event_id(tenant, "job", report.id.as_str(), &sequence),
-        tenant,
-        kind: &of.kind,
-        correlation: of.correlation.as_deref(),
-        traceparent: of.traceparent.as_deref(),
-    };
-    let json = report.json.as_bytes();
-    if worker.publish_json(&head, json).await.is_err() {
-        // Nobody else may publish it for a while now: once more if the session has ended under it.
-        worker.wait_connected().await;
-        worker.publish_json(&head, json).await?;
-    }
-    Ok(Some(report.number))
 }
 
 /// What a report is published under.
@@ -258,20 +187,26 @@ pub struct Head<'a> {
     pub traceparent: Option<&'a str>,
 }
 
+impl<'a> Head<'a> {
+    fn of(report: &'a ReportMessage) -> Self {
+        Self {
+            event: &report.id,
+            tenant: report.data.tenant.as_str(),
+            kind: report.kind,
+            correlation: report.data.correlation_id.as_deref(),
+            traceparent: report.data.traceparent.as_deref(),
+        }
+    }
+}
+
 impl Worker {
     /// Publishes a report and awaits the confirm.
     ///
     /// # Errors
     /// If it is not known to be stored.
     pub async fn publish_report(&self, report: &ReportMessage) -> Result<(), PublishError> {
-        let head = Head {
-            event: &report.id,
-            tenant: report.data.tenant.as_str(),
-            kind: report.kind,
-            correlation: report.data.correlation_id.as_deref(),
-            traceparent: report.data.traceparent.as_deref(),
-        };
-        self.publish_json(&head, report.json().as_bytes()).await
+        self.publish_json(&Head::of(report), report.json().as_bytes())
+            .await
     }
 
     async fn publish_json(&self, head: &Head<'_>, json: &[u8]) -> Result<(), PublishError> {
@@ -299,11 +234,11 @@ impl Worker {
         Ok(())
     }
 
-    /// Waits for a session with the broker, for a while; not at all when the worker ends.
-    async fn wait_connected(&self) {
+    /// Waits for a session with the broker; not at all when the worker ends.
+    async fn wait_connected(&self, until: Instant) {
         if !self.is_connected() && !self.tasks.is_closed() {
             let mut connected = self.connected.clone();
-            let _ = tokio::time::timeout(PATIENCE, connected.wait_for(|now| *now)).await;
+            let _ = tokio::time::timeout_at(until, connected.wait_for(|now| *now)).await;
         }
     }
 
@@ -312,23 +247,6 @@ impl Worker {
     pub fn is_connected(&self) -> bool {
         *self.connected.borrow()
     }
-}
-
-/// What a stored report is published under.
-struct StoredHead {
-    kind: String,
-    correlation: Option<String>,
-    traceparent: Option<String>,
-}
-
-fn head(json: &str) -> Option<StoredHead> {
-    let value: serde_json::Value = serde_json::from_str(json).ok()?;
-    let text = |pointer| Some(value.pointer(pointer)?.as_str()?.to_owned());
-    Some(StoredHead {
-        kind: text("/type")?,
-        correlation: text("/data/correlation_id"),
-        traceparent: text("/data/traceparent"),
-    })
 }
 
 #[cfg(test)]

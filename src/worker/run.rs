@@ -13,7 +13,7 @@ use super::arrival::Arrival;
 use super::intake::Intake;
 use super::load::Load;
 use super::permits::Permits;
-use super::reporter::{self, Reporter};
+use super::reporter::{Reporter, sweep};
 use super::{Worker, dispatcher, housekeeping, intake, park};
 use crate::attachment::{Attachments, StorageError};
 use crate::broker::{BrokerError, Delivery, Session, Subscription, Supervisor};
@@ -242,7 +242,7 @@ impl Parts<'_> {
         let dispatcher = dispatcher::run(Arc::clone(&self.worker), soft.clone());
         spawn.spawn("dispatcher", takers.track_future(dispatcher));
         takers.close();
-        spawn.spawn("outbox", reporter::sweep(Arc::clone(&self.worker), soft.clone()));
+        spawn.spawn("outbox", sweep::run(Arc::clone(&self.worker), soft.clone()));
         spawn.spawn(
             "housekeeping",
             housekeeping::run(Arc::clone(&self.worker), soft.clone(), self.end),

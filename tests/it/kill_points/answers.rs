@@ -48,6 +48,22 @@ async fn a_report_whose_confirm_or_sender_is_lost_is_published_again_under_its_i
 }
 
 #[tokio::test]
+async fn a_report_that_a_sweep_could_not_publish_does_not_rest_but_goes_with_the_next_one() {
+    let mut scene = Scene::new(Script::new()).await;
+    // Its worker tries it twice, and so does the first sweep.
+    let plan =
+        "report_confirmed=error@1;report_confirmed=error@2;report_confirmed=error@3;report_confirmed=error@4";
+    let _worker = scene.worker(plan).await;
+    scene.publish(&job("unconfirmed")).await;
+    scene.reports.until(|all| all.len() == 2).await;
+    scene.outbox_is_due().await;
+    scene.reports.until(|all| all.len() == 5).await;
+    scene.over().await;
+    scene.was_sent("unconfirmed", 1, 0);
+    assert_eq!(scene.reports.of("unconfirmed").len(), 5);
+}
+
+#[tokio::test]
 async fn a_mark_whose_answer_is_lost_stops_the_write_and_the_next_lease_sends() {
     let mut scene = Scene::new(Script::new()).await;
     let _worker = scene.worker_with("data_marked=error@1", &[LONG_LEASE]).await;
