@@ -48,9 +48,12 @@ impl Worker {
                 detail: &detail,
                 tenant: Some(&tenant),
                 id: Some(&id),
-                report: Some(report),
+                kept: Kept::Message,
             };
-            worker.bury_with(arrival.delivery, death, &arrival.ended).await;
+            let ended = &arrival.ended;
+            worker
+                .bury_with(arrival.delivery, &death, Some(report), ended)
+                .await;
         });
     }
 
@@ -71,31 +74,17 @@ impl Worker {
         } = doomed;
         tracing::error!(job = %row.id, tenant = %row.tenant, crashes = row.crashes, deaths = row.deaths,
             "dead-lettered: {CRASH_LOOP}");
-        // What is stored is sealed already, under the job's name.
-        let is_stored = job.is_none();
-        let (body, sealed) = if is_stored {
-            (None, false)
-        } else {
-            self.harmless_body(&delivery, Some((&row.tenant, &row.id)))
-        };
-        let letter = DeadLetter {
+        let death = Death {
             reason: "crash_loop",
             detail: CRASH_LOOP,
-            tenant: Some(row.tenant.as_str()),
-            body: body.as_deref(),
-            sealed,
+            tenant: Some(&row.tenant),
+            id: Some(&row.id),
+            kept: if job.is_some() { Kept::Lease } else { Kept::Stored },
         };
         let mut waits = pauses();
-        while let Err(error) = self
-            .publisher
-            .dead_letter(&self.topology, &delivery, &letter)
-            .await
-        {
-            if self.tasks.is_closed() || wait_again(&error, &mut waits, &ended).await {
-                return;
-            }
+        if !self.send_off(&delivery, &death, &mut waits, &ended).await {
+            return;
         }
-        fail_point::hit(Point::DeadLettered, [row.id.as_str()]);
         let job = job.or_else(|| self.read_again(&delivery));
         let settled = loop {
             let complete = |data: &mut ReportData| complete(data, job.as_deref(), &properties);
@@ -143,33 +132,24 @@ impl Worker {
             detail: &detail,
             tenant,
             id: rejection.id.as_ref(),
-            report,
+            kept: Kept::Message,
         };
-        self.bury_with(delivery, death, ended).await;
+        self.bury_with(delivery, &death, report, ended).await;
     }
 
     /// Dead letter, report, acknowledgement; each only when the one before is confirmed.
-    async fn bury_with(&self, delivery: Delivery, death: Death<'_>, ended: &CancellationToken) {
-        let (body, sealed) = self.harmless_body(&delivery, death.tenant.zip(death.id));
-        let letter = DeadLetter {
-            reason: death.reason,
-            detail: death.detail,
-            tenant: death.tenant.map(TenantId::as_str),
-            body: body.as_deref(),
-            sealed,
-        };
+    async fn bury_with(
+        &self,
+        delivery: Delivery,
+        death: &Death<'_>,
+        report: Option<Report>,
+        ended: &CancellationToken,
+    ) {
         let mut waits = pauses();
-        while let Err(error) = self
-            .publisher
-            .dead_letter(&self.topology, &delivery, &letter)
-            .await
-        {
-            if wait_again(&error, &mut waits, ended).await {
-                return;
-            }
+        if !self.send_off(&delivery, death, &mut waits, ended).await {
+            return;
         }
-        fail_point::hit(Point::DeadLettered, death.id.map(JobId::as_str));
-        if let Some(report) = death.report.map(ReportMessage::from) {
+        if let Some(report) = report.map(ReportMessage::from) {
             while let Err(error) = self.publish_report(&report).await {
                 if wait_again(&error, &mut waits, ended).await {
                     return;
@@ -177,6 +157,39 @@ impl Worker {
             }
         }
         delivery.receipt.ack();
+    }
+
+    /// Publishes the dead letter until it is confirmed; `false`: given up before.
+    async fn send_off(
+        &self,
+        delivery: &Delivery,
+        death: &Death<'_>,
+        waits: &mut (impl Iterator<Item = Duration> + Send),
+        ended: &CancellationToken,
+    ) -> bool {
+        let (body, sealed) = match death.kept {
+            Kept::Stored => (None, false),
+            Kept::Message | Kept::Lease => self.harmless_body(delivery, death.tenant.zip(death.id)),
+        };
+        let letter = DeadLetter {
+            reason: death.reason,
+            detail: death.detail,
+            tenant: death.tenant.map(TenantId::as_str),
+            body: body.as_deref(),
+            sealed,
+        };
+        while let Err(error) = self
+            .publisher
+            .dead_letter(&self.topology, delivery, &letter)
+            .await
+        {
+            let is_over = death.kept != Kept::Message && self.tasks.is_closed();
+            if is_over || wait_again(&error, waits, ended).await {
+                return false;
+            }
+        }
+        fail_point::hit(Point::DeadLettered, death.id.map(JobId::as_str));
+        true
     }
 
     /// What of the body may lie in a queue: a plain override sealed, under the job's name so that it opens when the job
@@ -295,13 +308,24 @@ fn complete(data: &mut ReportData, job: Option<&MailJob>, properties: &Propertie
     }
 }
 
-/// Why something is buried, and who is told.
+/// What is buried, and why.
 struct Death<'a> {
     reason: &'static str,
     detail: &'a str,
     tenant: Option<&'a TenantId>,
     id: Option<&'a JobId>,
-    report: Option<Report>,
+    kept: Kept,
+}
+
+/// What keeps it from being lost until it is buried.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kept {
+    /// Its message alone.
+    Message,
+    /// Its lease as well: whoever has that next tries again, so a worker that stops does not wait.
+    Lease,
+    /// Its lease, with a body out of the waiting room: sealed already, under the job's name.
+    Stored,
 }
 
 /// Waits before the next try; whether to give up, because the broker has taken the delivery back.
