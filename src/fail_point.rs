@@ -46,6 +46,8 @@ points! {
     Delivered = "delivered", false;
     /// The admission is committed.
     Admitted = "admitted", true;
+    /// A job that is over, or has to wait, before anything is tried: what is to be written of it is about to be planned.
+    Planning = "planning", false;
     /// The attempt begins.
     Leased = "leased", false;
     /// The mail is about to be composed: of a suspect twice, the first time while it is watched.

@@ -231,6 +231,7 @@ impl Worker {
             origin,
             verdict,
         } = over;
+        fail_point::hit(Point::Planning, [task.job.id.as_str()]);
         let mut attempt = Attempt::of(known_recipients(&task), task.row.message_id.clone());
         attempt.verdict = verdict;
         attempt.account = task.job.account.as_ref().map(AccountId::shared);

@@ -262,4 +262,41 @@ mod tests {
         });
         assert_eq!(states, [false, true, true, true, false, false]);
     }
+
+    /// Reports of a lot that is to be parked.
+    const LOT: usize = 100;
+    /// The rest of the half that such a lot may use.
+    const REST: usize = ON_THEIR_WAY - LEFT_TO_OTHERS - LOT;
+
+    #[tokio::test(start_paused = true)]
+    async fn parking_waits_until_half_of_the_way_is_free_for_others() {
+        let reporter = Reporter::new(80);
+        let begun = Instant::now();
+        let _rest = reporter.room.try_acquire_many(REST as u32).unwrap();
+        reporter.wait_for_room(LOT).await;
+        assert_eq!(begun.elapsed(), Duration::ZERO, "there is room");
+        let one_more = reporter.room.try_acquire().unwrap();
+        let mut waiting = std::pin::pin!(reporter.wait_for_room(LOT));
+        let early = tokio::time::timeout(NO_ROOM / 2, &mut waiting).await;
+        assert!(early.is_err(), "others have less than half");
+        // Who waits takes nothing away from those it waits for.
+        let others = reporter.room.try_acquire_many((LOT + LEFT_TO_OTHERS - 1) as u32);
+        drop(others.unwrap());
+        drop(one_more);
+        waiting.await;
+        assert!(begun.elapsed() <= NO_ROOM / 2 + LOOK, "{:?}", begun.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn parking_waits_for_room_neither_for_ever_nor_for_more_than_there_is() {
+        let reporter = Reporter::new(80);
+        let begun = Instant::now();
+        reporter.wait_for_room(ON_THEIR_WAY).await;
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+        let _all = reporter.room.try_acquire_many(ON_THEIR_WAY as u32).unwrap();
+        let waiting = tokio::time::timeout(2 * NO_ROOM, reporter.wait_for_room(1));
+        assert!(waiting.await.is_ok(), "it would wait for ever");
+        let waited = begun.elapsed();
+        assert!((NO_ROOM..NO_ROOM + LOOK).contains(&waited), "{waited:?}");
+    }
 }

@@ -1,12 +1,14 @@
 //! What a job costs where it counts most: statements and round trips, counted on a batch of jobs. No times: those are for
 //! `make bench`.
 
+use std::time::Duration;
+
 use postroom::level::Level;
 use postroom_testkit::smtp::SmtpServer;
 use serde_json::json;
 
 use crate::sends::account;
-use crate::support::World;
+use crate::support::{World, mail};
 
 const JOBS: usize = 400;
 
@@ -56,5 +58,49 @@ async fn a_batch_of_jobs_shares_its_statements_and_each_mail_takes_two_round_tri
         counters.command("NOOP"),
         0,
         "a look at the connection costs a round trip"
+    );
+}
+
+/// Puts something in the place of the tenants that counts the statements that read them in a sequence `reads`, and takes a
+/// while for each, as a database elsewhere does.
+const COUNT_READS: &str = "
+    CREATE SEQUENCE reads;
+    ALTER TABLE tenant RENAME TO counted_tenant;
+    CREATE VIEW tenant AS
+        WITH read AS MATERIALIZED (SELECT nextval('reads'), pg_sleep(0.05))
+        SELECT counted_tenant.* FROM read, counted_tenant;";
+
+#[tokio::test]
+async fn the_tenants_of_a_backlog_are_read_many_at_a_time() {
+    const TENANTS: usize = 512;
+    let mut world = World::ready().await;
+    world.set("POSTROOM_POOL_SIZE", "64");
+    let server = SmtpServer::builder().keep_data(false).start().await;
+    account(&world, "-", &server, &[]).await;
+    let sql = world.sql().await;
+    let tenants =
+        "INSERT INTO tenant (id, fallback) SELECT 't-' || n, 'platform' FROM generate_series(1, $1) n";
+    sql.execute(tenants, &[&(TENANTS as i32)]).await.unwrap();
+    sql.batch_execute(COUNT_READS).await.unwrap();
+    let mut reports = world.reports().await;
+    let jobs: Vec<_> = (1..=TENANTS)
+        .map(|n| {
+            let tenant = format!("t-{n}");
+            let job = mail(&tenant, &format!("j{n}"));
+            (tenant, job)
+        })
+        .collect();
+    world.publish_all(Level::Medium, &jobs).await;
+    let worker = world.start_worker().await;
+    let finals = reports.finals(TENANTS, Duration::from_mins(1)).await;
+    assert!(finals.iter().all(|report| report.kind() == "mail.sent"));
+    let reads = "SELECT last_value FROM reads";
+    let reads: i64 = sql.query_one(reads, &[]).await.unwrap().get(0);
+    // 64 jobs at a time; what was read longer ago than 2 s is read again, and the first lots are small. By itself each
+    // tenant would take one.
+    assert!(
+        (2..=TENANTS as i64 / 16).contains(&reads),
+        "{reads} statements for {TENANTS} tenants\n{}",
+        worker.logs()
     );
 }

@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
+use postroom::level::Level;
 use postroom_testkit::smtp::Script;
 use serde_json::json;
 
-use super::{Scene, job};
+use super::{LONG_LEASE, Scene, job};
+use crate::support::eventually;
 
 /// Where a worker dies while it handles a job of that name; how often that is sent in the end, and how many of its
 /// leases ended in the dark.
@@ -86,4 +88,45 @@ async fn a_job_at_which_a_worker_panics_is_tried_again_and_the_worker_goes_on() 
         assert_eq!((scene.mails(id), scene.the_final(id).kind()), (1, "mail.sent"));
     }
     assert!(worker.ready().await);
+}
+
+#[tokio::test]
+async fn a_panic_over_one_of_many_expired_jobs_leaves_the_others_alone_and_it_ends_as_well() {
+    const OTHERS: usize = 60;
+    const KEPT: &str = "SELECT count(*) FROM job WHERE id = 'poison' AND state = 1 AND body IS NOT NULL";
+    let mut scene = Scene::new(Script::new()).await;
+    let mut jobs: Vec<_> = (0..OTHERS).map(|n| job(&format!("other-{n}"))).collect();
+    jobs.insert(OTHERS / 2, job("poison"));
+    let expired = jobs.into_iter().map(|mut job| {
+        job["expires_at"] = "2020-01-01T00:00:00Z".into();
+        ("acme".to_owned(), job)
+    });
+    let expired: Vec<_> = expired.collect();
+    scene.world.publish_all(Level::High, &expired).await;
+    // Both statements that admit stand still for a while, so that the next one has the whole rest.
+    let plan = "delivered=pause(500ms)@1;delivered=pause(500ms)@2;admitted=pause(1ms)@job=poison;\
+                planning=panic@1@job=poison";
+    let mut worker = scene.worker_with(plan, &[LONG_LEASE]).await;
+    scene.reports.finals(OTHERS, Duration::from_secs(30)).await;
+    assert!(scene.reports.of("poison").is_empty());
+    let logs = worker.logs();
+    let batch = logs.lines().find(|line| line.contains("fail point admitted"));
+    assert!(batch.is_some_and(|jobs| jobs.contains("other-")), "{batch:?}");
+    // Its delivery comes again, and the job is kept for whoever finds its lease. This worker looks for what it has forgotten
+    // once a minute and would take two or three; the next one takes over at once what is left of the old.
+    let sql = scene.world.sql().await;
+    eventually(Duration::from_secs(20), || async {
+        sql.query_one(KEPT, &[]).await.unwrap().get::<_, i64>(0) == 1
+    })
+    .await;
+    assert!(worker.ready().await);
+    assert!(worker.term().await.success(), "{}", worker.logs());
+    let _next = scene.worker("").await;
+    scene.reports.final_of("poison").await;
+    scene.over().await;
+    for (_, job) in &expired {
+        let id = job["id"].as_str().unwrap();
+        assert_eq!(scene.the_final(id).kind(), "mail.expired");
+    }
+    assert_eq!(scene.server.received_count(), 0);
 }
