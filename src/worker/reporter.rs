@@ -30,6 +30,8 @@ const NO_ROOM: Duration = Duration::from_secs(10);
 /// How long a report is tried, with the time in which there is no session with the broker: longer than a restart of one
 /// takes. Less than the 30 s after which the sweeper comes for it, and than what it takes is nobody else's.
 const PATIENCE: Duration = Duration::from_secs(25);
+/// How often a report that waits for a session looks whether the worker ends.
+const ENDING: Duration = Duration::from_secs(1);
 /// Pause after a session is lost.
 const LOST: Duration = Duration::from_millis(100);
 /// Tries that the broker refuses or does not answer until the report is left.
@@ -234,11 +236,14 @@ impl Worker {
         Ok(())
     }
 
-    /// Waits for a session with the broker; not at all when the worker ends.
+    /// Waits for a session with the broker; no longer when the worker ends.
     async fn wait_connected(&self, until: Instant) {
-        if !self.is_connected() && !self.tasks.is_closed() {
-            let mut connected = self.connected.clone();
-            let _ = tokio::time::timeout_at(until, connected.wait_for(|now| *now)).await;
+        let mut connected = self.connected.clone();
+        while !*connected.borrow_and_update() && !self.tasks.is_closed() && Instant::now() < until {
+            let look = until.min(Instant::now() + ENDING);
+            if let Ok(Err(_)) = tokio::time::timeout_at(look, connected.changed()).await {
+                return;
+            }
         }
     }
 

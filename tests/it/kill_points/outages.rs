@@ -1,6 +1,6 @@
 //! Postgres or RabbitMQ out of reach at the worst moment.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use postroom::level::Level;
 use postroom_testkit::proxy::{Proxy, Weather};
@@ -108,4 +108,37 @@ async fn a_job_delivered_again_to_the_worker_that_is_sending_it_is_not_sent_besi
     scene.was_sent("one", 1, 0);
     assert_eq!(taken(&scene.server).len(), 1);
     assert!(worker.logs().contains("generation=2"));
+}
+
+#[tokio::test]
+async fn a_worker_told_to_end_while_rabbitmq_is_away_leaves_its_reports_to_the_next() {
+    let script = Script::new().delay(Phase::FinalDot, Duration::from_secs(2));
+    let mut scene = Scene::new(script).await;
+    let (proxy, url) = proxied(scene.world.amqp_url()).await;
+    let mut worker = scene
+        .worker_with("", &[LONG_LEASE, ("POSTROOM_AMQP_URL", &url)])
+        .await;
+    scene.publish(&job("unreported")).await;
+    eventually(Duration::from_secs(20), || async {
+        scene.server.counters().command("DATA") == 1
+    })
+    .await;
+    proxy.set(Weather::Stall);
+    proxy.reset();
+    worker.wait_log("session with RabbitMQ lost").await;
+    let sql = scene.world.sql().await;
+    eventually(Duration::from_secs(20), || async {
+        let owed = "SELECT count(*) FROM outbox";
+        sql.query_one(owed, &[]).await.unwrap().get::<_, i64>(0) == 1
+    })
+    .await;
+    let told = Instant::now();
+    assert!(worker.term().await.success(), "{}", worker.logs());
+    // Much less than the 25 s for which a report is tried.
+    assert!(told.elapsed() < Duration::from_secs(12), "{:?}", told.elapsed());
+    scene.outbox_is_due().await;
+    let _next = scene.worker("").await;
+    scene.reports.final_of("unreported").await;
+    scene.over().await;
+    scene.was_sent("unreported", 1, 0);
 }
