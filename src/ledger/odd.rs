@@ -1,5 +1,5 @@
 //! The rare ways a job changes: somebody cancels or releases it by hand, a worker that lost its lease brings an
-//! acceptance, an uncertain send is found. Each is one transaction over one locked row.
+//! acceptance, an uncertain send is found, one that crashes workers is buried. Each is one transaction over one locked row.
 
 mod acceptance;
 mod burial;
