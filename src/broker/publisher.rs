@@ -61,6 +61,12 @@ impl PublishError {
         matches!(self, Self::NotConnected | Self::Lost(_))
     }
 
+    /// Whether the broker takes nothing at all at the moment, rather than not this message.
+    #[must_use]
+    pub fn is_of_the_broker(&self) -> bool {
+        self.is_of_the_session() || matches!(self, Self::Blocked)
+    }
+
     /// The metric's label.
     fn label(&self) -> &'static str {
         match self {

@@ -83,37 +83,51 @@ async fn sweep_once(worker: &Arc<Worker>) -> bool {
     let oldest = owed.iter().map(|o| o.waiting.as_secs()).max().unwrap_or(0);
     worker.metrics.outbox_age.set(oldest as i64);
     let more = owed.len() == CHUNK as usize;
-    let (published, left) = publish_owed(worker, &owed).await;
-    // What is not cleared is published once more, under the same id; what is not left to others rests for a while.
-    let cleared = worker.ledger.clear_outbox(&published).await;
-    let given_back = worker.ledger.leave_reports(&left).await;
+    let swept = publish_owed(worker, &owed).await;
+    // What is not cleared is published once more, under the same id; what is not given back rests for a while.
+    let cleared = worker.ledger.clear_outbox(&swept.published).await;
+    let given_back = worker.ledger.leave_reports(&swept.given_back).await;
     if let Err(error) = cleared.and(given_back) {
         worker.database_trouble("outbox", &error);
         return false;
     }
-    left.is_empty() && more
+    swept.all && more
 }
 
-/// Publishes these reports together: what was published, and what could not be. What cannot be read is neither.
-async fn publish_owed(worker: &Arc<Worker>, reports: &[Owed]) -> (Vec<ReportNumber>, Vec<ReportNumber>) {
+/// What became of reports that were taken out of the outbox together.
+#[derive(Default)]
+struct Swept {
+    published: Vec<ReportNumber>,
+    /// The broker took nothing at all: whoever comes first. What it refused by itself is not among them: it rests, so that
+    /// others have their turn.
+    given_back: Vec<ReportNumber>,
+    /// None was left over.
+    all: bool,
+}
+
+/// Publishes these reports together. What cannot be read is neither published nor left over.
+async fn publish_owed(worker: &Arc<Worker>, reports: &[Owed]) -> Swept {
     let publishing = reports.iter().map(|report| publish_one_owed(worker, report));
     let results = join_all(publishing).await;
-    let (mut published, mut left) = (Vec::new(), Vec::new());
+    let mut swept = Swept::default();
     let mut trouble = None;
     for (report, result) in reports.iter().zip(results) {
         match result {
-            Ok(true) => published.push(report.number),
+            Ok(true) => swept.published.push(report.number),
             Ok(false) => {}
             Err(error) => {
-                left.push(report.number);
+                if error.is_of_the_broker() {
+                    swept.given_back.push(report.number);
+                }
                 trouble = Some(error);
             }
         }
     }
+    swept.all = trouble.is_none();
     if let Some(error) = trouble {
-        tracing::warn!(%error, reports = left.len(), "reports stay in the outbox");
+        tracing::warn!(%error, "reports stay in the outbox");
     }
-    (published, left)
+    swept
 }
 
 /// `false`: it cannot be read.

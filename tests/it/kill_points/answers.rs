@@ -48,19 +48,27 @@ async fn a_report_whose_confirm_or_sender_is_lost_is_published_again_under_its_i
 }
 
 #[tokio::test]
-async fn a_report_that_a_sweep_could_not_publish_does_not_rest_but_goes_with_the_next_one() {
+async fn a_report_that_the_broker_does_not_confirm_rests_after_a_sweep_so_that_others_have_their_turn() {
+    const RESTS: &str =
+        "SELECT count(*) FROM outbox WHERE due_at > clock_timestamp() + interval '40 seconds'";
     let mut scene = Scene::new(Script::new()).await;
-    // Its worker tries it twice, and so does the first sweep.
+    // Its worker tries it twice, and so does the sweep.
     let plan =
         "report_confirmed=error@1;report_confirmed=error@2;report_confirmed=error@3;report_confirmed=error@4";
     let _worker = scene.worker(plan).await;
     scene.publish(&job("unconfirmed")).await;
     scene.reports.until(|all| all.len() == 2).await;
     scene.outbox_is_due().await;
+    scene.reports.until(|all| all.len() == 4).await;
+    // Two sweeps later.
+    assert!(scene.reports.none_for(Duration::from_secs(12)).await);
+    let sql = scene.world.sql().await;
+    let resting: i64 = sql.query_one(RESTS, &[]).await.unwrap().get(0);
+    assert_eq!(resting, 1);
+    scene.outbox_is_due().await;
     scene.reports.until(|all| all.len() == 5).await;
     scene.over().await;
     scene.was_sent("unconfirmed", 1, 0);
-    assert_eq!(scene.reports.of("unconfirmed").len(), 5);
 }
 
 #[tokio::test]

@@ -142,3 +142,33 @@ async fn a_worker_told_to_end_while_rabbitmq_is_away_leaves_its_reports_to_the_n
     scene.over().await;
     scene.was_sent("unreported", 1, 0);
 }
+
+#[tokio::test]
+async fn a_report_that_a_sweep_could_not_publish_for_want_of_rabbitmq_is_due_for_whoever_comes_first() {
+    let mut scene = Scene::new(Script::new()).await;
+    let (proxy, url) = proxied(scene.world.amqp_url()).await;
+    // Its worker tries it twice; then it is left to the sweep.
+    let plan = "report_confirmed=error@1;report_confirmed=error@2";
+    let mut worker = scene
+        .worker_with(plan, &[LONG_LEASE, ("POSTROOM_AMQP_URL", &url)])
+        .await;
+    scene.publish(&job("swept")).await;
+    scene.reports.until(|all| all.len() == 2).await;
+    proxy.set(Weather::Stall);
+    scene.outbox_is_due().await;
+    let sql = scene.world.sql().await;
+    let is_one = async |condition: &str| {
+        let count = format!("SELECT count(*) FROM outbox WHERE {condition}");
+        sql.query_one(&count, &[]).await.unwrap().get::<_, i64>(0) == 1
+    };
+    let taken = "due_at > clock_timestamp() + interval '40 seconds'";
+    eventually(Duration::from_secs(20), || is_one(taken)).await;
+    proxy.reset();
+    worker.wait_log("session with RabbitMQ lost").await;
+    assert!(worker.term().await.success(), "{}", worker.logs());
+    assert!(is_one("due_at <= clock_timestamp()").await, "{}", worker.logs());
+    let _next = scene.worker("").await;
+    scene.reports.until(|all| all.len() > 2).await;
+    scene.over().await;
+    scene.was_sent("swept", 1, 0);
+}
