@@ -364,15 +364,62 @@ BEGIN
     RETURN r;
 END $$;
 
+-- What jobs ask of the keys they count against: messages, recipients.
+CREATE FUNCTION asked_of(p_tenants text[], p_accounts text[], p_costs integer[])
+RETURNS TABLE (key text, messages integer, recipients integer) LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+    SELECT q.k, count(*)::integer, sum(q.c)::integer
+    FROM (SELECT unnest(charged_keys(j.t, j.a)) AS k, j.c FROM unnest(p_tenants, p_accounts, p_costs) j(t, a, c) WHERE j.c > 0) q
+    GROUP BY q.k
+$$;
+
 -- Grants slots in the order given. granted: recipients covered, 0 if denied or if nothing is asked for (cost 0); slot_us: null
 -- if nothing limits it. The locks come first and the clock is read after them, so that waiting for a lock cannot reopen a
--- window. p_held: the keys that the caller has locked already; null: to be locked here.
-CREATE FUNCTION take_slots(p_tenants text[], p_accounts text[], p_costs integer[], p_held text[])
+-- window. Most calls end here: each key has one limit, is still in the bucket it was counted in last, and has room for all.
+CREATE FUNCTION take_slots(p_tenants text[], p_accounts text[], p_costs integer[])
 RETURNS TABLE (granted integer[], slot_us bigint, valid_us bigint[], next_us bigint[])
 LANGUAGE plpgsql AS $$
 DECLARE
     n integer := coalesce(array_length(p_tenants, 1), 0);
-    v_keys text[]; v_held text[] := p_held; v_rows rate[]; v_names text[]; v_next bigint[]; v_shut boolean[];
+    v_names text[]; v_more integer[]; v_valid bigint[]; v_simple boolean; v_begin bigint; v_end bigint; v_opens bigint; i integer;
+BEGIN
+    granted := p_costs;
+    valid_us := array_fill(NULL::bigint, ARRAY[n]); next_us := valid_us;
+    SELECT array_agg(q.key), array_agg(q.more), array_agg(greatest(q.per / 120, 250000)),
+           bool_and(q.alone AND q.more <= q.room), max(q.head * q.width), min((q.head + 1) * q.width), max(q.next_at),
+           greatest(micros(clock_timestamp()), max(q.last))
+        INTO v_names, v_more, v_valid, v_simple, v_begin, v_end, v_opens, slot_us
+        FROM (SELECT r.key, CASE r.unit[1] WHEN 0 THEN a.messages ELSE a.recipients END AS more, r.lim[1] - r.used[1] AS room,
+                     cardinality(r.lim) = 1 AS alone, r.per[1] AS per, r.head[1] AS head, r.width[1] AS width, r.last, r.next_at
+              FROM asked_of(p_tenants, p_accounts, p_costs) a JOIN rate r ON r.key = a.key
+              ORDER BY r.key FOR UPDATE OF r) q;
+    IF v_names IS NULL THEN
+        slot_us := NULL;
+    ELSIF NOT v_simple OR slot_us < v_begin OR slot_us >= v_end OR slot_us < v_opens THEN
+        RETURN QUERY SELECT s.* FROM share_slots(p_tenants, p_accounts, p_costs, v_names) s;
+        RETURN;
+    ELSE
+        UPDATE rate r SET
+            ring[r.base[1] + (r.head[1] % r.size[1])::integer + 1] = r.ring[r.base[1] + (r.head[1] % r.size[1])::integer + 1] + u.more,
+            used[1] = r.used[1] + u.more, last = slot_us, next_at = 0
+            FROM unnest(v_names, v_more) u(key, more) WHERE r.key = u.key;
+        FOR i IN 1 .. n LOOP
+            CONTINUE WHEN p_costs[i] = 0;
+            valid_us[i] := least(v_valid[array_position(v_names, p_tenants[i] || '/')], v_valid[array_position(v_names, p_accounts[i])],
+                CASE WHEN split_part(p_accounts[i], '/', 1) <> p_tenants[i]
+                     THEN v_valid[array_position(v_names, split_part(p_accounts[i], '/', 1) || '/')] END);
+        END LOOP;
+    END IF;
+    RETURN NEXT;
+END $$;
+
+-- The same, job by job, where there may not be room for all. p_held: the keys that are locked; what is not locked must not be
+-- granted, even if it has become free since.
+CREATE FUNCTION share_slots(p_tenants text[], p_accounts text[], p_costs integer[], p_held text[])
+RETURNS TABLE (granted integer[], slot_us bigint, valid_us bigint[], next_us bigint[])
+LANGUAGE plpgsql AS $$
+DECLARE
+    n integer := coalesce(array_length(p_tenants, 1), 0);
+    v_keys text[]; v_rows rate[]; v_names text[]; v_next bigint[]; v_shut boolean[];
     v_m integer[]; v_r integer[]; v_largest integer[]; v_valid bigint[]; v_still boolean[];
     v_gm integer[]; v_gr integer[]; v_need integer[]; v_denied boolean[]; v_counted rate[] := '{}'; v_row rate;
     i integer; p integer; c integer; t bigint; shut bigint; ok boolean;
@@ -382,16 +429,9 @@ BEGIN
     valid_us := array_fill(NULL::bigint, ARRAY[n]); next_us := array_fill(NULL::bigint, ARRAY[n]);
     SELECT array_agg(DISTINCT u.k ORDER BY u.k) INTO v_keys
         FROM (SELECT DISTINCT j.t, j.a FROM unnest(p_tenants, p_accounts) j(t, a)) j, unnest(charged_keys(j.t, j.a)) u(k);
-    IF v_held IS NULL THEN
-        t := micros(clock_timestamp());
-        -- A key known to be shut is read without its lock: a stale answer errs on the safe side.
-        SELECT coalesce(array_agg(q.key), '{}') INTO v_held
-            FROM (SELECT r.key FROM rate r WHERE r.key = ANY (v_keys) AND r.next_at <= t ORDER BY r.key FOR UPDATE) q;
-    END IF;
-    -- What is not locked must not be granted, even if it has become free since.
-    SELECT array_agg(q.r), array_agg(q.key), array_agg(q.next_at), array_agg(q.key <> ALL (v_held)),
-           greatest(micros(clock_timestamp()), max(q.last) FILTER (WHERE q.key = ANY (v_held)))
-        INTO v_rows, v_names, v_next, v_shut, t
+    SELECT array_agg(q.r), array_agg(q.key), array_agg(q.next_at),
+           greatest(micros(clock_timestamp()), max(q.last) FILTER (WHERE q.key = ANY (p_held)))
+        INTO v_rows, v_names, v_next, t
         FROM (SELECT r, r.key, r.next_at, r.last FROM rate r WHERE r.key = ANY (v_keys) ORDER BY r.key) q;
     IF v_rows IS NULL THEN
         RETURN NEXT;
@@ -399,8 +439,9 @@ BEGIN
     END IF;
     slot_us := t;
     -- Most rows have one limit, and are still in the bucket they were counted in last: nothing to add up.
-    SELECT array_agg(q.still), array_agg(q.messages), array_agg(q.recipients), array_agg(q.largest), array_agg(q.valid)
-        INTO v_still, v_m, v_r, v_largest, v_valid
+    SELECT array_agg(q.still), array_agg(q.messages), array_agg(q.recipients), array_agg(q.largest), array_agg(q.valid),
+           array_agg(y.next_at > t OR y.key <> ALL (p_held))
+        INTO v_still, v_m, v_r, v_largest, v_valid, v_shut
         FROM unnest(v_rows) y CROSS JOIN LATERAL (
             SELECT true AS still, CASE y.unit[1] WHEN 0 THEN y.lim[1] - y.used[1] ELSE 2147483647 END AS messages,
                    CASE y.unit[1] WHEN 1 THEN y.lim[1] - y.used[1] ELSE 2147483647 END AS recipients,
@@ -700,8 +741,8 @@ BEGIN
     IF v_plain THEN
         v_plain := NOT EXISTS (SELECT FROM (SELECT DISTINCT u.a FROM unnest(p_accounts) u(a)) d
             WHERE (SELECT true FROM lane y WHERE y.account = d.a AND y.fifo > 0 LIMIT 1));
-        SELECT max((SELECT max(z.next_at) FROM rate z WHERE z.key = ANY (charged_keys(d.t, d.a)))) INTO v_opens
-            FROM (SELECT DISTINCT u.t, u.a FROM unnest(p_tenants, p_accounts) u(t, a)) d;
+        SELECT max(z.next_at) INTO v_opens FROM rate z WHERE z.key = ANY (ARRAY(
+            SELECT unnest(charged_keys(d.t, d.a)) FROM (SELECT DISTINCT u.t, u.a FROM unnest(p_tenants, p_accounts) u(t, a)) d));
     END IF;
     IF v_plain AND v_opens IS NULL THEN
         v_born := floor(extract(epoch FROM v_now))::bigint * 1000;
@@ -758,7 +799,7 @@ BEGIN
     END IF;
     v_granted := v_ask; v_valid := v_ill;
     IF 0 < ANY (v_ask) THEN
-        SELECT g.granted, g.slot_us, g.valid_us, g.next_us INTO s FROM take_slots(p_tenants, p_accounts, v_ask, NULL) g;
+        SELECT g.granted, g.slot_us, g.valid_us, g.next_us INTO s FROM take_slots(p_tenants, p_accounts, v_ask) g;
         v_granted := s.granted; v_valid := s.valid_us;
         IF 0 = ANY (s.granted) THEN
             FOR i IN 1 .. n LOOP
@@ -906,7 +947,7 @@ BEGIN
     SELECT array_agg(u.t ORDER BY u.o), array_agg(u.a ORDER BY u.o), array_agg(u.c ORDER BY u.o) INTO v_t, v_a, v_c
         FROM unnest(p_tenants, p_accounts, p_costs, v_ours) WITH ORDINALITY u(t, a, c, w, o) WHERE u.w;
     IF v_t IS NOT NULL THEN
-        SELECT g.granted, g.slot_us, g.valid_us, g.next_us INTO s FROM take_slots(v_t, v_a, v_c, NULL) g;
+        SELECT g.granted, g.slot_us, g.valid_us, g.next_us INTO s FROM take_slots(v_t, v_a, v_c) g;
         UPDATE job x SET account = u.a,
             slot_at = CASE WHEN u.g > 0 AND u.v IS NOT NULL THEN s.slot_us END,
             slot_cost = CASE WHEN u.g > 0 AND u.v IS NOT NULL THEN u.g END
@@ -1315,7 +1356,7 @@ BEGIN
         WHERE q.n <= p_max AND (q.before < p_max_bytes);
         j_granted := j_cost; j_valid := NULL; j_next := NULL; v_slot := NULL;
         IF v_limited AND j_id IS NOT NULL THEN
-            SELECT g.granted, g.slot_us, g.valid_us, g.next_us INTO s FROM take_slots(j_t, j_a, j_cost, v_held) g;
+            SELECT g.granted, g.slot_us, g.valid_us, g.next_us INTO s FROM share_slots(j_t, j_a, j_cost, v_held) g;
             j_granted := s.granted; j_valid := s.valid_us; j_next := s.next_us; v_slot := s.slot_us;
         END IF;
         UPDATE job x SET state = 1, epoch = p_epoch, claim = p_claim_base + u.o - 1, leased_at = clock_timestamp(),

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Semaphore, mpsc};
-use tokio::time::MissedTickBehavior;
+use tokio::time::{MissedTickBehavior, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::Worker;
@@ -33,6 +33,9 @@ use crate::pipeline::task::Task;
 const BATCH: usize = 128;
 /// How long a job may stand in hand because its account is busy before it is parked.
 const PARK_AFTER: Duration = Duration::from_secs(1);
+/// From a look that stopped for want of a permit to the next of that level, unless many have become free before: a statement
+/// for each of them would cost more than it carries.
+const PACE: Duration = Duration::from_millis(5);
 /// How often jobs in hand are looked at when nothing else happens.
 const LOOK: Duration = Duration::from_millis(100);
 /// Admission statements at once.
@@ -49,9 +52,10 @@ pub struct Admission {
     lacks_urgent_permits: bool,
     /// How many of each level have been looked at in vain since something was freed: those behind them are new.
     passed: [usize; 4],
-    /// Levels of which the last look stopped for want of a permit. A new arrival is then no reason to look again: one
-    /// permit would go into a statement of its own.
+    /// Levels of which the last look stopped for want of a permit.
     short: [bool; 4],
+    /// When these are looked at again, if anything is free then.
+    again: Instant,
 }
 
 /// An arrival picked for a batch, with what it needs to run; without a permit it is to be parked.
@@ -77,6 +81,7 @@ impl Admission {
             lacks_urgent_permits: false,
             passed: [0; 4],
             short: [false; 4],
+            again: Instant::now(),
         }
     }
 
@@ -87,25 +92,19 @@ impl Admission {
         let (mut room, mut permits) = (self.worker.load.watch(), self.worker.permits.watch());
         loop {
             let waiting = self.levels.iter().any(|level| !level.is_empty());
-            let mut is_new = false;
+            let is_short = self.short.contains(&true);
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
                 arrival = arrivals.recv() => match arrival {
-                    Some(arrival) => {
-                        is_new = true;
-                        self.take(arrival);
-                    }
+                    Some(arrival) => self.take(arrival),
                     None => break,
                 },
-                () = self.worker.permits.freed(), if self.lacks_urgent_permits => {}
-                Ok(()) = permits.changed(), if waiting => {}
-                Ok(()) = room.changed(), if waiting => {}
-                _ = looks.tick(), if waiting => {}
-            }
-            if !is_new {
-                self.passed = [0; 4];
-                self.short = [false; 4];
+                () = self.worker.permits.freed(), if self.lacks_urgent_permits => self.passed = [0; 4],
+                Ok(()) = permits.changed(), if waiting => self.passed = [0; 4],
+                Ok(()) = room.changed(), if waiting => self.passed = [0; 4],
+                () = sleep_until(self.again.into()), if is_short => self.look_again(),
+                _ = looks.tick(), if waiting => self.passed = [0; 4],
             }
             while let Ok(arrival) = arrivals.try_recv() {
                 self.take(arrival);
@@ -121,6 +120,14 @@ impl Admission {
         }
         for arrival in self.levels.into_iter().flatten() {
             arrival.give_back();
+        }
+    }
+
+    /// Levels that were short of permits may have what has become free since.
+    fn look_again(&mut self) {
+        self.again = Instant::now() + PACE;
+        for level in Level::ALL {
+            self.short[level.index()] &= self.worker.permits.available(level) == 0;
         }
     }
 
@@ -161,6 +168,9 @@ impl Admission {
             self.passed[i] = picking.pick_from(&mut self.levels[i], level, self.passed[i]);
             let is_urgent = level == Level::Immediate;
             self.short[i] = picking.lacks_permits && !is_urgent;
+            if self.short[i] {
+                self.again = picking.now + PACE;
+            }
             self.lacks_urgent_permits |= picking.lacks_permits && is_urgent;
         }
         picking.batch

@@ -517,6 +517,28 @@ async fn a_job_parked_after_its_limit_was_opened_does_not_wait_for_the_old_time(
 }
 
 #[tokio::test]
+async fn what_comes_from_another_account_does_not_overtake_what_waits_for_the_limit() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        world.limit("acme/main", &[(4, 60 * SECOND, "recipients")]).await;
+        let mut moves = request(&epoch, "acme", "moves");
+        moves.account = account("acme/other");
+        let moves = world.go(moves).await;
+        let mut large = request(&epoch, "acme", "large");
+        large.recipients = 3;
+        assert!(matches!(world.admit_one(large.clone()).await, Admitted::Go(_)));
+        large.id = super::world::job("larger");
+        assert!(matches!(world.admit_one(large).await, Admitted::Wait { .. }));
+        // There is room for one recipient, which is kept for the envelope of three.
+        let mut small = slot_request(&moves, 1);
+        small.account = account("acme/main");
+        let answer = world.ledger.take_slots(&[small]).await.unwrap().remove(0);
+        assert!(matches!(answer, SlotAnswer::Denied(_)), "{answer:?}");
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_limit_known_to_be_shut_is_answered_without_its_lock() {
     in_world(|world| async move {
         let epoch = world.epoch().await;

@@ -143,7 +143,10 @@ mutants! {
         "slots_v1" ["x.state = 1 AND x.epoch = p_epoch AND x.claim = u.c" => "true"]
         breaks SlotsCounted;
     slots_beyond_a_limit_of_recipients:
-        "take_slots" ["v_m[p] < 1 OR v_r[p] < c" => "v_m[p] < 1"]
+        "share_slots" ["v_m[p] < 1 OR v_r[p] < c" => "v_m[p] < 1"]
+        breaks WithinLimits;
+    slots_beyond_a_limit_at_once:
+        "take_slots" ["q.more <= q.room" => "true"]
         breaks WithinLimits;
     slots_given_back_to_nobody:
         "refund_slots" ["r.used[l] := r.used[l] - c" => "c := 0"]
