@@ -256,15 +256,21 @@ impl Ledger {
         Ok(self.db.client().await?.query_one(&sql, &[]).await?.try_get(0)?)
     }
 
-    /// How many jobs wait, by reason. Counts at most `most` rows, so that it stays cheap with a full waiting room.
+    /// How many jobs wait, by reason, counted up to `most`. One worker counts for all, not more often than `every` and with a
+    /// fiftieth of its time at most, so that it stays cheap with a full waiting room.
     ///
     /// # Errors
     /// If the database cannot be asked.
-    pub async fn waiting(&self, most: i64) -> Result<Vec<(WaitReason, i64)>, DbError> {
-        let sql = self.db.sql(
-            "SELECT reason, count(*) FROM (SELECT reason FROM {s}.job WHERE state = 2 LIMIT $1) w GROUP BY reason",
-        );
-        let rows = self.db.client().await?.query(&sql, &[&most]).await?;
+    pub async fn waiting(&self, most: i64, every: Duration) -> Result<Vec<(WaitReason, i64)>, DbError> {
+        let sql = self
+            .db
+            .sql("SELECT reason, jobs FROM {s}.waiting_v1($1, $2::bigint * interval '1 microsecond')");
+        let rows = self
+            .db
+            .client()
+            .await?
+            .query(&sql, &[&most, &micros(every)])
+            .await?;
         Ok(rows
             .iter()
             .filter_map(|row| {

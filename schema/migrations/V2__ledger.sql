@@ -86,7 +86,14 @@ CREATE INDEX job_leased ON job (epoch) WHERE state = 1;
 CREATE INDEX job_waiting ON job (account, level, tenant, due_at) WHERE state = 2;
 -- Cancelled while leased to a worker that then died: to be ended by whoever takes over.
 CREATE INDEX job_cancelled ON job (tenant, id) WHERE cancel AND state IN (0, 2);
-CREATE INDEX job_finished ON job USING brin (finished_at) WITH (pages_per_range = 32);
+CREATE INDEX job_finished ON job USING brin (finished_at) WITH (pages_per_range = 32, autosummarize = on);
+
+-- How many jobs wait for which reason, as it was counted last, for all workers: a full waiting room takes long to read.
+CREATE TABLE census (
+    waiting bigint[] NOT NULL DEFAULT '{}',                     -- by reason
+    next_at timestamptz NOT NULL DEFAULT '-infinity'            -- not counted again before
+);
+INSERT INTO census DEFAULT VALUES;
 
 -- Reports owed to the exchange, written with the outcomes they tell of; each goes by its own number once it is confirmed.
 -- They stand by themselves: nothing is looked up here by job on the way of a mail, so there is no index for it. Its rows live
@@ -725,8 +732,8 @@ SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off
 DECLARE
     n integer := coalesce(array_length(p_ids, 1), 0);
     v_now timestamptz := clock_timestamp(); v_us bigint; v_born bigint;
-    -- nothing but a limit keeps a new job from going; when the limits open, null without limits
-    v_plain boolean; v_opens bigint;
+    -- nothing but a limit keeps a new job from going
+    v_plain boolean; v_others boolean; v_opens bigint;
     -- per job: known already; granted and until when; when it may go
     v_known boolean[]; v_granted integer[]; v_valid bigint[]; v_wait bigint[]; v_verdict smallint[]; v_reason smallint[];
     v_ask integer[]; v_ill bigint[] := array_fill(NULL::bigint, ARRAY[n]);
@@ -734,16 +741,17 @@ DECLARE
     v_plain_claims bigint[] := '{}'; v_claims bigint[] := '{}';
     s record; j record; i integer; lost integer[]; v_own boolean; v_is_ill boolean;
 BEGIN
-    -- Most batches: nothing is asked for, and nothing known, that keeps a new job from going.
     v_us := micros(v_now);
-    v_plain := 2 <> ALL (p_want) AND array_remove(p_send_at, NULL) = '{}' AND array_remove(p_expires_at, NULL) = '{}'
-        AND NOT EXISTS (SELECT FROM account_health h WHERE h.state > 0);
-    IF v_plain THEN
-        v_plain := NOT EXISTS (SELECT FROM (SELECT DISTINCT u.a FROM unnest(p_accounts) u(a)) d
-            WHERE (SELECT true FROM lane y WHERE y.account = d.a AND y.fifo > 0 LIMIT 1));
-        SELECT max(z.next_at) INTO v_opens FROM rate z WHERE z.key = ANY (ARRAY(
-            SELECT unnest(charged_keys(d.t, d.a)) FROM (SELECT DISTINCT u.t, u.a FROM unnest(p_tenants, p_accounts) u(t, a)) d));
-    END IF;
+    -- An account in trouble; others in front; when the limits open, null without limits.
+    SELECT EXISTS (SELECT FROM account_health h WHERE h.state > 0),
+           EXISTS (SELECT FROM (SELECT DISTINCT u.a FROM unnest(p_accounts) u(a)) d
+                   WHERE (SELECT true FROM lane y WHERE y.account = d.a AND y.fifo > 0 LIMIT 1)),
+           (SELECT max(z.next_at) FROM rate z WHERE z.key = ANY (ARRAY(SELECT unnest(charged_keys(d.t, d.a))
+                FROM (SELECT DISTINCT u.t, u.a FROM unnest(p_tenants, p_accounts) u(t, a)) d)))
+        INTO v_is_ill, v_others, v_opens;
+    -- Most batches: nothing is asked for, and nothing known, that keeps a new job from going.
+    v_plain := NOT v_is_ill AND NOT v_others AND 2 <> ALL (p_want) AND array_remove(p_send_at, NULL) = '{}'
+        AND array_remove(p_expires_at, NULL) = '{}';
     IF v_plain AND v_opens IS NULL THEN
         v_born := floor(extract(epoch FROM v_now))::bigint * 1000;
         WITH made AS (
@@ -763,7 +771,6 @@ BEGIN
             RETURN;
         END IF;
     END IF;
-    v_is_ill := EXISTS (SELECT FROM account_health h WHERE h.state > 0);
     IF v_is_ill THEN
         SELECT array_agg((SELECT greatest(micros(ill_until(h)) - micros(v_now), 0) FROM account_health h
                           WHERE h.account = u.a AND h.state > 0) ORDER BY u.o)
@@ -836,52 +843,52 @@ BEGIN
                                             (SELECT array_agg(v_granted[l]) FROM unnest(lost) l),
                                             (SELECT array_agg(s.slot_us) FROM unnest(lost) l)), false);
         END IF;
+        FOR j IN
+            SELECT x.tenant, x.id, x.state, x.epoch, x.claim, x.digest, x.cancel, x.born, x.seq, x.attempt, x.created_at,
+                   x.recipients, x.message_id, x.uncertain, x.crashes, x.deaths,
+                   (u.o - 1)::integer AS idx0, u.c AS my_claim, u.d AS my_digest, u.sa, u.ea, u.wa,
+                   x.state = 6 AND u.re AS anew
+            FROM job x JOIN unnest(p_tenants, p_ids, p_claims, p_digests, p_send_at, p_expires_at, p_want, p_replay)
+                 WITH ORDINALITY u(t, id, c, d, sa, ea, wa, re, o) ON x.tenant = u.t AND x.id = u.id
+            WHERE u.c <> ALL (v_claims) AND u.c <> ALL (v_plain_claims)
+            ORDER BY x.tenant, x.id
+            FOR UPDATE OF x
+        LOOP
+            idx := j.idx0; born := j.born; seq := j.seq; attempt := j.attempt; created_us := micros(j.created_at);
+            granted := 0; slot_us := NULL; valid_us := NULL; wait_us := NULL; reason := NULL; recipients := j.recipients;
+            message_id := j.message_id; uncertain := j.uncertain; crashes := j.crashes; deaths := j.deaths;
+            ill_us := v_ill[j.idx0 + 1]; probe := false;
+            -- this very statement, repeated after a lost COMMIT; a slot that it was granted goes back when one is taken
+            v_own := j.state = 1 AND j.epoch = p_epoch AND j.claim = j.my_claim;
+            IF j.digest <> j.my_digest AND j.state <> 5 AND NOT coalesce(v_own, false) THEN
+                verdict := 6;
+            ELSIF v_own OR j.state IN (0, 5) OR j.anew THEN
+                verdict := CASE WHEN j.cancel OR j.state = 5 THEN 10 WHEN j.ea <= v_now THEN 9 WHEN j.sa > v_now THEN 2
+                                WHEN j.wa = 2 THEN 2 ELSE 1 END;
+                IF verdict = 2 THEN
+                    reason := CASE WHEN j.sa > v_now THEN 3 WHEN ill_us IS NOT NULL THEN 7 ELSE 4 END;
+                    wait_us := CASE reason WHEN 7 THEN ill_us ELSE greatest(micros(j.sa) - micros(v_now), 0) END;
+                ELSIF verdict = 1 AND ill_us IS NOT NULL AND NOT p_detour[j.idx0 + 1] THEN
+                    verdict := 2; reason := 7; wait_us := ill_us;
+                END IF;
+                IF j.anew THEN
+                    attempt := 0; crashes := 0; deaths := 0; uncertain := 0; created_us := micros(v_now);
+                    UPDATE job x SET attempt = 0, crashes = 0, deaths = 0, uncertain = 0, created_at = v_now, outcome = NULL,
+                        finished_at = NULL WHERE x.tenant = j.tenant AND x.id = j.id;
+                END IF;
+                IF NOT coalesce(v_own, false) THEN
+                    UPDATE job x SET state = 1, epoch = p_epoch, claim = j.my_claim, leased_at = v_now, phase = 0,
+                        cancel = verdict = 10, merged = false, digest = j.my_digest, account = p_accounts[j.idx0 + 1],
+                        level = p_levels[j.idx0 + 1], slot_at = NULL, slot_cost = NULL,
+                        batch = coalesce(x.batch, p_batches[j.idx0 + 1]), updated_at = v_now
+                        WHERE x.tenant = j.tenant AND x.id = j.id;
+                END IF;
+            ELSE
+                verdict := CASE j.state WHEN 1 THEN 3 WHEN 2 THEN 4 WHEN 3 THEN 5 WHEN 6 THEN 5 ELSE 7 END;
+            END IF;
+            RETURN NEXT;
+        END LOOP;
     END IF;
-    FOR j IN
-        SELECT x.tenant, x.id, x.state, x.epoch, x.claim, x.digest, x.cancel, x.born, x.seq, x.attempt, x.created_at,
-               x.recipients, x.message_id, x.uncertain, x.crashes, x.deaths,
-               (u.o - 1)::integer AS idx0, u.c AS my_claim, u.d AS my_digest, u.sa, u.ea, u.wa,
-               x.state = 6 AND u.re AS anew
-        FROM job x JOIN unnest(p_tenants, p_ids, p_claims, p_digests, p_send_at, p_expires_at, p_want, p_replay)
-             WITH ORDINALITY u(t, id, c, d, sa, ea, wa, re, o) ON x.tenant = u.t AND x.id = u.id
-        WHERE cardinality(v_claims) < n AND u.c <> ALL (v_claims) AND u.c <> ALL (v_plain_claims)
-        ORDER BY x.tenant, x.id
-        FOR UPDATE OF x
-    LOOP
-        idx := j.idx0; born := j.born; seq := j.seq; attempt := j.attempt; created_us := micros(j.created_at);
-        granted := 0; slot_us := NULL; valid_us := NULL; wait_us := NULL; reason := NULL; recipients := j.recipients;
-        message_id := j.message_id; uncertain := j.uncertain; crashes := j.crashes; deaths := j.deaths;
-        ill_us := v_ill[j.idx0 + 1]; probe := false;
-        -- this very statement, repeated after a lost COMMIT; a slot that it was granted goes back when one is taken
-        v_own := j.state = 1 AND j.epoch = p_epoch AND j.claim = j.my_claim;
-        IF j.digest <> j.my_digest AND j.state <> 5 AND NOT coalesce(v_own, false) THEN
-            verdict := 6;
-        ELSIF v_own OR j.state IN (0, 5) OR j.anew THEN
-            verdict := CASE WHEN j.cancel OR j.state = 5 THEN 10 WHEN j.ea <= v_now THEN 9 WHEN j.sa > v_now THEN 2
-                            WHEN j.wa = 2 THEN 2 ELSE 1 END;
-            IF verdict = 2 THEN
-                reason := CASE WHEN j.sa > v_now THEN 3 WHEN ill_us IS NOT NULL THEN 7 ELSE 4 END;
-                wait_us := CASE reason WHEN 7 THEN ill_us ELSE greatest(micros(j.sa) - micros(v_now), 0) END;
-            ELSIF verdict = 1 AND ill_us IS NOT NULL AND NOT p_detour[j.idx0 + 1] THEN
-                verdict := 2; reason := 7; wait_us := ill_us;
-            END IF;
-            IF j.anew THEN
-                attempt := 0; crashes := 0; deaths := 0; uncertain := 0; created_us := micros(v_now);
-                UPDATE job x SET attempt = 0, crashes = 0, deaths = 0, uncertain = 0, created_at = v_now, outcome = NULL,
-                    finished_at = NULL WHERE x.tenant = j.tenant AND x.id = j.id;
-            END IF;
-            IF NOT coalesce(v_own, false) THEN
-                UPDATE job x SET state = 1, epoch = p_epoch, claim = j.my_claim, leased_at = v_now, phase = 0,
-                    cancel = verdict = 10, merged = false, digest = j.my_digest, account = p_accounts[j.idx0 + 1],
-                    level = p_levels[j.idx0 + 1], slot_at = NULL, slot_cost = NULL,
-                    batch = coalesce(x.batch, p_batches[j.idx0 + 1]), updated_at = v_now
-                    WHERE x.tenant = j.tenant AND x.id = j.id;
-            END IF;
-        ELSE
-            verdict := CASE j.state WHEN 1 THEN 3 WHEN 2 THEN 4 WHEN 3 THEN 5 WHEN 6 THEN 5 ELSE 7 END;
-        END IF;
-        RETURN NEXT;
-    END LOOP;
     -- Last, behind all locks that are waited for: probes.
     IF v_is_ill THEN
         FOR i IN 1 .. n LOOP
@@ -1252,6 +1259,25 @@ BEGIN
     END IF;
 END $$;
 
+-- How many jobs wait, by reason, counted up to p_most. Counted anew by one caller at a time, not more often than p_every, and
+-- for a fiftieth of the time at most; all others get what was counted last.
+CREATE FUNCTION waiting_v1(p_most bigint, p_every interval) RETURNS TABLE (reason smallint, jobs bigint)
+LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_bitmapscan = off SET jit = off AS $$
+DECLARE
+    v_waiting bigint[] := array_fill(0::bigint, ARRAY[7]); v_began timestamptz := clock_timestamp(); c record;
+BEGIN
+    PERFORM 1 FROM census s WHERE s.next_at <= v_began FOR UPDATE SKIP LOCKED;
+    IF FOUND THEN
+        FOR c IN SELECT w.reason, count(*) AS jobs FROM (SELECT x.reason FROM job x WHERE x.state = 2 LIMIT p_most) w GROUP BY 1 LOOP
+            v_waiting[c.reason] := c.jobs;
+        END LOOP;
+        UPDATE census SET waiting = v_waiting,
+            next_at = clock_timestamp() + greatest(p_every, 50 * (clock_timestamp() - v_began));
+    END IF;
+    RETURN QUERY SELECT u.o::smallint, u.n FROM census s, unnest(s.waiting) WITH ORDINALITY u(n, o);
+END $$;
+
 -- ── Release ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 -- Leases up to p_max due jobs of a level to a worker that has permits for them, lanes in turn, oldest first, with their
@@ -1455,6 +1481,21 @@ LANGUAGE sql SET search_path FROM CURRENT AS $$
     RETURNING micros(clock_timestamp()) - micros(steady_since)
 $$;
 
+-- Dead workers. An epoch without a row is dead as well: a worker may have slept for longer than its row was kept. Leases are
+-- looked for between the epochs of the living: theirs are many, and mostly index entries of those long gone.
+CREATE FUNCTION dead_epochs() RETURNS bigint[]
+LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
+BEGIN
+    RETURN (SELECT array_agg(q.epoch) FROM (
+        SELECT w.epoch FROM worker w WHERE w.dead
+        UNION
+        SELECT x.epoch
+        FROM (SELECT a.epoch AS above, lead(a.epoch, 1, 9223372036854775807) OVER (ORDER BY a.epoch) AS below
+              FROM (SELECT w.epoch FROM worker w WHERE NOT w.dead UNION ALL SELECT 0) a) g
+        CROSS JOIN LATERAL (SELECT y.epoch FROM job y WHERE y.state = 1 AND y.epoch > g.above AND y.epoch < g.below) x) q);
+END $$;
+
 -- Takes over from workers that are dead: marks their epoch first, for ever, then moves their jobs. Jobs whose body is
 -- here wait again; those whose body RabbitMQ has are open for its redelivery; those marked in their final write stay
 -- until p_deadline has passed and are then returned, to be settled as uncertain.
@@ -1482,9 +1523,7 @@ BEGIN
             WHERE x.n = ANY (ARRAY(SELECT y.n FROM outbox y WHERE y.due_at > v_now AND y.epoch = ANY (v_new)
                                    LIMIT 10000 FOR UPDATE SKIP LOCKED));
     END IF;
-    -- An epoch without a row is dead as well: a worker may have slept for longer than its row was kept.
-    SELECT array_agg(q.epoch) INTO d FROM (SELECT w.epoch FROM worker w WHERE w.dead UNION
-        SELECT x.epoch FROM job x WHERE x.state = 1 AND NOT EXISTS (SELECT FROM worker w WHERE w.epoch = x.epoch)) q;
+    d := dead_epochs();
     moved := 0; opened := 0;
     IF d IS NOT NULL THEN
         WITH gone AS (

@@ -11,6 +11,10 @@ use crate::ledger::lease::Beat;
 
 /// How often the accounts in trouble are read: so old may this worker's view of them be.
 const HEALTH: Duration = Duration::from_secs(1);
+/// How often waiting jobs are counted.
+const CENSUS: Duration = Duration::from_secs(15);
+/// Up to where.
+const MOST: i64 = 200_000;
 /// Rows deleted in one statement.
 const CHUNK: i64 = 2000;
 
@@ -18,7 +22,7 @@ const CHUNK: i64 = 2000;
 pub async fn run(worker: Arc<Worker>, stop: CancellationToken, end: CancellationToken) {
     tokio::join!(
         beat(Arc::clone(&worker), end),
-        every(Duration::from_secs(15), stop.clone(), || count_waiting(&worker)),
+        every(CENSUS, stop.clone(), || count_waiting(&worker)),
         every(worker.lease / 3, stop.clone(), || take_over(&worker)),
         every(Duration::from_mins(5), stop.clone(), || forget(&worker)),
         every(HEALTH, stop.clone(), || refresh_health(&worker)),
@@ -130,8 +134,7 @@ async fn find_forgotten(worker: &Arc<Worker>) {
 }
 
 async fn count_waiting(worker: &Arc<Worker>) {
-    const MOST: i64 = 200_000;
-    if let Ok(counts) = worker.ledger.waiting(MOST).await {
+    if let Ok(counts) = worker.ledger.waiting(MOST, CENSUS).await {
         for reason in crate::ledger::WaitReason::ALL {
             let count = counts
                 .iter()

@@ -135,6 +135,36 @@ async fn jobs_of_the_dead_wait_here_or_are_open_for_their_redelivery() {
 }
 
 #[tokio::test]
+async fn epochs_without_a_row_are_found_wherever_they_lie_between_the_living() {
+    in_world(|world| async move {
+        let mut epochs = Vec::new();
+        for place in 0..6 {
+            let epoch = if place == 1 {
+                world.steady_epoch().await
+            } else {
+                world.epoch().await
+            };
+            world.go(request(&epoch, "acme", &place.to_string())).await;
+            epochs.push(epoch);
+        }
+        for gone in [0, 2, 3, 5] {
+            world
+                .run(&format!(
+                    "DELETE FROM {{s}}.worker WHERE epoch = {}",
+                    epochs[gone].number()
+                ))
+                .await;
+        }
+        let takeover = world.ledger.takeover(&epochs[1], DEADLINE).await.unwrap();
+        assert_eq!(takeover.opened, 4);
+        for living in ["1", "4"] {
+            assert_eq!(world.state("acme", living).await, 1);
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_job_in_its_final_write_is_decided_about_only_after_the_deadline() {
     in_world(|world| async move {
         let (old, new) = (world.epoch().await, world.steady_epoch().await);

@@ -9,10 +9,10 @@ use serde_json::Value;
 use super::world::{
     World, account, body, done, in_world, job, park, report, request, row_of, settlement, tenant, until,
 };
-use crate::ledger::Epoch;
 use crate::ledger::admit::{AdmitRequest, Admitted, Want};
 use crate::ledger::park::{Birth, ParkRequest, Parked};
 use crate::ledger::settle::{Body, Next, Settled};
+use crate::ledger::{Epoch, WaitReason};
 use crate::level::Level;
 use crate::report::{ReportMessage, ReportType};
 
@@ -276,6 +276,52 @@ async fn a_lane_is_looked_at_when_the_soonest_of_its_jobs_is_due_and_keeps_its_c
         assert_eq!(park_one("4", 2 * HOUR).await, 0);
         assert_eq!(world.fifo("acme/main", Level::Medium, "acme").await, Some(1));
         world.assert_lanes_are_right().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn waiting_jobs_are_counted_by_one_for_all_and_not_too_often() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        let count = async |most| {
+            let every = Duration::from_secs(15);
+            let counts = world.ledger.waiting(most, every).await.unwrap();
+            counts
+                .into_iter()
+                .filter(|(_, jobs)| *jobs > 0)
+                .collect::<Vec<_>>()
+        };
+        let due = "UPDATE {s}.census SET next_at = '-infinity'";
+        for (id, reason) in [
+            ("1", WaitReason::Retry),
+            ("2", WaitReason::Unhealthy),
+            ("3", WaitReason::Retry),
+        ] {
+            world.parked(&epoch, "acme", id, reason).await;
+        }
+        let first = [(WaitReason::Retry, 2), (WaitReason::Unhealthy, 1)];
+        assert_eq!(count(100).await, first);
+        world.parked(&epoch, "acme", "4", WaitReason::Busy).await;
+        assert_eq!(count(100).await, first, "it was counted a moment ago");
+        world.run(due).await;
+        // Somebody else is counting.
+        let counting = world.db.client().await.unwrap();
+        counting.batch_execute("BEGIN").await.unwrap();
+        counting
+            .batch_execute(&world.db.sql("SELECT 1 FROM {s}.census FOR UPDATE"))
+            .await
+            .unwrap();
+        assert_eq!(count(100).await, first);
+        counting.batch_execute("ROLLBACK").await.unwrap();
+        let second = [
+            (WaitReason::Retry, 2),
+            (WaitReason::Busy, 1),
+            (WaitReason::Unhealthy, 1),
+        ];
+        assert_eq!(count(100).await, second);
+        world.run(due).await;
+        assert_eq!(count(3).await.iter().map(|(_, jobs)| jobs).sum::<i64>(), 3);
     })
     .await;
 }
