@@ -104,7 +104,11 @@ impl Admission {
                 Ok(()) = permits.changed(), if waiting => self.passed = [0; 4],
                 Ok(()) = room.changed(), if waiting => self.passed = [0; 4],
                 () = sleep_until(self.again.into()), if is_short => self.look_again(),
-                _ = looks.tick(), if waiting => self.passed = [0; 4],
+                _ = looks.tick(), if waiting => {
+                    // With no permit free too: what has stood for long behind a busy account is parked.
+                    self.passed = [0; 4];
+                    self.short = [false; 4];
+                }
             }
             while let Ok(arrival) = arrivals.try_recv() {
                 self.take(arrival);

@@ -6,7 +6,7 @@ use postroom::level::Level;
 use postroom_testkit::smtp::{Phase, Script, SmtpServer};
 
 use crate::sends::account;
-use crate::support::{World, header, mails};
+use crate::support::{World, eventually, header, mails};
 
 /// How many mails a server took before the one with this subject.
 fn place(server: &SmtpServer, subject: &str) -> usize {
@@ -75,7 +75,7 @@ async fn an_account_with_a_very_slow_server_does_not_hold_up_the_jobs_of_others(
     world
         .publish_all(Level::Medium, &mails("slow", "slow", 300))
         .await;
-    crate::support::eventually(Duration::from_secs(20), || async {
+    eventually(Duration::from_secs(20), || async {
         slow.counters().command("DATA") >= 16
     })
     .await;
@@ -94,4 +94,39 @@ async fn an_account_with_a_very_slow_server_does_not_hold_up_the_jobs_of_others(
             .count();
         assert_eq!(ended, 0, "it waited for a slow one to end");
     }
+}
+
+#[tokio::test]
+async fn what_stands_behind_a_busy_account_is_parked_although_no_permit_is_free() {
+    const PERMITS: usize = 4;
+    let mut world = World::ready().await;
+    // Of 8, as many are for `medium`.
+    world.set("POSTROOM_CONCURRENCY", "8");
+    let script = Script::new().delay(Phase::FinalDot, Duration::from_secs(20));
+    let slow = SmtpServer::builder().script(script).start().await;
+    account(&world, "slow", &slow, &["--max-connections", "4"]).await;
+    account(&world, "other", &slow, &[]).await;
+    let _worker = world.start_worker().await;
+    world
+        .publish_all(Level::Medium, &mails("slow", "slow", PERMITS))
+        .await;
+    eventually(Duration::from_secs(20), || async {
+        slow.counters().command("DATA") == PERMITS as u64
+    })
+    .await;
+    // It finds no permit; the account of those behind it is full.
+    world.publish_mail(Level::Medium, "other", "first").await;
+    world
+        .publish_all(Level::Medium, &mails("slow", "behind", 2))
+        .await;
+    let sql = world.sql().await;
+    let count = async |condition: &str| {
+        let query = format!("SELECT count(*) FROM job WHERE {condition}");
+        sql.query_one(&query, &[]).await.unwrap().get::<_, i64>(0)
+    };
+    eventually(Duration::from_secs(15), || async {
+        count("state = 2 AND reason = 4 AND tenant = 'slow'").await == 2
+    })
+    .await;
+    assert_eq!(count("state = 1").await, PERMITS as i64, "they are still sending");
 }

@@ -183,7 +183,7 @@ async fn a_stored_report_that_cannot_be_read_is_named_in_the_log_and_holds_up_no
                   SELECT n - 1, tenant, 'broken', seq, due_at, created_at, '{' FROM outbox";
     assert_eq!(sql.execute(broken, &[]).await.unwrap(), 1);
     scene.outbox_is_due().await;
-    let mut worker = scene.worker("").await;
+    let worker = scene.worker("").await;
     scene.reports.final_of("owed").await;
     worker.wait_log("a stored report cannot be read").await;
     // It stays until somebody does what the log says.
