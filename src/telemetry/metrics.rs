@@ -88,8 +88,8 @@ metrics! {
     job_bytes: IntGauge "postroom_job_bytes";
     /// Deliveries given back to their queue because memory was full.
     beyond_budget: IntCounter "postroom_deliveries_beyond_budget_total";
-    /// Waiting jobs of the whole installation by reason: rate, retry, schedule, busy, contract, key, unhealthy; every worker
-    /// shows it.
+    /// Waiting jobs of the whole installation by reason: rate, retry, schedule, busy, contract, key, unhealthy; counted up to
+    /// 200 000 in all, every 15 s or more rarely while that takes long; every worker shows it.
     waiting: IntGaugeVec "postroom_waiting_jobs" ["reason"];
     /// Accounts of the whole installation whose circuit breaker is not closed; every worker shows it.
     unhealthy_accounts: IntGauge "postroom_unhealthy_accounts";
