@@ -151,7 +151,8 @@ impl Ledger {
         Ok(())
     }
 
-    /// Jobs leased under these claims, without those known to be worked on, wait again.
+    /// Jobs leased under these claims, without those known to be worked on, wait again; accounts that one of them was to probe
+    /// wait for the next.
     async fn unlease(&self, epoch: &Epoch, known: &[i64], claims: Range<i64>) -> Result<u64, DbError> {
         let sql = self.db.sql(
             "WITH lost AS (
@@ -173,6 +174,17 @@ impl Ledger {
         );
         let marked = client
             .query(&marked, &[&epoch.number(), &known, &claims.start, &claims.end])
+            .await?;
+        // Nobody comes back from these probes; the next job may try.
+        let probes = self.db.sql(
+            "WITH freed AS (
+                 UPDATE {s}.account_health SET state = 1, until = clock_timestamp(), epoch = NULL, claim = NULL
+                 WHERE state = 2 AND epoch = $1 AND claim >= $3 AND claim < $4 AND claim <> ALL ($2)
+                 RETURNING account)
+             SELECT {s}.wake_lanes(array_agg(account), false) FROM freed HAVING count(*) > 0",
+        );
+        client
+            .execute(&probes, &[&epoch.number(), &known, &claims.start, &claims.end])
             .await?;
         drop(client);
         for row in &marked {

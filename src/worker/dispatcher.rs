@@ -16,6 +16,8 @@ use crate::memory::{FACTOR, Share};
 const RELEASE_BYTES: u64 = 8 << 20;
 /// How often the waiting room is looked at.
 const TICK: Duration = Duration::from_millis(200);
+/// From a look that stopped for want of a permit to the next, unless many have become free before.
+const PACE: Duration = Duration::from_millis(20);
 /// Most jobs taken out in one statement.
 const MOST: usize = 128;
 
@@ -26,6 +28,7 @@ pub async fn run(worker: Arc<Worker>, stop: CancellationToken) {
     let (mut room, mut permits) = (worker.load.watch(), worker.permits.watch());
     // Something is due: worth another look as soon as there is room.
     let mut is_due = false;
+    let mut short = Vec::new();
     loop {
         tokio::select! {
             biased;
@@ -34,6 +37,11 @@ pub async fn run(worker: Arc<Worker>, stop: CancellationToken) {
             () = worker.nudge.notified() => {}
             Ok(()) = room.changed(), if is_due => {}
             Ok(()) = permits.changed(), if is_due => {}
+            () = tokio::time::sleep(PACE), if !short.is_empty() => {
+                if short.iter().all(|level| worker.permits.available(*level) == 0) {
+                    continue;
+                }
+            }
         }
         loop {
             // Counts as a job in flight: what it takes out is waited for when the worker ends.
@@ -46,7 +54,7 @@ pub async fn run(worker: Arc<Worker>, stop: CancellationToken) {
             }
             match turn(&worker).await {
                 Ok(seen) => {
-                    is_due = seen.is_due;
+                    (is_due, short) = (seen.is_due, seen.short);
                     if seen.taken == 0 {
                         break;
                     }
@@ -64,6 +72,8 @@ pub async fn run(worker: Arc<Worker>, stop: CancellationToken) {
 /// What one look found.
 struct Seen {
     is_due: bool,
+    /// Levels that have something due, and no permit.
+    short: Vec<Level>,
     /// Jobs taken out.
     taken: usize,
 }
@@ -71,17 +81,24 @@ struct Seen {
 /// One look at every level that has something due.
 async fn turn(worker: &Arc<Worker>) -> Result<Seen, DbError> {
     let due = worker.ledger.due_levels().await?;
-    let is_due = !due.is_empty();
-    let mut taken = 0;
+    let mut seen = Seen {
+        is_due: !due.is_empty(),
+        short: Vec::new(),
+        taken: 0,
+    };
     for level in worker
         .permits
         .order()
         .into_iter()
         .filter(|level| due.contains(level))
     {
-        taken += level_turn(worker, level).await?;
+        if worker.permits.available(level) == 0 {
+            seen.short.push(level);
+        } else {
+            seen.taken += level_turn(worker, level).await?;
+        }
     }
-    Ok(Seen { is_due, taken })
+    Ok(seen)
 }
 
 impl Worker {

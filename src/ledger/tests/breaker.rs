@@ -300,6 +300,30 @@ async fn a_probe_that_never_came_to_the_server_lets_the_next_one_try_at_once() {
 }
 
 #[tokio::test]
+async fn a_probe_whose_lease_was_answered_into_the_void_is_taken_up_by_the_next_release() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        world.open(&epoch).await;
+        world.cool().await;
+        let lost = world.release(&epoch, Level::Medium, 1).await.remove(0).row;
+        assert!(lost.probe && world.breaker().await == Some(2));
+        epoch.lose(lost.lease.claim, 1);
+        drop(lost);
+        let again = world.release(&epoch, Level::Medium, 1).await;
+        assert!(again.len() == 1 && again[0].row.probe, "{again:?}");
+        // One that somebody works on stays the only one.
+        let _ = epoch.look();
+        let _ = epoch.look();
+        world.ledger.forgotten(&epoch).await.unwrap();
+        assert_eq!(world.breaker().await, Some(2));
+        assert!(world.release(&epoch, Level::Medium, 1).await.is_empty());
+        world.succeeds(&again[0].row).await;
+        assert_eq!(world.breaker().await, Some(0));
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn what_was_under_way_when_an_account_opened_neither_prolongs_nor_ends_it() {
     in_world(|world| async move {
         let epoch = world.epoch().await;
