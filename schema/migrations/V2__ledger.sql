@@ -1482,7 +1482,8 @@ LANGUAGE sql SET search_path FROM CURRENT AS $$
 $$;
 
 -- Dead workers. An epoch without a row is dead as well: a worker may have slept for longer than its row was kept. Leases are
--- looked for between the epochs of the living: theirs are many, and mostly index entries of those long gone.
+-- looked for between the epochs of the living: theirs are many, and mostly index entries of those long gone. OFFSET 0 keeps
+-- the planner from reading all leases first, which it does while it believes the table to be small.
 CREATE FUNCTION dead_epochs() RETURNS bigint[]
 LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
 SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
@@ -1493,7 +1494,7 @@ BEGIN
         SELECT x.epoch
         FROM (SELECT a.epoch AS above, lead(a.epoch, 1, 9223372036854775807) OVER (ORDER BY a.epoch) AS below
               FROM (SELECT w.epoch FROM worker w WHERE NOT w.dead UNION ALL SELECT 0) a) g
-        CROSS JOIN LATERAL (SELECT y.epoch FROM job y WHERE y.state = 1 AND y.epoch > g.above AND y.epoch < g.below) x) q);
+        CROSS JOIN LATERAL (SELECT y.epoch FROM job y WHERE y.state = 1 AND y.epoch > g.above AND y.epoch < g.below OFFSET 0) x) q);
 END $$;
 
 -- Takes over from workers that are dead: marks their epoch first, for ever, then moves their jobs. Jobs whose body is

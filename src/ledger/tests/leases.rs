@@ -165,6 +165,37 @@ async fn epochs_without_a_row_are_found_wherever_they_lie_between_the_living() {
 }
 
 #[tokio::test]
+async fn a_search_for_the_dead_does_not_read_what_the_living_have_leased() {
+    const LIVING: i64 = 20;
+    in_world(|world| async move {
+        let (one, two) = (world.epoch().await, world.epoch().await);
+        for number in 0..LIVING {
+            let epoch = if number % 2 == 0 { &one } else { &two };
+            world.go(request(epoch, "acme", &number.to_string())).await;
+        }
+        let client = world.db.client().await.unwrap();
+        let read = async |dead: &str| {
+            let sql = world.db.sql(&format!(
+                "BEGIN; SELECT {dead};
+                 SELECT idx_tup_fetch + seq_tup_read FROM pg_stat_xact_user_tables
+                 WHERE relid = '{{s}}.job'::regclass; ROLLBACK"
+            ));
+            let answers = client.simple_query(&sql).await.unwrap();
+            let rows = answers.iter().filter_map(|answer| match answer {
+                tokio_postgres::SimpleQueryMessage::Row(row) => row.get(0),
+                _ => None,
+            });
+            rows.last().unwrap().parse::<i64>().unwrap()
+        };
+        assert_eq!(read("{s}.dead_epochs()").await, 0);
+        // Among those without a row it finds all.
+        world.run("DELETE FROM {s}.worker").await;
+        assert_eq!(read("{s}.dead_epochs()").await, LIVING);
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_job_in_its_final_write_is_decided_about_only_after_the_deadline() {
     in_world(|world| async move {
         let (old, new) = (world.epoch().await, world.steady_epoch().await);
