@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use super::{Ledger, micros};
 use crate::db::DbError;
-use crate::id::{JobId, TenantId};
 
 /// Names one report in the outbox, for ever.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,9 +15,9 @@ pub struct Owed {
     /// Its number here.
     pub number: ReportNumber,
     /// Whose.
-    pub tenant: TenantId,
+    pub tenant: String,
     /// About which job.
-    pub id: JobId,
+    pub id: String,
     /// Its number among the reports of the job.
     pub sequence: i64,
     /// The report.
@@ -57,21 +56,18 @@ impl Ledger {
             .await?
             .query(&sql, &[&most, &micros(hold)])
             .await?;
-        let mut owed = Vec::with_capacity(rows.len());
-        for row in rows {
-            let (tenant, id): (&str, &str) = (row.try_get("tenant")?, row.try_get("id")?);
-            if let (Ok(tenant), Ok(id)) = (tenant.parse(), id.parse()) {
-                owed.push(Owed {
+        rows.iter()
+            .map(|row| {
+                Ok(Owed {
                     number: ReportNumber(row.try_get("number")?),
-                    tenant,
-                    id,
+                    tenant: row.try_get("tenant")?,
+                    id: row.try_get("id")?,
                     sequence: row.try_get("seq")?,
                     json: row.try_get("report")?,
                     waiting: super::slots::wait(row.try_get("waiting_us")?),
-                });
-            }
-        }
-        Ok(owed)
+                })
+            })
+            .collect()
     }
 
     /// Leaves reports that were taken, and could not be published, to whoever comes first.

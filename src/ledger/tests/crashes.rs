@@ -193,7 +193,7 @@ async fn reports_of_the_dead_are_published_at_once() {
         world.silence(&dying).await;
         let heir = world.steady_epoch().await;
         world.ledger.takeover(&heir, DEADLINE).await.unwrap();
-        let ids: Vec<_> = owed().await.iter().map(|o| o.id.to_string()).collect();
+        let ids: Vec<_> = owed().await.iter().map(|o| o.id.clone()).collect();
         assert_eq!(ids, ["theirs"]);
     })
     .await;

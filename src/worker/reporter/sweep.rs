@@ -134,16 +134,16 @@ async fn publish_owed(worker: &Arc<Worker>, reports: &[Owed]) -> Swept {
 async fn publish_one_owed(worker: &Arc<Worker>, report: &Owed) -> Result<bool, PublishError> {
     let Some(of) = head(&report.json) else {
         tracing::error!(
-            tenant = %report.tenant,
-            job = %report.id,
+            tenant = report.tenant,
+            job = report.id,
             number = report.number.0,
             "a stored report cannot be read, and cannot be published: correct the body of this number in the table outbox, or delete it"
         );
         return Ok(false);
     };
-    let (tenant, sequence) = (report.tenant.as_str(), report.sequence.to_string());
+    let (tenant, sequence) = (&report.tenant, report.sequence.to_string());
     let head = Head {
-        event: &event_id(tenant, "job", report.id.as_str(), &sequence),
+        event: &event_id(tenant, "job", &report.id, &sequence),
         tenant,
         kind: &of.kind,
         correlation: of.correlation.as_deref(),

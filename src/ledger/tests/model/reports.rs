@@ -77,8 +77,8 @@ impl Model {
         let owed = self.world.ledger.owed_reports(100, Duration::ZERO).await.unwrap();
         for owed in owed {
             let key = Key {
-                tenant: owed.tenant,
-                id: owed.id,
+                tenant: owed.tenant.parse().unwrap(),
+                id: owed.id.parse().unwrap(),
             };
             self.published(&key, owed.sequence, &serde_json::from_str(&owed.json).unwrap())?;
             if !self.chance(8) {
