@@ -92,10 +92,9 @@ async fn turn(worker: &Arc<Worker>) -> Result<Seen, DbError> {
         .into_iter()
         .filter(|level| due.contains(level))
     {
-        if worker.permits.available(level) == 0 {
-            seen.short.push(level);
-        } else {
-            seen.taken += level_turn(worker, level).await?;
+        match level_turn(worker, level).await? {
+            Some(taken) => seen.taken += taken,
+            None => seen.short.push(level),
         }
     }
     Ok(seen)
@@ -109,10 +108,11 @@ impl Worker {
     }
 }
 
-async fn level_turn(worker: &Arc<Worker>, level: Level) -> Result<usize, DbError> {
+/// How many were taken out; `None`: there is no permit for any.
+async fn level_turn(worker: &Arc<Worker>, level: Level) -> Result<Option<usize>, DbError> {
     let most_bytes = worker.releasable_bytes();
     if most_bytes == 0 {
-        return Ok(0);
+        return Ok(Some(0));
     }
     // Permits first: what is leased without one would only sit here. Half of those left at a time: an account that is
     // full after this is passed over next time, and must not have taken the permits of all others by then.
@@ -121,7 +121,7 @@ async fn level_turn(worker: &Arc<Worker>, level: Level) -> Result<usize, DbError
         .map_while(|_| worker.permits.try_acquire(level))
         .collect();
     if permits.is_empty() {
-        return Ok(0);
+        return Ok(None);
     }
     let request = ReleaseRequest {
         level,
@@ -138,5 +138,5 @@ async fn level_turn(worker: &Arc<Worker>, level: Level) -> Result<usize, DbError
         let in_hand = worker.load.enter(&job.row.account, worker.pool_size);
         worker.run_released(job, permit.map(|permit| (permit, in_hand)));
     }
-    Ok(taken)
+    Ok(Some(taken))
 }
