@@ -175,17 +175,6 @@ impl Ledger {
         let marked = client
             .query(&marked, &[&epoch.number(), &known, &claims.start, &claims.end])
             .await?;
-        // Nobody comes back from these probes; the next job may try.
-        let probes = self.db.sql(
-            "WITH freed AS (
-                 UPDATE {s}.account_health SET state = 1, until = clock_timestamp(), epoch = NULL, claim = NULL
-                 WHERE state = 2 AND epoch = $1 AND claim >= $3 AND claim < $4 AND claim <> ALL ($2)
-                 RETURNING account)
-             SELECT {s}.wake_lanes(array_agg(account), false) FROM freed HAVING count(*) > 0",
-        );
-        client
-            .execute(&probes, &[&epoch.number(), &known, &claims.start, &claims.end])
-            .await?;
         drop(client);
         for row in &marked {
             let (tenant, id): (&str, &str) = (row.try_get(0)?, row.try_get(1)?);
@@ -194,8 +183,25 @@ impl Ledger {
                 self.hold_marked(&tenant, &id, Some(lease)).await?;
             }
         }
+        self.free_probes(epoch, known, claims).await?;
         let waiting = row.map_or(Ok(0), |row| row.try_get::<_, i64>(1))?.max(0) as u64;
         Ok(waiting + marked.len() as u64)
+    }
+
+    /// Nobody comes back from the probes under these claims, without those known to be worked on: the next job may try.
+    async fn free_probes(&self, epoch: &Epoch, known: &[i64], claims: Range<i64>) -> Result<(), DbError> {
+        let sql = self.db.sql(
+            "WITH freed AS (
+                 UPDATE {s}.account_health SET state = 1, until = clock_timestamp(), epoch = NULL, claim = NULL
+                 WHERE state = 2 AND epoch = $1 AND claim >= $3 AND claim < $4 AND claim <> ALL ($2)
+                 RETURNING account)
+             SELECT {s}.wake_lanes(array_agg(account), false) FROM freed HAVING count(*) > 0",
+        );
+        let client = self.db.client().await?;
+        client
+            .execute(&sql, &[&epoch.number(), &known, &claims.start, &claims.end])
+            .await?;
+        Ok(())
     }
 }
 
