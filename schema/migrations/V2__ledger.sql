@@ -387,7 +387,8 @@ RETURNS TABLE (granted integer[], slot_us bigint, valid_us bigint[], next_us big
 LANGUAGE plpgsql AS $$
 DECLARE
     n integer := coalesce(array_length(p_tenants, 1), 0);
-    v_names text[]; v_more integer[]; v_valid bigint[]; v_simple boolean; v_begin bigint; v_end bigint; v_opens bigint; i integer;
+    v_names text[]; v_more integer[]; v_valid bigint[]; v_simple boolean; v_begin bigint; v_end bigint; v_opens bigint;
+    i integer; key text;
 BEGIN
     granted := p_costs;
     valid_us := array_fill(NULL::bigint, ARRAY[n]); next_us := valid_us;
@@ -411,9 +412,9 @@ BEGIN
             FROM unnest(v_names, v_more) u(key, more) WHERE r.key = u.key;
         FOR i IN 1 .. n LOOP
             CONTINUE WHEN p_costs[i] = 0;
-            valid_us[i] := least(v_valid[array_position(v_names, p_tenants[i] || '/')], v_valid[array_position(v_names, p_accounts[i])],
-                CASE WHEN split_part(p_accounts[i], '/', 1) <> p_tenants[i]
-                     THEN v_valid[array_position(v_names, split_part(p_accounts[i], '/', 1) || '/')] END);
+            FOREACH key IN ARRAY charged_keys(p_tenants[i], p_accounts[i]) LOOP
+                valid_us[i] := least(valid_us[i], v_valid[array_position(v_names, key)]);
+            END LOOP;
         END LOOP;
     END IF;
     RETURN NEXT;
