@@ -544,12 +544,7 @@ async fn a_limit_known_to_be_shut_is_answered_without_its_lock() {
         let epoch = world.epoch().await;
         world.limit("acme/main", &[(1, 60 * SECOND, "messages")]).await;
         assert_eq!(grab(&world, &epoch, "denied", 2).await.0, 1);
-        let locked = world.db.client().await.unwrap();
-        locked.batch_execute("BEGIN").await.unwrap();
-        locked
-            .batch_execute(&world.db.sql("SELECT 1 FROM {s}.rate FOR UPDATE"))
-            .await
-            .unwrap();
+        let locked = world.holding("SELECT 1 FROM {s}.rate FOR UPDATE").await;
         let answer = tokio::time::timeout(Duration::from_secs(5), grab(&world, &epoch, "shut", 3)).await;
         assert_eq!(answer.unwrap().0, 0);
         // An open one is waited for.

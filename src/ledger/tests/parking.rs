@@ -306,12 +306,7 @@ async fn waiting_jobs_are_counted_by_one_for_all_and_not_too_often() {
         assert_eq!(count(100).await, first, "it was counted a moment ago");
         world.run(due).await;
         // Somebody else is counting.
-        let counting = world.db.client().await.unwrap();
-        counting.batch_execute("BEGIN").await.unwrap();
-        counting
-            .batch_execute(&world.db.sql("SELECT 1 FROM {s}.census FOR UPDATE"))
-            .await
-            .unwrap();
+        let counting = world.holding("SELECT 1 FROM {s}.census FOR UPDATE").await;
         assert_eq!(count(100).await, first);
         counting.batch_execute("ROLLBACK").await.unwrap();
         let second = [
@@ -322,6 +317,28 @@ async fn waiting_jobs_are_counted_by_one_for_all_and_not_too_often() {
         assert_eq!(count(100).await, second);
         world.run(due).await;
         assert_eq!(count(3).await.iter().map(|(_, jobs)| jobs).sum::<i64>(), 3);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_count_of_waiting_jobs_that_took_long_is_not_repeated_soon() {
+    in_world(|world| async move {
+        let slow = world.holding("LOCK {s}.job").await;
+        let count = world.ledger.waiting(100, Duration::ZERO);
+        let hold = async {
+            until("the count waits", async || {
+                world
+                    .one::<bool>("SELECT EXISTS (SELECT FROM pg_locks WHERE relation = '{s}.job'::regclass AND NOT granted)")
+                    .await
+            })
+            .await;
+            slow.batch_execute("SELECT pg_sleep(0.5); ROLLBACK").await.unwrap();
+        };
+        let (counted, ()) = tokio::join!(count, hold);
+        counted.unwrap();
+        let rest = "SELECT next_at > clock_timestamp() + interval '20 seconds' FROM {s}.census";
+        assert!(world.one::<bool>(rest).await);
     })
     .await;
 }

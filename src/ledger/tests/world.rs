@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use tokio_postgres::types::FromSqlOwned;
 
 use crate::config;
-use crate::db::{self, Database};
+use crate::db::{self, Checkout, Database};
 use crate::id::{AccountKey, JobId, TenantId};
 use crate::ledger::admit::{Absorb, AdmitRequest, Admitted, Want};
 use crate::ledger::outbox::ReportNumber;
@@ -62,6 +62,14 @@ impl World {
     pub(super) async fn run(&self, sql: &str) {
         let sql = self.db.sql(sql);
         self.db.client().await.unwrap().batch_execute(&sql).await.unwrap();
+    }
+
+    /// A connection in the middle of a transaction that has run this.
+    pub(super) async fn holding(&self, sql: &str) -> Checkout {
+        let client = self.db.client().await.unwrap();
+        client.batch_execute("BEGIN").await.unwrap();
+        client.batch_execute(&self.db.sql(sql)).await.unwrap();
+        client
     }
 
     /// The first column of the only row.
