@@ -381,35 +381,50 @@ $$;
 
 -- Grants slots in the order given. granted: recipients covered, 0 if denied or if nothing is asked for (cost 0); slot_us: null
 -- if nothing limits it. The locks come first and the clock is read after them, so that waiting for a lock cannot reopen a
--- window. Most calls end here: each key has one limit, is still in the bucket it was counted in last, and has room for all.
+-- window. Most calls end here: there is room for all, even if what has left the windows since the last count is not subtracted.
 CREATE FUNCTION take_slots(p_tenants text[], p_accounts text[], p_costs integer[])
 RETURNS TABLE (granted integer[], slot_us bigint, valid_us bigint[], next_us bigint[])
 LANGUAGE plpgsql AS $$
 DECLARE
     n integer := coalesce(array_length(p_tenants, 1), 0);
-    v_names text[]; v_more integer[]; v_valid bigint[]; v_simple boolean; v_begin bigint; v_end bigint; v_opens bigint;
+    v_names text[]; v_m integer[]; v_r integer[]; v_valid bigint[]; v_fits boolean; v_opens bigint;
+    -- every key has one limit, which is still in the bucket it was counted in last from v_begin to v_end
+    v_alone boolean; v_begin bigint; v_end bigint;
     i integer; key text;
 BEGIN
     granted := p_costs;
     valid_us := array_fill(NULL::bigint, ARRAY[n]); next_us := valid_us;
-    SELECT array_agg(q.key), array_agg(q.more), array_agg(greatest(q.per / 120, 250000)),
-           bool_and(q.alone AND q.more <= q.room), max(q.head * q.width), min((q.head + 1) * q.width), max(q.next_at),
-           greatest(micros(clock_timestamp()), max(q.last))
-        INTO v_names, v_more, v_valid, v_simple, v_begin, v_end, v_opens, slot_us
-        FROM (SELECT r.key, CASE r.unit[1] WHEN 0 THEN a.messages ELSE a.recipients END AS more, r.lim[1] - r.used[1] AS room,
-                     cardinality(r.lim) = 1 AS alone, r.per[1] AS per, r.head[1] AS head, r.width[1] AS width, r.last, r.next_at
+    SELECT array_agg(q.key), array_agg(q.messages), array_agg(q.recipients), array_agg(greatest(q.per / 120, 250000)),
+           bool_and(q.fits), max(q.next_at), greatest(micros(clock_timestamp()), max(q.last)),
+           bool_and(q.alone), max(q.head * q.width), min((q.head + 1) * q.width)
+        INTO v_names, v_m, v_r, v_valid, v_fits, v_opens, slot_us, v_alone, v_begin, v_end
+        FROM (SELECT r.key, a.messages, a.recipients, cardinality(r.lim) = 1 AS alone, r.head[1] AS head, r.width[1] AS width,
+                     r.last, r.next_at,
+                     CASE WHEN cardinality(r.lim) = 1 THEN r.per[1] ELSE (SELECT min(x.per) FROM unnest(r.per) x(per)) END AS per,
+                     CASE WHEN cardinality(r.lim) = 1
+                          THEN CASE r.unit[1] WHEN 0 THEN a.messages ELSE a.recipients END <= r.lim[1] - r.used[1]
+                          ELSE (SELECT bool_and(CASE x.unit WHEN 0 THEN a.messages ELSE a.recipients END <= x.lim - x.used)
+                                FROM unnest(r.unit, r.lim, r.used) x(unit, lim, used)) END AS fits
               FROM asked_of(p_tenants, p_accounts, p_costs) a JOIN rate r ON r.key = a.key
               ORDER BY r.key FOR UPDATE OF r) q;
     IF v_names IS NULL THEN
         slot_us := NULL;
-    ELSIF NOT v_simple OR slot_us < v_begin OR slot_us >= v_end OR slot_us < v_opens THEN
+    ELSIF NOT v_fits OR slot_us < v_opens THEN
         RETURN QUERY SELECT s.* FROM share_slots(p_tenants, p_accounts, p_costs, v_names) s;
         RETURN;
     ELSE
         UPDATE rate r SET
-            ring[r.base[1] + (r.head[1] % r.size[1])::integer + 1] = r.ring[r.base[1] + (r.head[1] % r.size[1])::integer + 1] + u.more,
-            used[1] = r.used[1] + u.more, last = slot_us, next_at = 0
-            FROM unnest(v_names, v_more) u(key, more) WHERE r.key = u.key;
+            ring[r.base[1] + (r.head[1] % r.size[1])::integer + 1] = r.ring[r.base[1] + (r.head[1] % r.size[1])::integer + 1]
+                + CASE r.unit[1] WHEN 0 THEN u.messages ELSE u.recipients END,
+            used[1] = r.used[1] + CASE r.unit[1] WHEN 0 THEN u.messages ELSE u.recipients END, last = slot_us, next_at = 0
+            FROM unnest(v_names, v_m, v_r) u(key, messages, recipients)
+            WHERE r.key = u.key AND cardinality(r.lim) = 1 AND slot_us / r.width[1] = r.head[1];
+        IF NOT v_alone OR slot_us < v_begin OR slot_us >= v_end THEN
+            UPDATE rate r SET (ring, used, head, last, next_at) =
+                (SELECT f.ring, f.used, f.head, f.last, f.next_at FROM rate_counted(r, slot_us, u.messages, u.recipients, false, 1) f)
+                FROM unnest(v_names, v_m, v_r) u(key, messages, recipients)
+                WHERE r.key = u.key AND NOT (cardinality(r.lim) = 1 AND slot_us / r.width[1] = r.head[1]);
+        END IF;
         FOR i IN 1 .. n LOOP
             CONTINUE WHEN p_costs[i] = 0;
             FOREACH key IN ARRAY charged_keys(p_tenants[i], p_accounts[i]) LOOP

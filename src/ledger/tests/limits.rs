@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng as _};
 
-use super::world::{World, account, in_world, park, request, settlement};
+use super::world::{World, account, in_world, park, request, settlement, until};
 use crate::id::AccountKey;
 use crate::ledger::admit::{AdmitRequest, Admitted};
 use crate::ledger::settle::{Next, Settled};
@@ -215,6 +215,58 @@ async fn grab(
         _ => None,
     });
     (granted, wait)
+}
+
+#[tokio::test]
+async fn of_several_limits_the_narrowest_holds() {
+    let (minute, hour, day) = (60 * SECOND, 3600 * SECOND, 86400 * SECOND);
+    let narrow = (3, hour, "messages");
+    for limits in [
+        [narrow, (10, day, "messages")],
+        [(10, minute, "messages"), narrow],
+        [narrow, (10, hour, "recipients")],
+        [(10, minute, "messages"), (3, minute, "recipients")],
+    ] {
+        in_world(|world| async move {
+            let epoch = world.epoch().await;
+            world.limit("acme/main", &limits).await;
+            let mut granted = Vec::new();
+            for n in 0..3 {
+                granted.push(grab(&world, &epoch, &format!("{n}"), 2).await.0);
+            }
+            assert_eq!(granted, [2, 1, 0], "{limits:?}");
+            let used: Vec<i32> = world
+                .one("SELECT used FROM {s}.rate WHERE key = 'acme/main'")
+                .await;
+            assert_eq!(used, [3, 3], "{limits:?}");
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn what_has_left_the_window_is_subtracted_when_jobs_are_counted_together() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        let limits = [
+            (1000, SECOND / 5, "messages"),
+            (10_000, 86400 * SECOND, "messages"),
+        ];
+        world.limit("acme/main", &limits).await;
+        assert_eq!(grab(&world, &epoch, "first", 10).await.0, 10);
+        let mut n = 0;
+        until("the first have left the short window", async || {
+            n += 1;
+            assert_eq!(grab(&world, &epoch, &format!("later{n}"), 1).await.0, 1);
+            let used: Vec<i32> = world
+                .one("SELECT used FROM {s}.rate WHERE key = 'acme/main'")
+                .await;
+            assert_eq!(used[1], 10 + n, "nothing has left the long one");
+            used[0] <= n
+        })
+        .await;
+    })
+    .await;
 }
 
 #[tokio::test]

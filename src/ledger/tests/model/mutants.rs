@@ -146,7 +146,7 @@ mutants! {
         "share_slots" ["v_m[p] < 1 OR v_r[p] < c" => "v_m[p] < 1"]
         breaks WithinLimits;
     slots_beyond_a_limit_at_once:
-        "take_slots" ["q.more <= q.room" => "true"]
+        "take_slots" ["bool_and(q.fits)" => "true"]
         breaks WithinLimits;
     slots_given_back_to_nobody:
         "refund_slots" ["r.used[l] := r.used[l] - c" => "c := 0"]
