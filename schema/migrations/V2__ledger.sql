@@ -155,6 +155,7 @@ CREATE TABLE connection_cap (
     -- When a worker last asked in vain: holders give up idle connections then.
     wanted_at timestamptz
 );
+CREATE INDEX connection_wanted ON connection_cap (wanted_at);
 CREATE TABLE connection_lease (
     account text COLLATE "C" NOT NULL,
     epoch   bigint NOT NULL,
@@ -180,6 +181,9 @@ CREATE TABLE account_health (
     detail     text,
     event      bigint NOT NULL DEFAULT 0                -- number of the latest event
 );
+-- Whether mail has to do with any of them is asked for every batch: an installation of some size always has accounts in trouble.
+CREATE INDEX account_trouble ON account_health (account) WHERE state > 0 OR faults > 0;
+CREATE INDEX account_probe ON account_health (epoch) WHERE state = 2;
 -- Events of accounts, owed to the reports exchange; each goes when its publish is confirmed.
 CREATE TABLE account_event (
     event_id   text COLLATE "C" PRIMARY KEY,
@@ -616,6 +620,15 @@ CREATE FUNCTION owe_account_event(h account_health, p_type text, p_now timestamp
     ON CONFLICT (event_id) DO NOTHING
 $$;
 
+-- Whether one of these accounts is in trouble or was of late, or one of these claims a probe.
+CREATE FUNCTION concerns_health(p_epoch bigint, p_claims bigint[], p_accounts text[]) RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    RETURN EXISTS (SELECT FROM account_health h WHERE h.state > 0 OR h.faults > 0)
+        AND ((SELECT true FROM account_health h WHERE h.account = ANY (p_accounts) AND (h.state > 0 OR h.faults > 0) LIMIT 1) IS NOT NULL
+             OR (SELECT true FROM account_health h WHERE h.state = 2 AND h.epoch = p_epoch AND h.claim = ANY (p_claims) LIMIT 1)
+                IS NOT NULL);
+END $$;
+
 -- What settled attempts say about their accounts: kind 1 the server works, 2 a fault of the account or its server, 0 nothing
 -- (but the claim may have been a probe). While an account is open only its probe counts: what was under way when it opened
 -- must neither prolong the cooldown nor end it. change: 1 opened, 2 recovered, 3 opened again, 4 a probe came to nothing.
@@ -758,16 +771,19 @@ DECLARE
     s record; j record; i integer; lost integer[]; v_own boolean; v_is_ill boolean;
 BEGIN
     v_us := micros(v_now);
-    -- An account in trouble; others in front; when the limits open, null without limits.
-    SELECT EXISTS (SELECT FROM account_health h WHERE h.state > 0),
+    -- One of the accounts in trouble; others in front; when the limits open, null without limits.
+    SELECT EXISTS (SELECT FROM account_health h WHERE h.state > 0 OR h.faults > 0)
+               AND (SELECT true FROM account_health h WHERE h.account = ANY (p_accounts) AND h.state > 0 LIMIT 1) IS NOT NULL,
            EXISTS (SELECT FROM (SELECT DISTINCT u.a FROM unnest(p_accounts) u(a)) d
                    WHERE (SELECT true FROM lane y WHERE y.account = d.a AND y.fifo > 0 LIMIT 1)),
            (SELECT max(z.next_at) FROM rate z WHERE z.key = ANY (ARRAY(SELECT unnest(charged_keys(d.t, d.a))
                 FROM (SELECT DISTINCT u.t, u.a FROM unnest(p_tenants, p_accounts) u(t, a)) d)))
         INTO v_is_ill, v_others, v_opens;
     -- Most batches: nothing is asked for, and nothing known, that keeps a new job from going.
-    v_plain := NOT v_is_ill AND NOT v_others AND 2 <> ALL (p_want) AND array_remove(p_send_at, NULL) = '{}'
-        AND array_remove(p_expires_at, NULL) = '{}';
+    v_plain := NOT v_is_ill AND NOT v_others AND 2 <> ALL (p_want);
+    IF v_plain AND (array_remove(p_send_at, NULL) <> '{}' OR array_remove(p_expires_at, NULL) <> '{}') THEN
+        v_plain := NOT EXISTS (SELECT FROM unnest(p_send_at, p_expires_at) u(sa, ea) WHERE u.sa > v_now OR u.ea <= v_now);
+    END IF;
     IF v_plain AND v_opens IS NULL THEN
         v_born := floor(extract(epoch FROM v_now))::bigint * 1000;
         WITH made AS (
@@ -1167,7 +1183,7 @@ BEGIN
     IF cardinality(v_open) > 0 THEN
         PERFORM wake_lanes(v_open, false);
     END IF;
-    IF v_o IS NOT NULL AND (2 = ANY (p_h_kinds) OR EXISTS (SELECT FROM account_health)) THEN
+    IF v_o IS NOT NULL AND (2 = ANY (p_h_kinds) OR concerns_health(p_epoch, p_claims, p_h_accounts)) THEN
         FOR j IN
             SELECT n.* FROM (
                 SELECT array_agg(p_claims[q.p] ORDER BY q.p, q.o) AS c, array_agg(q.l ORDER BY q.p, q.o) AS l,
@@ -1296,6 +1312,17 @@ END $$;
 
 -- ── Release ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
+-- Levels of which a lane is due.
+CREATE FUNCTION due_levels_v1() RETURNS TABLE (level smallint)
+LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
+DECLARE
+    v_now timestamptz := clock_timestamp();
+BEGIN
+    RETURN QUERY SELECT u.l FROM unnest(ARRAY[0, 1, 2, 3]::smallint[]) u(l)
+        WHERE (SELECT true FROM lane y WHERE y.level = u.l AND y.next_at <= v_now LIMIT 1);
+END $$;
+
 -- Leases up to p_max due jobs of a level to a worker that has permits for them, lanes in turn, oldest first, with their
 -- slots. Skips what others are working on; never waits for a lock. p_account: only this account, at this level and the
 -- more urgent ones. Of an account in trouble (ill_us) one goes as its probe when that is due; else only what has waited for
@@ -1319,7 +1346,6 @@ DECLARE
     -- of lanes whose account is in trouble: until when (µs), whether it is the one that may send the probe, and what is too old
     v_ill boolean; l_ill bigint[]; l_probe boolean[]; l_to timestamptz[]; v_probes text[];
 BEGIN
-    v_ill := EXISTS (SELECT FROM account_health h WHERE h.state > 0);
     FOR round IN 1 .. 16 LOOP
         -- The lanes whose turn it is.
         IF p_account IS NULL THEN
@@ -1342,6 +1368,7 @@ BEGIN
             RETURN;
         END IF;
         l_ill := NULL; l_probe := NULL; l_to := NULL;
+        v_ill := (SELECT true FROM account_health h WHERE h.account = ANY (l_a) AND h.state > 0 LIMIT 1) IS NOT NULL;
         IF v_ill THEN
             SELECT coalesce(array_agg(q.account), '{}') INTO v_probes FROM (
                 SELECT h.account FROM account_health h WHERE h.account = ANY (l_a) AND probe_due(h) FOR UPDATE SKIP LOCKED) q;
@@ -1617,10 +1644,15 @@ END $$;
 
 -- Accounts of which this worker holds connections and others lately asked in vain.
 CREATE FUNCTION wanted_connections_v1(p_epoch bigint) RETURNS TABLE (account text)
-LANGUAGE sql STABLE SET search_path FROM CURRENT AS $$
-    SELECT c.account FROM connection_cap c JOIN connection_lease l USING (account)
-    WHERE l.epoch = p_epoch AND c.wanted_at > clock_timestamp() - interval '3 seconds'
-$$;
+LANGUAGE plpgsql STABLE SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
+DECLARE
+    v_since timestamptz := clock_timestamp() - interval '3 seconds';
+BEGIN
+    RETURN QUERY SELECT c.account FROM connection_cap c
+        WHERE c.wanted_at > v_since
+          AND (SELECT true FROM connection_lease l WHERE l.account = c.account AND l.epoch = p_epoch) IS NOT NULL;
+END $$;
 
 -- Waiting jobs that could run now, for autoscaling and dashboards, one row per level: lanes that are due, and of their due
 -- jobs as many as limits leave room for at this moment, at most 1000 per lane. Levels that share a limit count its room

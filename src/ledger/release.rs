@@ -51,10 +51,7 @@ impl Ledger {
     /// # Errors
     /// If the database cannot be asked.
     pub async fn due_levels(&self) -> Result<Vec<Level>, DbError> {
-        let sql = self.db.sql(
-            "SELECT l FROM unnest(ARRAY[0, 1, 2, 3]::smallint[]) l
-             WHERE EXISTS (SELECT FROM {s}.lane y WHERE y.level = l AND y.next_at <= clock_timestamp())",
-        );
+        let sql = self.db.sql("SELECT level FROM {s}.due_levels_v1()");
         let client = self.db.client().await?;
         let statement = client.prepare_cached(&sql).await?;
         let rows = client.query(&statement, &[]).await?;

@@ -8,6 +8,7 @@ mod limits;
 mod model;
 mod odd;
 mod parking;
+mod reading;
 mod releasing;
 mod room;
 mod runnable;

@@ -84,6 +84,42 @@ async fn times_are_looked_at_before_limits_and_limits_before_a_busy_account() {
 }
 
 #[tokio::test]
+async fn each_job_of_a_batch_goes_by_its_own_times() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        world
+            .limit("limited/main", &[(100, 60_000_000, "messages")])
+            .await;
+        for owner in ["free", "limited"] {
+            for (send_at, expires_at, expected) in [
+                (None, None, "Go"),
+                (None, Some(1), "Go"),
+                (Some(-1), Some(1), "Go"),
+                (Some(1), None, "Wait"),
+                (Some(1), Some(2), "Wait"),
+                (None, Some(-1), "Expired"),
+            ] {
+                // Beside one that could go at any time: what is decided for a batch as a whole is decided right.
+                let name = format!("{send_at:?}{expires_at:?}").replace(['(', ')'], "-");
+                let beside = request(&epoch, owner, &format!("{name}beside"));
+                let mut timed = request(&epoch, owner, &name);
+                timed.send_at = send_at.map(hours);
+                timed.expires_at = expires_at.map(hours);
+                let answers = world.ledger.admit(&[beside, timed]).await.unwrap();
+                assert!(
+                    matches!(answers[0], Admitted::Go(_)),
+                    "{owner} {name}: {answers:?}"
+                );
+                let answer = format!("{:?}", answers[1]);
+                assert!(answer.starts_with(expected), "{owner} {name}: {answer}");
+            }
+        }
+        assert_eq!(world.used("limited/main").await, 6 + 3);
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_job_queues_behind_those_that_keep_their_order_at_its_level_or_a_more_urgent_one() {
     in_world(|world| async move {
         let epoch = world.epoch().await;

@@ -38,13 +38,22 @@ where
     F: FnOnce(World) -> Fut,
     Fut: Future<Output = ()>,
 {
+    in_world_of(12, test).await;
+}
+
+/// The same, with at most so many connections.
+pub(super) async fn in_world_of<F, Fut>(pool_size: usize, test: F)
+where
+    F: FnOnce(World) -> Fut,
+    Fut: Future<Output = ()>,
+{
     let url = std::env::var("POSTROOM_TEST_DATABASE_URL")
         .expect("POSTROOM_TEST_DATABASE_URL must name a Postgres server for tests: run `make test`");
     let config = config::Database {
         url: url.into(),
         schema: format!("t_ledger_{}", uuid::Uuid::new_v4().simple()),
         ca_file: None,
-        pool_size: 12,
+        pool_size,
     };
     db::migrate(&config).await.unwrap();
     let db = Database::connect(&config).unwrap();

@@ -1,0 +1,302 @@
+//! What calls about one job read, as the server counts it: no more where there are thousands of everything. Whether the planner
+//! believes the tables to be empty, because they were when it looked first, has no statistics, or good ones.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::world::{World, absorb, account, all, done, in_world_of, job, park, request, tenant};
+use crate::ledger::health::{AccountFault, Evidence};
+use crate::ledger::odd::Decision;
+use crate::ledger::slots::SlotRequest;
+use crate::ledger::{Epoch, WaitReason};
+use crate::level::Level;
+use crate::report::ReportType;
+
+/// Rows of each kind that no call is about.
+const CROWD: u32 = 3000;
+/// Rows and index entries that a call may read, in all tables together.
+const MOST: i64 = 100;
+
+#[tokio::test]
+async fn a_call_about_one_job_does_not_read_thousands_of_others() {
+    // One connection: it keeps its plans from the time when there was nothing, and counts what it reads.
+    in_world_of(1, |world| async move {
+        world.never_analyzed().await;
+        let mut calls = Calls::new(&world).await;
+        // As often as the server takes to settle on a plan for all values.
+        for n in 0..7 {
+            calls.make(&format!("empty{n}")).await;
+        }
+        world.crowd().await;
+        calls.make("planned-when-empty").await;
+        world.run("DISCARD PLANS").await;
+        calls.make("unknown").await;
+        world.run("ANALYZE").await;
+        calls.make("analyzed").await;
+        assert!(calls.dear.is_empty(), "{:#?}", calls.dear);
+    })
+    .await;
+}
+
+impl World {
+    /// The database knows nothing about its tables until it is told to look.
+    async fn never_analyzed(&self) {
+        self.run(
+            "DO $$ DECLARE t record; BEGIN
+                 FOR t IN SELECT oid::regclass AS name FROM pg_class
+                          WHERE relkind = 'r' AND relnamespace = (SELECT relnamespace FROM pg_class WHERE oid = '{s}.job'::regclass) LOOP
+                     EXECUTE format('ALTER TABLE %s SET (autovacuum_enabled = off)', t.name);
+                 END LOOP;
+             END $$",
+        )
+        .await;
+    }
+
+    /// Thousands of everything, as an installation that runs for long has them; some of it of the same tenant and account.
+    async fn crowd(&self) {
+        let columns = "tenant, id, state, level, account, digest, born, seq, created_at, updated_at";
+        let many = format!("FROM generate_series(1, {CROWD}) i");
+        let waiting = format!("{columns}, due_at, reason, body, body_size, properties");
+        for sql in [
+            "INSERT INTO {s}.worker (name, version) SELECT 'other', '1' FROM generate_series(1, 20) i".to_owned(),
+            format!(
+                "INSERT INTO {{s}}.job ({columns}, epoch, claim, leased_at)
+                 SELECT 'acme', 'leased' || i, 1, 1, 'acme/main', '', 0, 0, now(), now(),
+                        (SELECT max(epoch) FROM {{s}}.worker) - i % 20, i, now() {many}"
+            ),
+            format!(
+                "INSERT INTO {{s}}.job ({columns}, finished_at)
+                 SELECT 'acme', 'done' || i, 3, 1, 'acme/main', '', 0, 0, now(), now(), now() {many}"
+            ),
+            format!(
+                "INSERT INTO {{s}}.job ({waiting})
+                 SELECT 'acme', 'later' || i, 2, 2, 'acme/main', '', 0, 0, now(), now(), now() + interval '1 hour', 3, 'x', 1,
+                        '{{}}' {many};
+                 INSERT INTO {{s}}.lane VALUES ('acme/main', 2, 'acme', now() + interval '1 hour') ON CONFLICT DO NOTHING"
+            ),
+            format!("SELECT {{s}}.set_limits_v1('other/a' || i, '[{{\"limit\": 1, \"per\": 60000000, \"unit\": \"messages\"}}]') {many}"),
+            format!(
+                "INSERT INTO {{s}}.job ({waiting})
+                 SELECT 'other', 'queued' || i, 2, 3, 'other/a' || i, '', 0, 0, now(), now(), now(), 1, 'x', 1, '{{}}' {many};
+                 INSERT INTO {{s}}.lane SELECT 'other/a' || i, 3, 'other', now() + interval '1 hour', 1 {many}"
+            ),
+            format!(
+                "INSERT INTO {{s}}.outbox (tenant, id, seq, due_at, created_at, body)
+                 SELECT 'acme', 'done' || i, 1, now() + interval '1 hour', now(), '{{}}' {many}"
+            ),
+            format!("INSERT INTO {{s}}.connection_cap SELECT 'other/a' || i, 2 {many}"),
+            format!("INSERT INTO {{s}}.connection_lease SELECT 'other/a' || i, (SELECT max(epoch) FROM {{s}}.worker), 1 {many}"),
+            format!(
+                "INSERT INTO {{s}}.account_health (account, state, faults, until)
+                 SELECT 'other/a' || i, i % 2, 5 * (i % 3), now() + interval '1 hour' {many}"
+            ),
+        ] {
+            self.run(&sql).await;
+        }
+    }
+
+    /// Rows and index entries read since the beginning. Of everything that the only connection has done.
+    async fn read(&self) -> i64 {
+        self.run("SELECT pg_stat_force_next_flush()").await;
+        self.one(
+            "SELECT sum(t.seq_tup_read + coalesce((SELECT sum(i.idx_tup_read) FROM pg_stat_user_indexes i WHERE i.relid = t.relid), 0))::bigint
+             FROM pg_stat_user_tables t JOIN pg_class c ON c.oid = t.relid
+             WHERE c.relnamespace = (SELECT relnamespace FROM pg_class WHERE oid = '{s}.job'::regclass)",
+        )
+        .await
+    }
+}
+
+/// What workers and operators ask of the ledger about one job. Not what looks for all there is of a kind by its purpose: accounts
+/// in trouble, owed events, the leases and reports of the dead, how much waits.
+struct Calls<'a> {
+    world: &'a World,
+    epoch: Arc<Epoch>,
+    /// Which time, and part of the names of its jobs.
+    time: String,
+    /// Calls that read too much.
+    dear: Vec<String>,
+}
+
+impl<'a> Calls<'a> {
+    async fn new(world: &'a World) -> Self {
+        world.limit("lim/main", &[(1000, 60_000_000, "messages")]).await;
+        Self {
+            world,
+            epoch: world.steady_epoch().await,
+            time: String::new(),
+            dear: Vec::new(),
+        }
+    }
+
+    async fn make(&mut self, time: &str) {
+        time.clone_into(&mut self.time);
+        self.on_the_way_of_a_mail().await;
+        self.through_the_waiting_room().await;
+        self.of_workers().await;
+        self.by_operators().await;
+        self.world
+            .run("DELETE FROM {s}.account_health WHERE account LIKE 'acme%'")
+            .await;
+    }
+
+    /// Counts what a call reads.
+    async fn of<T>(&mut self, call: &str, future: impl Future<Output = T>) -> T {
+        let before = self.world.read().await;
+        let answer = future.await;
+        let read = self.world.read().await - before;
+        if read > MOST {
+            self.dear.push(format!("{}: {call}: {read}", self.time));
+        }
+        answer
+    }
+
+    fn name(&self, id: &str) -> String {
+        format!("{}-{id}", self.time)
+    }
+
+    async fn on_the_way_of_a_mail(&mut self) {
+        let (world, epoch) = (self.world, Arc::clone(&self.epoch));
+        let ledger = &world.ledger;
+        let row = self
+            .of("admit", world.go(request(&epoch, "acme", &self.name("a"))))
+            .await;
+        let again = request(&epoch, "acme", &self.name("a"));
+        self.of("admit what is known", world.admit_one(again)).await;
+        let limited = request(&epoch, "lim", &self.name("l"));
+        let limited = self.of("admit under a limit", world.go(limited)).await;
+        let slot = SlotRequest {
+            tenant: limited.tenant.clone(),
+            id: limited.id.clone(),
+            lease: limited.lease.clone(),
+            account: limited.account.clone(),
+            recipients: 1,
+            keep: false,
+        };
+        self.of("take a slot", ledger.take_slots(&[slot])).await.unwrap();
+        let marked = std::slice::from_ref(&row);
+        self.of("mark in the final write", ledger.mark_data(marked))
+            .await
+            .unwrap();
+        self.of("mark as suspect", ledger.mark_suspect(&row, true))
+            .await
+            .unwrap();
+        self.of("settle", world.settle_one(done(&row, ReportType::Sent)))
+            .await;
+        self.of(
+            "settle under a limit",
+            world.settle_one(done(&limited, ReportType::Sent)),
+        )
+        .await;
+        let owed = world.owed(&self.name("a")).await;
+        let numbers: Vec<_> = owed.iter().map(|owed| owed.0).collect();
+        self.of("leave reports", ledger.leave_reports(&numbers))
+            .await
+            .unwrap();
+        self.of("strike reports off", ledger.clear_outbox(&numbers))
+            .await
+            .unwrap();
+        self.of("outbox size", ledger.outbox_size(10)).await.unwrap();
+        let capped = account("acme/main");
+        self.of("acquire a connection", ledger.acquire_connection(&epoch, &capped))
+            .await
+            .unwrap();
+        self.of(
+            "release a connection",
+            ledger.release_connection(epoch.number(), &capped),
+        )
+        .await
+        .unwrap();
+        self.of("wanted connections", ledger.wanted_connections(&epoch))
+            .await
+            .unwrap();
+    }
+
+    async fn through_the_waiting_room(&mut self) {
+        let (world, epoch) = (self.world, Arc::clone(&self.epoch));
+        let ledger = &world.ledger;
+        let row = world.go(request(&epoch, "acme", &self.name("w"))).await;
+        self.of(
+            "park",
+            world.settle_one(park(&row, WaitReason::Retry, Duration::ZERO)),
+        )
+        .await;
+        self.of("due levels", ledger.due_levels()).await.unwrap();
+        let mut released = self.of("release", world.release(&epoch, Level::Medium, 1)).await;
+        assert_eq!(released.len(), 1, "{}", self.time);
+        let mut failed = park(&released.remove(0).row, WaitReason::Retry, Duration::ZERO);
+        failed.evidence.push(fault("acme/main"));
+        self.of("settle with a fault", world.settle_one(failed)).await;
+        self.of("account health", ledger.account_health(&account("acme/main")))
+            .await
+            .unwrap();
+        let mut only = all(Level::Medium, 1);
+        only.only = Some(account("acme/main"));
+        let released = self
+            .of("release of one account", ledger.release(&epoch, &only))
+            .await
+            .unwrap();
+        assert_eq!(released.len(), 1, "{}", self.time);
+        self.of("forgotten leases", ledger.forgotten(&epoch))
+            .await
+            .unwrap();
+    }
+
+    async fn of_workers(&mut self) {
+        let (world, epoch) = (self.world, Arc::clone(&self.epoch));
+        self.of("heartbeat", world.ledger.heartbeat(&epoch))
+            .await
+            .unwrap();
+        self.of("register", world.epoch()).await;
+    }
+
+    async fn by_operators(&mut self) {
+        let (world, epoch) = (self.world, Arc::clone(&self.epoch));
+        let ledger = &world.ledger;
+        let (acme, of) = (tenant("acme"), |id: String| job(&id));
+        for id in ["c", "r", "u", "m"] {
+            world
+                .parked(&epoch, "acme", &self.name(id), WaitReason::Schedule)
+                .await;
+        }
+        let (cancelled, unknown) = (of(self.name("c")), of(self.name("x")));
+        self.of("cancel", ledger.cancel(&acme, &cancelled)).await.unwrap();
+        self.of("cancel what is unknown", ledger.cancel(&acme, &unknown))
+            .await
+            .unwrap();
+        let (by_hand, resolved, merged) = (of(self.name("r")), of(self.name("u")), of(self.name("m")));
+        self.of("release by hand", ledger.release_by_hand(&acme, &by_hand))
+            .await
+            .unwrap();
+        self.of(
+            "resolve",
+            ledger.resolve(&acme, &resolved, Decision::Failed, "me"),
+        )
+        .await
+        .unwrap();
+        self.of(
+            "merge an acceptance",
+            ledger.merge_acceptance(&acme, &merged, &[], "<1@acme>"),
+        )
+        .await
+        .unwrap();
+        let held = world.go(request(&epoch, "acme", &self.name("h"))).await;
+        self.of("hold as uncertain", ledger.hold_uncertain(&acme, &held.id))
+            .await
+            .unwrap();
+        let body = absorb("acme", &self.name("h"));
+        self.of("absorb", ledger.absorb(&[body])).await.unwrap();
+    }
+}
+
+fn fault(key: &str) -> Evidence {
+    let fault = AccountFault {
+        class: "infrastructure",
+        reason: "connect_failed",
+        detail: "no".to_owned(),
+    };
+    Evidence {
+        account: account(key),
+        fault: Some(fault),
+    }
+}
