@@ -134,7 +134,7 @@ CREATE INDEX lane_next ON lane (level, next_at);
 -- used after it was granted, in buckets of 1/120 window (no finer than 4 ms); the sum over the whole ring never exceeds the limit.
 CREATE TABLE rate (
     key     text COLLATE "C" PRIMARY KEY,   -- 'acme/' the tenant, 'acme/main' an account
-    per     bigint[] NOT NULL,              -- window, µs
+    per     bigint[] NOT NULL,              -- window, µs; the shortest first
     unit    smallint[] NOT NULL,            -- 0 messages, 1 recipients
     since   bigint[] NOT NULL,              -- µs; slots granted before were never counted here
     lim     integer[] NOT NULL,
@@ -255,7 +255,7 @@ BEGIN
         VALUES (p_key, '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}') ON CONFLICT (key) DO NOTHING;
     SELECT * INTO old FROM rate WHERE key = p_key FOR UPDATE;
     v_now := greatest(micros(clock_timestamp()), old.last);
-    FOR e IN SELECT * FROM jsonb_array_elements(coalesce(p_limits, '[]')) LOOP
+    FOR e IN SELECT q.value FROM jsonb_array_elements(coalesce(p_limits, '[]')) q ORDER BY (q.value ->> 'per')::bigint LOOP
         CONTINUE WHEN (e ->> 'limit')::integer <= 0;
         l := l + 1;
         IF l > 8 THEN
@@ -327,6 +327,20 @@ BEGIN
     END LOOP;
 END $$;
 
+-- Whether there is room for so much, even if what has left the windows since the last count is not subtracted.
+CREATE FUNCTION rate_fits(p_unit smallint[], p_lim integer[], p_used integer[], p_messages integer, p_recipients integer)
+RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS $$
+DECLARE
+    l integer;
+BEGIN
+    FOR l IN 1 .. cardinality(p_lim) LOOP
+        IF (CASE p_unit[l] WHEN 0 THEN p_messages ELSE p_recipients END) > p_lim[l] - p_used[l] THEN
+            RETURN false;
+        END IF;
+    END LOOP;
+    RETURN true;
+END $$;
+
 -- A row with its rings advanced to time t, what was granted counted, and when more can be had if something was denied
 -- that needed so much.
 CREATE FUNCTION rate_counted(r rate, t bigint, p_messages integer, p_recipients integer,
@@ -385,7 +399,7 @@ $$;
 
 -- Grants slots in the order given. granted: recipients covered, 0 if denied or if nothing is asked for (cost 0); slot_us: null
 -- if nothing limits it. The locks come first and the clock is read after them, so that waiting for a lock cannot reopen a
--- window. Most calls end here: there is room for all, even if what has left the windows since the last count is not subtracted.
+-- window. Most calls end here: there is room for all (see rate_fits).
 CREATE FUNCTION take_slots(p_tenants text[], p_accounts text[], p_costs integer[])
 RETURNS TABLE (granted integer[], slot_us bigint, valid_us bigint[], next_us bigint[])
 LANGUAGE plpgsql AS $$
@@ -403,12 +417,10 @@ BEGIN
            bool_and(q.alone), max(q.head * q.width), min((q.head + 1) * q.width)
         INTO v_names, v_m, v_r, v_valid, v_fits, v_opens, slot_us, v_alone, v_begin, v_end
         FROM (SELECT r.key, a.messages, a.recipients, cardinality(r.lim) = 1 AS alone, r.head[1] AS head, r.width[1] AS width,
-                     r.last, r.next_at,
-                     CASE WHEN cardinality(r.lim) = 1 THEN r.per[1] ELSE (SELECT min(x.per) FROM unnest(r.per) x(per)) END AS per,
+                     r.per[1] AS per, r.last, r.next_at,
                      CASE WHEN cardinality(r.lim) = 1
                           THEN CASE r.unit[1] WHEN 0 THEN a.messages ELSE a.recipients END <= r.lim[1] - r.used[1]
-                          ELSE (SELECT bool_and(CASE x.unit WHEN 0 THEN a.messages ELSE a.recipients END <= x.lim - x.used)
-                                FROM unnest(r.unit, r.lim, r.used) x(unit, lim, used)) END AS fits
+                          ELSE rate_fits(r.unit, r.lim, r.used, a.messages, a.recipients) END AS fits
               FROM asked_of(p_tenants, p_accounts, p_costs) a JOIN rate r ON r.key = a.key
               ORDER BY r.key FOR UPDATE OF r) q;
     IF v_names IS NULL THEN
@@ -623,10 +635,10 @@ $$;
 -- Whether one of these accounts is in trouble or was of late, or one of these claims a probe.
 CREATE FUNCTION concerns_health(p_epoch bigint, p_claims bigint[], p_accounts text[]) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
-    RETURN EXISTS (SELECT FROM account_health h WHERE h.state > 0 OR h.faults > 0)
-        AND ((SELECT true FROM account_health h WHERE h.account = ANY (p_accounts) AND (h.state > 0 OR h.faults > 0) LIMIT 1) IS NOT NULL
-             OR (SELECT true FROM account_health h WHERE h.state = 2 AND h.epoch = p_epoch AND h.claim = ANY (p_claims) LIMIT 1)
-                IS NOT NULL);
+    RETURN (SELECT true FROM account_health h WHERE h.account = ANY (p_accounts) AND (h.state > 0 OR h.faults > 0) LIMIT 1)
+               IS NOT NULL
+        OR (SELECT true FROM account_health h WHERE h.state = 2 AND h.epoch = p_epoch AND h.claim = ANY (p_claims) LIMIT 1)
+               IS NOT NULL;
 END $$;
 
 -- What settled attempts say about their accounts: kind 1 the server works, 2 a fault of the account or its server, 0 nothing
@@ -1183,7 +1195,8 @@ BEGIN
     IF cardinality(v_open) > 0 THEN
         PERFORM wake_lanes(v_open, false);
     END IF;
-    IF v_o IS NOT NULL AND (2 = ANY (p_h_kinds) OR concerns_health(p_epoch, p_claims, p_h_accounts)) THEN
+    IF v_o IS NOT NULL AND (2 = ANY (p_h_kinds) OR EXISTS (SELECT FROM account_health h WHERE h.state > 0 OR h.faults > 0)
+                                                   AND concerns_health(p_epoch, p_claims, p_h_accounts)) THEN
         FOR j IN
             SELECT n.* FROM (
                 SELECT array_agg(p_claims[q.p] ORDER BY q.p, q.o) AS c, array_agg(q.l ORDER BY q.p, q.o) AS l,
