@@ -24,6 +24,14 @@ pub(crate) const REPORTS_QUEUE: &str = "mail.reports.bridge";
 pub(crate) const TENANTS: usize = 1000;
 /// A limit that never binds, and must be counted all the same.
 const LIMIT: &str = "1000000/1h";
+const LIMITS: [&str; 6] = [
+    "--limit",
+    "1000000/1m",
+    "--limit",
+    "1000000/1h",
+    "--limit",
+    "1000000/1d",
+];
 
 /// All of it.
 #[derive(Debug)]
@@ -76,6 +84,7 @@ impl Installation {
         for (tenant, more) in [
             ("free-0", &[][..]),
             ("limited-0", &["--limit", LIMIT]),
+            ("many-limits-0", &LIMITS),
             ("tls-0", &["--username", "bench", "--password-stdin"]),
         ] {
             let tls = tenant == "tls-0";
@@ -103,10 +112,10 @@ impl Installation {
         // A thousand commands would take a minute.
         let rest = format!(
             "SET search_path = postroom;
-             INSERT INTO tenant (id) SELECT k || '-' || n FROM generate_series(1, {last}) n, unnest('{{free,limited}}'::text[]) k;
+             INSERT INTO tenant (id) SELECT k || '-' || n FROM generate_series(1, {last}) n, unnest('{{free,limited,many-limits}}'::text[]) k;
              INSERT INTO account (tenant, id, host, port, tls, from_address, limits, is_default)
                  SELECT k || '-' || n, a.id, host, port, tls, from_address, limits, is_default
-                 FROM generate_series(1, {last}) n, unnest('{{free,limited}}'::text[]) k JOIN account a ON a.tenant = k || '-0';
+                 FROM generate_series(1, {last}) n, unnest('{{free,limited,many-limits}}'::text[]) k JOIN account a ON a.tenant = k || '-0';
              SELECT set_limits_v1(tenant || '/' || id, limits) FROM account WHERE limits <> '[]';",
             last = TENANTS - 1
         );
@@ -179,6 +188,18 @@ impl Installation {
         self.database
             .batch_execute(&format!(
                 "ALTER DATABASE {name} SET commit_delay = {delay}; ALTER DATABASE {name} SET commit_siblings = {siblings}"
+            ))
+            .await?;
+        Ok(())
+    }
+
+    /// Accounts that no job is for, and whose circuit breakers are open.
+    pub(crate) async fn trouble(&self, accounts: u32) -> Result<(), Failed> {
+        self.database
+            .batch_execute(&format!(
+                "DELETE FROM postroom.account_health WHERE account LIKE 'ill-%';
+                 INSERT INTO postroom.account_health (account, state, faults, until)
+                 SELECT 'ill-' || n || '/main', 1, 5, now() + interval '1 day' FROM generate_series(1, {accounts}) n"
             ))
             .await?;
         Ok(())

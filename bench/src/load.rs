@@ -26,6 +26,8 @@ pub(crate) struct Entry {
     pub(crate) jobs: Jobs,
     pub(crate) way: Way,
     pub(crate) slow_commits: bool,
+    /// Accounts of others that are in trouble meanwhile.
+    pub(crate) trouble: u32,
 }
 
 /// Entries that are compared with each other; the first is what the others are compared with.
@@ -66,6 +68,7 @@ fn entry(contestant: Contestant, count: usize) -> Entry {
         },
         way: Way::Backlog,
         slow_commits: false,
+        trouble: 0,
     }
 }
 
@@ -178,6 +181,14 @@ fn accounts() -> Load {
 }
 
 fn limits() -> Load {
+    let mut usual = entry(POSTROOM, 20_000)
+        .what("1000 accounts, 3 limits each, jobs that expire, 100 others in trouble")
+        .jobs(|jobs| {
+            jobs.tenants = "many-limits";
+            jobs.accounts = 1000;
+            jobs.expiring = true;
+        });
+    usual.trouble = 100;
     let limited = |count, what| {
         entry(POSTROOM, 20_000).what(what).jobs(|jobs| {
             jobs.tenants = "limited";
@@ -191,6 +202,7 @@ fn limits() -> Load {
             entry(POSTROOM, 20_000).what("1 account without limits"),
             limited(1, "1 limited account"),
             limited(1000, "1000 limited accounts"),
+            usual,
         ],
     }
 }

@@ -17,7 +17,7 @@ const IN_FLIGHT: usize = 512;
 #[derive(Debug, Clone)]
 pub(crate) struct Jobs {
     pub(crate) count: usize,
-    /// `free`, `limited`, `tls`: the tenants are `free-0`, `free-1`, …
+    /// `free`, `limited`, `many-limits`, `tls`: the tenants are `free-0`, `free-1`, …
     pub(crate) tenants: &'static str,
     pub(crate) accounts: usize,
     pub(crate) recipients: usize,
@@ -27,6 +27,8 @@ pub(crate) struct Jobs {
     pub(crate) deferred: bool,
     /// Not before next century.
     pub(crate) parked: bool,
+    /// Not after this century.
+    pub(crate) expiring: bool,
 }
 
 impl Default for Jobs {
@@ -39,6 +41,7 @@ impl Default for Jobs {
             text: 1400,
             deferred: false,
             parked: false,
+            expiring: false,
         }
     }
 }
@@ -58,6 +61,8 @@ impl Jobs {
         }
         let when = if self.parked {
             r#","send_at":"2200-01-01T00:00:00Z""#
+        } else if self.expiring {
+            r#","expires_at":"2100-01-01T00:00:00Z""#
         } else {
             ""
         };

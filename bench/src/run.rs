@@ -103,6 +103,7 @@ async fn measure(on: &mut Installation, entry: &Entry, name: &str) -> Result<Mea
     on.producer.purge().await?;
     on.sink.begin(entry.mode).await?;
     on.slow_commits(entry.slow_commits).await?;
+    on.trouble(entry.trouble).await?;
     let tls = entry.jobs.tenants == "tls";
     let start = |on: &Installation| entry.contestant.start(on, entry.connections, tls);
     let backlog = entry.way != Way::OneByOne;
