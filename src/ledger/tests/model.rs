@@ -203,6 +203,7 @@ impl Model {
             16..18 => self.absorb(w).await,
             18..24 => self.release(w).await,
             24..44 => self.work(w).await,
+            44..49 if self.habit == Habit::Robbed => self.rob().await,
             44 => self.crash(w).await,
             45 => self.lose_a_task(w).await,
             46 => self.stall(w).await,

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::mutants::Habit;
 use super::{Model, Rule, Stage, Step, Task, Worker, holds};
 use crate::ledger::lease::Beat;
 use crate::ledger::settle::Next;
@@ -70,6 +71,17 @@ impl Model {
     pub(super) async fn rob(&mut self) -> Step {
         let busiest = (0..self.workers.len()).max_by_key(|w| self.workers[*w].tasks.len());
         let w = busiest.expect("there are workers");
+        // Some of it is about to be written, or is written.
+        let held: Vec<_> = self.workers[w]
+            .tasks
+            .iter()
+            .map(|task| task.key.clone())
+            .collect();
+        for key in &held {
+            for _ in 0..self.pick(4) {
+                self.work_on(w, key).await?;
+            }
+        }
         self.stall(w).await?;
         let other = (w + 1) % self.workers.len();
         let keys: Vec<_> = self.workers[w]
@@ -87,14 +99,14 @@ impl Model {
         }
         self.release(other).await?;
         for (key, _) in &keys {
-            // It wakes, and goes on where it was; the other one may be through by then.
-            let (first, second) = if self.chance(2) { (w, other) } else { (other, w) };
-            for _ in 0..=self.pick(6) {
-                self.work_on(first, key).await?;
+            // It wakes, and goes on where it was; the other one may be anywhere by then.
+            for _ in 0..self.pick(12) {
+                let who = if self.chance(2) { w } else { other };
+                self.work_on(who, key).await?;
             }
-            for _ in 0..=self.pick(6) {
-                self.work_on(second, key).await?;
-            }
+        }
+        if self.chance(2) || self.habit == Habit::Robbed {
+            self.beat(w).await?;
         }
         Ok(())
     }
