@@ -7,6 +7,7 @@ pub mod admit;
 pub mod batches;
 pub mod caps;
 pub mod coalesce;
+pub mod forget;
 pub mod health;
 pub mod lease;
 pub mod odd;

@@ -94,20 +94,4 @@ impl Ledger {
         let statement = client.prepare_cached(&sql).await?;
         Ok(client.query_one(&statement, &[&most]).await?.try_get(0)?)
     }
-
-    /// Forgets final jobs older than `retention`, at most `most` at a time. A report that one still owes stays owed.
-    /// Returns how many.
-    ///
-    /// # Errors
-    /// If the database cannot be asked.
-    pub async fn forget_old(&self, retention: Duration, most: i64) -> Result<u64, DbError> {
-        let sql = self.db.sql(
-            "DELETE FROM {s}.job WHERE ctid = ANY (ARRAY(
-                 SELECT ctid FROM {s}.job WHERE state IN (3, 5, 6)
-                     AND finished_at < clock_timestamp() - $1::bigint * interval '1 microsecond' LIMIT $2
-                 FOR UPDATE SKIP LOCKED))",
-        );
-        let client = self.db.client().await?;
-        Ok(client.execute(&sql, &[&micros(retention), &most]).await?)
-    }
 }

@@ -15,8 +15,6 @@ const HEALTH: Duration = Duration::from_secs(1);
 const CENSUS: Duration = Duration::from_secs(15);
 /// Up to where.
 const MOST: i64 = 200_000;
-/// Rows deleted in one statement.
-const CHUNK: i64 = 2000;
 
 /// Runs all of it until `stop`. Heartbeats go on until `end`: what is still in flight needs its leases.
 pub async fn run(worker: Arc<Worker>, stop: CancellationToken, end: CancellationToken) {
@@ -110,11 +108,8 @@ async fn forget(worker: &Arc<Worker>) {
     if let Err(error) = worker.ledger.forget_health().await {
         worker.database_trouble("forget", &error);
     }
-    while let Ok(forgotten) = worker.ledger.forget_old(worker.retention, CHUNK).await {
-        if forgotten < CHUNK as u64 {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
+    if let Err(error) = worker.ledger.forget_old(worker.retention).await {
+        worker.database_trouble("forget", &error);
     }
 }
 

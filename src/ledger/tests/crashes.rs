@@ -167,7 +167,7 @@ async fn buried_jobs_are_forgotten_like_others() {
     in_world(|world| async move {
         let row = world.leased("1").await;
         world.ledger.dead_letter(&row, |_| ()).await.unwrap().unwrap();
-        assert_eq!(world.ledger.forget_old(Duration::ZERO, 10).await.unwrap(), 1);
+        assert_eq!(world.ledger.forget_old(Duration::ZERO).await.unwrap(), 1);
     })
     .await;
 }

@@ -247,6 +247,10 @@ impl<'a> Calls<'a> {
         self.of("heartbeat", world.ledger.heartbeat(&epoch))
             .await
             .unwrap();
+        let month = Duration::from_hours(720);
+        self.of("forget what is old", world.ledger.forget_old(month))
+            .await
+            .unwrap();
         self.of("register", world.epoch()).await;
     }
 

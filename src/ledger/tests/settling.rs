@@ -41,16 +41,39 @@ async fn an_outcome_drops_the_body_and_leaves_its_report_in_the_outbox() {
         }
         assert_eq!(world.owed("1").await[0].1, row.sequence + 1);
         assert_eq!(
-            world
-                .ledger
-                .forget_old(Duration::from_hours(1), 10)
-                .await
-                .unwrap(),
+            world.ledger.forget_old(Duration::from_hours(1)).await.unwrap(),
             0,
             "too young"
         );
-        assert_eq!(world.ledger.forget_old(Duration::ZERO, 10).await.unwrap(), 1);
+        assert_eq!(world.ledger.forget_old(Duration::ZERO).await.unwrap(), 1);
         assert_eq!(world.owed("1").await.len(), 1, "what it owes stays owed");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn everything_old_is_forgotten_at_once_and_nothing_else() {
+    in_world(|world| async move {
+        // More than one statement deletes, many of the same moment, and what is not final.
+        world
+            .run(
+                "INSERT INTO {s}.job (tenant, id, state, level, account, digest, born, seq, created_at, updated_at, finished_at)
+                     SELECT 'acme', 'old' || i, (ARRAY[3, 5, 6])[1 + i % 3], 1, 'acme/main', '', 0, 0, now(), now(),
+                            now() - interval '2 hours' + i / 100 * interval '1 second'
+                     FROM generate_series(1, 4500) i;
+                 INSERT INTO {s}.job (tenant, id, state, level, account, digest, born, seq, created_at, updated_at, finished_at)
+                     SELECT 'acme', 'young' || i, 3, 1, 'acme/main', '', 0, 0, now(), now(), now() FROM generate_series(1, 50) i;
+                 INSERT INTO {s}.job (tenant, id, state, level, account, digest, born, seq, created_at, updated_at)
+                     VALUES ('acme', 'held', 4, 1, 'acme/main', '', 0, 0, now() - interval '1 day', now() - interval '1 day')",
+            )
+            .await;
+        let forgotten = world.ledger.forget_old(Duration::from_hours(1)).await.unwrap();
+        assert_eq!(forgotten, 4500);
+        let left: Vec<String> = world
+            .one("SELECT array_agg(DISTINCT rtrim(id, '0123456789') ORDER BY rtrim(id, '0123456789')) FROM {s}.job")
+            .await;
+        assert_eq!(left, ["held", "young"]);
+        assert_eq!(world.one::<i64>("SELECT count(*) FROM {s}.job").await, 51);
     })
     .await;
 }
