@@ -12,6 +12,8 @@ mod tls;
 mod watch;
 
 #[cfg(test)]
+pub(crate) mod reading;
+#[cfg(test)]
 mod tests;
 
 use std::sync::Arc;

@@ -6,9 +6,11 @@
 -- and passed over by everybody else while they are locked. What is left (a limit created in that very moment) ends as 40P01,
 -- which callers repeat.
 -- The functions of the hot path fix their plans: with the statistics of an empty table, or of one that has just grown,
--- the planner would walk all leased or all waiting jobs for every batch. IS NOT DISTINCT FROM keeps it off the partial
--- indexes on job for the same reason: rows named by their key are to be found by their key. They are in plpgsql, however
--- small, because it keeps plans: a function in SQL that cannot be inlined is planned at every call.
+-- the planner would walk all leased or all waiting jobs for every batch. A plan is kept until the next ANALYZE; so that a
+-- table which was small when it was made is not read from end to end when it is large, rows are to look dear, and pages
+-- cheap. What may change within a statement, as clock_timestamp(), is not compared with a column: no index is used then.
+-- IS NOT DISTINCT FROM keeps it off the partial indexes on job: rows named by their key are to be found by their key. They
+-- are in plpgsql, however small, because it keeps plans: a function in SQL that cannot be inlined is planned at every call.
 
 CREATE TABLE worker (
     epoch        bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -421,8 +423,8 @@ BEGIN
                      CASE WHEN cardinality(r.lim) = 1
                           THEN CASE r.unit[1] WHEN 0 THEN a.messages ELSE a.recipients END <= r.lim[1] - r.used[1]
                           ELSE rate_fits(r.unit, r.lim, r.used, a.messages, a.recipients) END AS fits
-              FROM asked_of(p_tenants, p_accounts, p_costs) a JOIN rate r ON r.key = a.key
-              ORDER BY r.key FOR UPDATE OF r) q;
+              FROM (SELECT * FROM asked_of(p_tenants, p_accounts, p_costs) k ORDER BY k.key COLLATE "C") a
+                   CROSS JOIN LATERAL (SELECT * FROM rate y WHERE y.key = a.key FOR UPDATE) r) q;
     IF v_names IS NULL THEN
         slot_us := NULL;
     ELSIF NOT v_fits OR slot_us < v_opens THEN
@@ -431,15 +433,15 @@ BEGIN
     ELSE
         UPDATE rate r SET
             ring[r.base[1] + (r.head[1] % r.size[1])::integer + 1] = r.ring[r.base[1] + (r.head[1] % r.size[1])::integer + 1]
-                + CASE r.unit[1] WHEN 0 THEN u.messages ELSE u.recipients END,
-            used[1] = r.used[1] + CASE r.unit[1] WHEN 0 THEN u.messages ELSE u.recipients END, last = slot_us, next_at = 0
-            FROM unnest(v_names, v_m, v_r) u(key, messages, recipients)
-            WHERE r.key = u.key AND cardinality(r.lim) = 1 AND slot_us / r.width[1] = r.head[1];
+                + (CASE r.unit[1] WHEN 0 THEN v_m ELSE v_r END)[array_position(v_names, r.key)],
+            used[1] = r.used[1] + (CASE r.unit[1] WHEN 0 THEN v_m ELSE v_r END)[array_position(v_names, r.key)],
+            last = slot_us, next_at = 0
+            WHERE r.key = ANY (v_names) AND cardinality(r.lim) = 1 AND slot_us / r.width[1] = r.head[1];
         IF NOT v_alone OR slot_us < v_begin OR slot_us >= v_end THEN
             UPDATE rate r SET (ring, used, head, last, next_at) =
-                (SELECT f.ring, f.used, f.head, f.last, f.next_at FROM rate_counted(r, slot_us, u.messages, u.recipients, false, 1) f)
-                FROM unnest(v_names, v_m, v_r) u(key, messages, recipients)
-                WHERE r.key = u.key AND NOT (cardinality(r.lim) = 1 AND slot_us / r.width[1] = r.head[1]);
+                (SELECT f.ring, f.used, f.head, f.last, f.next_at
+                 FROM rate_counted(r, slot_us, v_m[array_position(v_names, r.key)], v_r[array_position(v_names, r.key)], false, 1) f)
+                WHERE r.key = ANY (v_names) AND NOT (cardinality(r.lim) = 1 AND slot_us / r.width[1] = r.head[1]);
         END IF;
         FOR i IN 1 .. n LOOP
             CONTINUE WHEN p_costs[i] = 0;
@@ -769,7 +771,7 @@ RETURNS TABLE (idx integer, verdict smallint, born bigint, seq bigint, attempt i
                recipients jsonb, message_id text, uncertain integer, crashes integer, deaths integer, ill_us bigint,
                probe boolean)
 LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
-SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 DECLARE
     n integer := coalesce(array_length(p_ids, 1), 0);
     v_now timestamptz := clock_timestamp(); v_us bigint; v_born bigint;
@@ -967,16 +969,16 @@ CREATE FUNCTION slots_v1(p_epoch bigint, p_tenants text[], p_ids text[], p_claim
                          p_costs integer[], p_keep boolean[])
 RETURNS TABLE (idx integer, granted integer, valid_us bigint, wait_us bigint)
 LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
-SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 DECLARE
     s record; o record; i integer; n integer; k integer := 0; v_open text[] := '{}'; v_ours boolean[];
     v_t text[]; v_a text[]; v_c integer[];
 BEGIN
     -- All keys of the old and the new slots in one go, in order; then the jobs.
-    PERFORM 1 FROM rate WHERE key IN (
+    PERFORM 1 FROM rate WHERE key = ANY (ARRAY(
         SELECT unnest(charged_keys(x.tenant, x.account))
             FROM unnest(p_tenants, p_ids) u(t, id) JOIN job x ON x.tenant = u.t AND x.id = u.id WHERE x.slot_at IS NOT NULL
-        UNION SELECT unnest(charged_keys(u.t, u.a)) FROM unnest(p_tenants, p_accounts) u(t, a))
+        UNION SELECT unnest(charged_keys(u.t, u.a)) FROM unnest(p_tenants, p_accounts) u(t, a)))
         ORDER BY key FOR UPDATE;
     SELECT array_agg(q.ours ORDER BY q.o) AS ours,
            array_agg(q.tenant) FILTER (WHERE q.old) AS t, array_agg(q.account) FILTER (WHERE q.old) AS a,
@@ -1024,7 +1026,7 @@ END $$;
 CREATE FUNCTION mark_data_v1(p_epoch bigint, p_tenants text[], p_ids text[], p_claims bigint[])
 RETURNS TABLE (idx integer)
 LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
-SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 BEGIN
     RETURN QUERY
     UPDATE job x SET phase = 1, leased_at = clock_timestamp()
@@ -1050,7 +1052,7 @@ END $$;
 CREATE FUNCTION absorb_v1(p_tenants text[], p_ids text[], p_bodies bytea[], p_properties text[])
 RETURNS TABLE (idx integer)
 LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
-SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 DECLARE
     j record;
 BEGIN
@@ -1090,17 +1092,17 @@ CREATE FUNCTION settle_v1(
     p_h_details text[], p_faults integer, p_cooldown bigint, p_cap bigint)
 RETURNS TABLE (idx integer, answer smallint, report bigint, account text, change smallint, until_us bigint)
 LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
-SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 DECLARE
     v_now timestamptz; o record; j record; i integer; v_open text[];
     -- What was written: its places, the numbers of its reports, when it was leased; and what waits now.
     v_o integer[]; v_n bigint[]; v_l timestamptz[]; v_t text[]; v_i text[];
 BEGIN
     IF true = ANY (p_refund) THEN
-        PERFORM 1 FROM rate WHERE key IN (
+        PERFORM 1 FROM rate WHERE key = ANY (ARRAY(
             SELECT unnest(charged_keys(x.tenant, x.account))
                 FROM unnest(p_tenants, p_ids, p_refund) u(t, id, r) JOIN job x ON x.tenant = u.t AND x.id = u.id
-                WHERE u.r AND x.slot_at IS NOT NULL)
+                WHERE u.r AND x.slot_at IS NOT NULL))
             ORDER BY key FOR UPDATE;
         -- The slots are read behind the locks: another copy of this very statement may have given them back.
         -- All rows are locked here, in order: a WHERE outside would move in and lock some of them first.
@@ -1221,7 +1223,7 @@ END $$;
 -- looked at before.
 CREATE FUNCTION touch_lanes(p_tenants text[], p_ids text[]) RETURNS void
 LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
-SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 BEGIN
     WITH j AS MATERIALIZED (    -- by primary key, whatever is known of the number of waiting jobs
         SELECT x.account, x.level, x.tenant, x.state, x.due_at, x.reason
@@ -1260,7 +1262,7 @@ CREATE FUNCTION park_new_v1(
     p_bodies bytea[], p_properties text[], p_reports text[])
 RETURNS TABLE (idx integer, report bigint)
 LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
-SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 DECLARE
     v_now timestamptz := clock_timestamp(); v_o integer[]; v_n bigint[];
 BEGIN
@@ -1308,7 +1310,7 @@ END $$;
 -- for a fiftieth of the time at most; all others get what was counted last.
 CREATE FUNCTION waiting_v1(p_most bigint, p_every interval) RETURNS TABLE (reason smallint, jobs bigint)
 LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
-SET enable_bitmapscan = off SET jit = off AS $$
+SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 DECLARE
     v_waiting bigint[] := array_fill(0::bigint, ARRAY[7]); v_began timestamptz := clock_timestamp(); c record;
 BEGIN
@@ -1328,7 +1330,7 @@ END $$;
 -- Levels of which a lane is due.
 CREATE FUNCTION due_levels_v1() RETURNS TABLE (level smallint)
 LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
-SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 DECLARE
     v_now timestamptz := clock_timestamp();
 BEGIN
@@ -1347,7 +1349,7 @@ RETURNS TABLE (tenant text, id text, level smallint, account text, claim bigint,
                recipients jsonb, message_id text, uncertain integer, body bytea, properties jsonb,
                crashes integer, deaths integer, ill_us bigint, probe boolean)
 LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
-SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 DECLARE
     v_now timestamptz := clock_timestamp(); v_us bigint; v_held text[]; v_quantum integer; v_limited boolean;
     -- lanes in the order of their turn; what: 0 shut, 1 passed over, 2 behind a more urgent one, 3 ready, 4 ready and
@@ -1400,7 +1402,7 @@ BEGIN
         v_us := micros(clock_timestamp());
         SELECT coalesce(array_agg(q.key), '{}') INTO v_held
         FROM (SELECT r.key FROM rate r
-              WHERE r.key IN (SELECT unnest(charged_keys(u.t, u.a)) FROM unnest(l_t, l_a) u(t, a)) AND r.next_at <= v_us
+              WHERE r.key = ANY (ARRAY(SELECT unnest(charged_keys(u.t, u.a)) FROM unnest(l_t, l_a) u(t, a))) AND r.next_at <= v_us
               FOR UPDATE SKIP LOCKED) q;
         SELECT array_agg(CASE WHEN l_to[q.o] IS NOT NULL THEN 5 WHEN q.n = 0 THEN 4 WHEN q.shut > v_us THEN 0 WHEN NOT q.held THEN 1
                               WHEN q.urgent THEN 2 ELSE 3 END ORDER BY q.o),
@@ -1410,7 +1412,7 @@ BEGIN
                      p_account IS NULL AND EXISTS (SELECT FROM lane y WHERE y.account = u.a AND y.level < u.l
                                                    AND y.next_at <= v_now) AS urgent
               FROM unnest(l_t, l_a, l_l) WITH ORDINALITY u(t, a, l, o)
-              LEFT JOIN rate r ON r.key = ANY (charged_keys(u.t, u.a))
+              LEFT JOIN LATERAL (SELECT y.key, y.next_at FROM rate y WHERE y.key = ANY (charged_keys(u.t, u.a)) OFFSET 0) r ON true
               GROUP BY u.o, u.a, u.l) q;
         l_ready := cardinality(array_positions(l_what, 3)) + cardinality(array_positions(l_what, 4));
         v_limited := cardinality(array_positions(l_what, 3)) > 0;
@@ -1497,7 +1499,7 @@ END $$;
 -- Removes exactly the reports that were confirmed.
 CREATE FUNCTION clear_outbox_v1(p_numbers bigint[]) RETURNS void
 LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
-SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 BEGIN
     DELETE FROM outbox x WHERE x.n = ANY (p_numbers);
 END $$;
@@ -1505,7 +1507,7 @@ END $$;
 -- Reports that should have been published long ago, the oldest first, leased to the caller for a while.
 CREATE FUNCTION owed_reports_v1(p_max integer, p_hold interval)
 RETURNS TABLE (number bigint, tenant text, id text, seq bigint, report text, waiting_us bigint)
-LANGUAGE sql SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
+LANGUAGE sql SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
     WITH due AS (
         UPDATE outbox x SET due_at = clock_timestamp() + p_hold
         WHERE x.n = ANY (ARRAY(SELECT y.n FROM outbox y WHERE y.due_at <= clock_timestamp()
@@ -1516,13 +1518,13 @@ $$;
 
 -- Reports that the caller had taken and could not publish: whoever comes first.
 CREATE FUNCTION leave_reports_v1(p_numbers bigint[]) RETURNS void
-LANGUAGE sql SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
+LANGUAGE sql SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
     UPDATE outbox SET due_at = clock_timestamp() WHERE n = ANY (p_numbers)
 $$;
 
 -- How many reports are owed, counted up to p_most. By the index: most of the table's pages hold only what is gone.
 CREATE FUNCTION outbox_size_v1(p_most bigint) RETURNS bigint
-LANGUAGE sql SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
+LANGUAGE sql SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
     SELECT count(*) FROM (SELECT FROM outbox ORDER BY n LIMIT p_most) o
 $$;
 
@@ -1542,7 +1544,7 @@ $$;
 -- the planner from reading all leases first, which it does while it believes the table to be small.
 CREATE FUNCTION dead_epochs() RETURNS bigint[]
 LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
-SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 BEGIN
     RETURN (SELECT array_agg(q.epoch) FROM (
         SELECT w.epoch FROM worker w WHERE w.dead
@@ -1629,7 +1631,8 @@ END $$;
 
 -- One more connection of this account for this worker? Leases end with the worker's epoch.
 CREATE FUNCTION acquire_connection_v1(p_epoch bigint, p_account text) RETURNS boolean
-LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 DECLARE
     v_cap integer;
 BEGIN
@@ -1648,7 +1651,8 @@ BEGIN
 END $$;
 
 CREATE FUNCTION release_connection_v1(p_epoch bigint, p_account text) RETURNS void
-LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 BEGIN
     PERFORM 1 FROM connection_cap c WHERE c.account = p_account FOR UPDATE;
     UPDATE connection_lease SET held = held - 1 WHERE account = p_account AND epoch = p_epoch AND held > 0;
@@ -1658,7 +1662,7 @@ END $$;
 -- Accounts of which this worker holds connections and others lately asked in vain.
 CREATE FUNCTION wanted_connections_v1(p_epoch bigint) RETURNS TABLE (account text)
 LANGUAGE plpgsql STABLE SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
-SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 DECLARE
     v_since timestamptz := clock_timestamp() - interval '3 seconds';
 BEGIN
@@ -1672,7 +1676,7 @@ END $$;
 -- each: an estimate, as all such numbers are. The view is stable; others may build on it.
 CREATE FUNCTION runnable_jobs_v1() RETURNS TABLE (level text, lanes bigint, jobs bigint)
 LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
-SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET jit = off AS $$
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 DECLARE
     v_now timestamptz := clock_timestamp();
 BEGIN

@@ -1,5 +1,6 @@
 -- Webhooks: where a tenant's reports go, which reports there are, and what has become of each at each endpoint.
 -- Lock order everywhere: endpoint, endpoint_lane, webhook_delivery; several rows of one table by ascending key.
+-- The functions on the way of an event fix their plans, and are worded, as those of the ledger (V2).
 
 CREATE TABLE endpoint (
     id                    bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -92,20 +93,21 @@ $$;
 -- Takes reports in, each once: the answer is how many were new to us and wanted by somebody. An event wanted only by
 -- disabled endpoints is kept for a replay, without deliveries.
 CREATE FUNCTION webhook_record_v1(p_event_id text[], p_tenant text[], p_type text[], p_body bytea[])
-RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 DECLARE
     v_lanes bigint[];
     v_new   bigint;
 BEGIN
     WITH incoming AS MATERIALIZED (
-        SELECT i.*, NOT EXISTS (SELECT FROM endpoint o WHERE o.tenant = i.tenant) AS alone
+        SELECT i.*, (SELECT true FROM endpoint o WHERE o.tenant = i.tenant LIMIT 1) IS NULL AS alone
           FROM unnest(p_event_id, p_tenant, p_type, p_body) AS i (event_id, tenant, type, body)
     ), added AS (
         INSERT INTO webhook_event (event_id, tenant, type, body)
         SELECT i.event_id, i.tenant, i.type, i.body
           FROM incoming i
-         WHERE EXISTS (SELECT FROM endpoint e
-                        WHERE e.tenant IN (i.tenant, '-') AND endpoint_wants_v1(e, i.tenant, i.type, i.alone))
+         WHERE (SELECT true FROM endpoint e
+                 WHERE e.tenant IN (i.tenant, '-') AND endpoint_wants_v1(e, i.tenant, i.type, i.alone) LIMIT 1)
          ORDER BY i.event_id
             ON CONFLICT (event_id) DO NOTHING
         RETURNING id, tenant, type
@@ -113,8 +115,8 @@ BEGIN
         INSERT INTO webhook_delivery (event, endpoint)
         SELECT a.id, e.id
           FROM added a
-          JOIN endpoint e ON e.tenant IN (a.tenant, '-') AND e.enabled
-         WHERE endpoint_wants_v1(e, a.tenant, a.type, NOT EXISTS (SELECT FROM endpoint o WHERE o.tenant = a.tenant))
+         CROSS JOIN LATERAL (SELECT e.* FROM endpoint e WHERE e.tenant IN (a.tenant, '-') AND e.enabled OFFSET 0) e
+         WHERE endpoint_wants_v1(e, a.tenant, a.type, (SELECT true FROM endpoint o WHERE o.tenant = a.tenant LIMIT 1) IS NULL)
         RETURNING endpoint
     )
     SELECT (SELECT count(*) FROM added), (SELECT array_agg(DISTINCT endpoint) FROM owed) INTO v_new, v_lanes;
@@ -125,7 +127,8 @@ END $$;
 -- Makes sure that lanes are looked at. The lock is taken even where nothing changes: a lease that is just deciding
 -- "nothing is due here" must be waited for, since it cannot see our rows.
 CREATE FUNCTION endpoint_wake_v1(p_endpoint bigint[])
-RETURNS void LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+RETURNS void LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 BEGIN
     PERFORM FROM endpoint_lane WHERE endpoint = ANY (p_endpoint) ORDER BY endpoint FOR UPDATE;
     UPDATE endpoint_lane SET due_at = greatest(clock_timestamp(), paused_until)
@@ -139,11 +142,13 @@ CREATE FUNCTION webhook_lease_v1(p_limit integer, p_per_endpoint integer, p_leas
 RETURNS TABLE (event bigint, endpoint bigint, lease bigint, attempts integer, event_id text, tenant text, type text,
                body bytea, owner text, name text, url text, secret text, previous_secret text, auth text,
                username text, credential text)
-LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 #variable_conflict use_column
 DECLARE
     v_lane  endpoint_lane;
     v_to    endpoint;
+    v_begun timestamptz := clock_timestamp();
     v_now   timestamptz;
     v_cap   integer;
     v_busy  integer;
@@ -152,7 +157,7 @@ DECLARE
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
     FOR v_lane IN
-        SELECT l.* FROM endpoint_lane l WHERE l.due_at <= clock_timestamp()
+        SELECT l.* FROM endpoint_lane l WHERE l.due_at <= v_begun
          ORDER BY l.due_at LIMIT p_limit FOR UPDATE SKIP LOCKED
     LOOP
         EXIT WHEN v_given >= p_limit;
@@ -205,7 +210,8 @@ CREATE FUNCTION webhook_settle_v1(
     p_event bigint[], p_endpoint bigint[], p_lease bigint[], p_outcome text[], p_delay double precision[],
     p_status integer[], p_error text[], p_blame boolean[], p_pause double precision[],
     p_scale double precision, p_disable_after interval)
-RETURNS SETOF bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+RETURNS SETOF bigint LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 DECLARE
     v_now timestamptz;
 BEGIN
@@ -219,7 +225,7 @@ BEGIN
            last_at = v_now, last_status = u.status, last_error = u.error
       FROM unnest(p_event, p_endpoint, p_lease, p_outcome, p_delay, p_status, p_error)
            AS u (event, endpoint, lease, outcome, delay, status, error)
-     WHERE d.event = u.event AND d.endpoint = u.endpoint AND d.state = 'pending'
+     WHERE d.event = u.event AND d.endpoint = u.endpoint AND d.state IS NOT DISTINCT FROM 'pending'
        AND (d.lease = u.lease OR u.outcome = 'delivered');
     RETURN QUERY
     WITH round AS (

@@ -5,4 +5,5 @@ mod disables;
 mod hostile;
 mod isolates;
 mod manages;
+mod reads;
 mod world;

@@ -54,9 +54,9 @@ impl Bridge {
         let sql = self.database.sql(
             "DELETE FROM {s}.webhook_event WHERE id = ANY (ARRAY( \
                SELECT v.id FROM {s}.webhook_event v \
-                WHERE v.received_at < clock_timestamp() - make_interval(secs => $1) \
-                  AND NOT EXISTS (SELECT FROM {s}.webhook_delivery d JOIN {s}.endpoint e ON e.id = d.endpoint \
-                                   WHERE d.event = v.id AND d.state = 'pending' AND e.enabled) \
+                WHERE v.received_at < statement_timestamp() - make_interval(secs => $1) \
+                  AND (SELECT true FROM {s}.webhook_delivery d JOIN {s}.endpoint e ON e.id = d.endpoint \
+                        WHERE d.event = v.id AND d.state = 'pending' AND e.enabled LIMIT 1) IS NULL \
                 ORDER BY v.received_at LIMIT $2 FOR UPDATE SKIP LOCKED))",
         );
         let retention = self.config.retention.as_secs_f64();

@@ -35,6 +35,11 @@ pub(super) struct World {
 impl World {
     /// With the given tenants. Everything that is slow in life is quick here.
     pub(super) async fn new(tenants: &[&str]) -> Self {
+        Self::connected(tenants, 4).await
+    }
+
+    /// The same, with at most so many connections.
+    pub(super) async fn connected(tenants: &[&str], pool_size: usize) -> Self {
         let url = std::env::var("POSTROOM_TEST_DATABASE_URL").expect(
             "POSTROOM_TEST_DATABASE_URL must name a Postgres server for tests; `make test` brings one up",
         );
@@ -42,7 +47,7 @@ impl World {
             url: url.into(),
             schema: format!("bridge_{}", uuid::Uuid::new_v4().simple()),
             ca_file: None,
-            pool_size: 4,
+            pool_size,
         };
         db::migrate(&settings).await.unwrap();
         let database = Database::connect(&settings).unwrap();
