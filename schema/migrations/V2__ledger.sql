@@ -131,6 +131,7 @@ CREATE TABLE lane (
     PRIMARY KEY (account, level, tenant)
 ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
 CREATE INDEX lane_next ON lane (level, next_at);
+CREATE INDEX lane_tenant ON lane (tenant);
 
 -- Rolling limits: per key one ring of counters for each limit. A ring covers the window and the time a slot may be
 -- used after it was granted, in buckets of 1/120 window (no finer than 4 ms); the sum over the whole ring never exceeds the limit.
@@ -213,25 +214,33 @@ CREATE FUNCTION charged_keys(p_tenant text, p_account text) RETURNS text[] LANGU
 -- Jobs that wait for one of these limits are looked at again at once. p_wait: also behind locks; a caller that holds
 -- lanes passes false. What is passed over then is looked at within a minute anyway (see blocked_until).
 CREATE FUNCTION wake_lanes(p_keys text[], p_wait boolean) RETURNS void
-LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 DECLARE
     v_a text[]; v_l smallint[]; v_t text[]; v_now timestamptz := clock_timestamp();
 BEGIN
     IF cardinality(p_keys) = 0 THEN
         RETURN;
-    ELSIF p_wait THEN
+    END IF;
+    -- The account's, the tenant's, and those of whoever borrows one of the tenant's accounts ('0' comes after '/').
+    SELECT array_agg(q.account), array_agg(q.level), array_agg(q.tenant) INTO v_a, v_l, v_t
+    FROM (SELECT l.account, l.level, l.tenant FROM lane l WHERE l.account = ANY (p_keys)
+          UNION
+          SELECT f.* FROM unnest(p_keys) k(key)
+          CROSS JOIN LATERAL (
+              SELECT l.account, l.level, l.tenant FROM lane l WHERE l.tenant = rtrim(k.key, '/')
+              UNION ALL
+              SELECT l.account, l.level, l.tenant FROM lane l WHERE l.account > k.key AND l.account < rtrim(k.key, '/') || '0') f
+          WHERE k.key LIKE '%/') q;
+    IF p_wait THEN
         -- Those that are due too: a release may be putting them off in this moment, for what holds no longer.
-        SELECT array_agg(q.account), array_agg(q.level), array_agg(q.tenant) INTO v_a, v_l, v_t
-        FROM (SELECT l.account, l.level, l.tenant FROM lane l
-              WHERE l.account = ANY (p_keys) OR l.tenant || '/' = ANY (p_keys)
-                    OR split_part(l.account, '/', 1) || '/' = ANY (p_keys)
-              ORDER BY l.account, l.level, l.tenant FOR UPDATE) q;
+        PERFORM 1 FROM lane l JOIN unnest(v_a, v_l, v_t) u(a, l, t) ON l.account = u.a AND l.level = u.l AND l.tenant = u.t
+            ORDER BY l.account, l.level, l.tenant FOR UPDATE OF l;
     ELSE
         SELECT array_agg(q.account), array_agg(q.level), array_agg(q.tenant) INTO v_a, v_l, v_t
-        FROM (SELECT l.account, l.level, l.tenant FROM lane l
-              WHERE l.next_at > v_now AND (l.account = ANY (p_keys) OR l.tenant || '/' = ANY (p_keys)
-                                           OR split_part(l.account, '/', 1) || '/' = ANY (p_keys))
-              FOR UPDATE SKIP LOCKED) q;
+        FROM (SELECT l.account, l.level, l.tenant
+              FROM lane l JOIN unnest(v_a, v_l, v_t) u(a, l, t) ON l.account = u.a AND l.level = u.l AND l.tenant = u.t
+              WHERE l.next_at > v_now FOR UPDATE OF l SKIP LOCKED) q;
     END IF;
     UPDATE lane l SET next_at = v_now FROM unnest(v_a, v_l, v_t) u(a, l, t)
         WHERE l.account = u.a AND l.level = u.l AND l.tenant = u.t AND l.next_at > v_now;

@@ -4,10 +4,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::world::{World, absorb, account, all, done, in_world_of, job, park, request, tenant};
+use super::world::{World, absorb, account, all, done, in_world_of, job, park, request, settlement, tenant};
 use crate::db::reading::{analyze, never_analyzed, rows_read};
 use crate::ledger::health::{AccountFault, Evidence};
 use crate::ledger::odd::Decision;
+use crate::ledger::settle::Next;
 use crate::ledger::slots::SlotRequest;
 use crate::ledger::{Epoch, WaitReason};
 use crate::level::Level;
@@ -113,6 +114,7 @@ struct Calls<'a> {
 
 impl<'a> Calls<'a> {
     async fn new(world: &'a World) -> Self {
+        world.limit("tight/", &[(1, 3_600_000_000, "messages")]).await;
         world.limit("lim/main", &[(1000, 60_000_000, "messages")]).await;
         Self {
             world,
@@ -170,6 +172,9 @@ impl<'a> Calls<'a> {
         self.of("admit what is known", world.admit_one(again)).await;
         let limited = request(&epoch, "lim", &self.name("l"));
         let limited = self.of("admit under a limit", world.go(limited)).await;
+        let tight = world.go(request(&epoch, "tight", &self.name("t"))).await;
+        let denied = request(&epoch, "tight", &self.name("d"));
+        self.of("admit over a limit", world.admit_one(denied)).await;
         let slot = SlotRequest {
             tenant: limited.tenant.clone(),
             id: limited.id.clone(),
@@ -193,6 +198,9 @@ impl<'a> Calls<'a> {
             world.settle_one(done(&limited, ReportType::Sent)),
         )
         .await;
+        let mut back = settlement(&tight, Next::GiveBack);
+        back.refund = true;
+        self.of("give a slot back", world.settle_one(back)).await;
         let owed = world.owed(&self.name("a")).await;
         let numbers: Vec<_> = owed.iter().map(|owed| owed.0).collect();
         self.of("leave reports", ledger.leave_reports(&numbers))
