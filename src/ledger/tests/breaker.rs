@@ -3,27 +3,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::world::{LEASE, World, account, all, done, in_world, park, request, settlement, tenant, until};
+use super::world::{
+    LEASE, World, account, all, done, fault, in_world, park, request, settlement, tenant, until,
+};
 use crate::ledger::admit::{AdmitRequest, Admitted};
-use crate::ledger::health::{AccountFault, Evidence};
+use crate::ledger::health::Evidence;
 use crate::ledger::settle::{Next, Settled};
 use crate::ledger::{Epoch, Row, WaitReason};
 use crate::level::Level;
 use crate::report::{ReportType, event_id};
 
 const MAIN: &str = "acme/main";
-
-fn fault(key: &str) -> Evidence {
-    let fault = AccountFault {
-        class: "infrastructure",
-        reason: "connect_failed",
-        detail: "connect_failed: no".to_owned(),
-    };
-    Evidence {
-        account: account(key),
-        fault: Some(fault),
-    }
-}
 
 fn works(key: &str) -> Evidence {
     Evidence {

@@ -4,9 +4,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::world::{World, absorb, account, all, done, in_world_of, job, park, request, settlement, tenant};
+use super::world::{
+    World, absorb, account, all, done, fault, in_world_of, job, park, request, settlement, tenant,
+};
 use crate::db::reading::{analyze, never_analyzed, rows_read};
-use crate::ledger::health::{AccountFault, Evidence};
 use crate::ledger::odd::Decision;
 use crate::ledger::settle::Next;
 use crate::ledger::slots::SlotRequest;
@@ -303,17 +304,5 @@ impl<'a> Calls<'a> {
             .unwrap();
         let body = absorb("acme", &self.name("h"));
         self.of("absorb", ledger.absorb(&[body])).await.unwrap();
-    }
-}
-
-fn fault(key: &str) -> Evidence {
-    let fault = AccountFault {
-        class: "infrastructure",
-        reason: "connect_failed",
-        detail: "no".to_owned(),
-    };
-    Evidence {
-        account: account(key),
-        fault: Some(fault),
     }
 }

@@ -13,6 +13,7 @@ use crate::config;
 use crate::db::{self, Checkout, Database};
 use crate::id::{AccountKey, JobId, TenantId};
 use crate::ledger::admit::{Absorb, AdmitRequest, Admitted, Want};
+use crate::ledger::health::{AccountFault, Evidence};
 use crate::ledger::outbox::ReportNumber;
 use crate::ledger::release::{ReleaseRequest, Released};
 use crate::ledger::settle::{Body, Next, Settled, Settlement};
@@ -373,6 +374,19 @@ pub(super) fn report(row: &Row, kind: ReportType) -> Report {
             metadata: None,
             links: Vec::new(),
         },
+    }
+}
+
+/// The server of this account could not be reached.
+pub(super) fn fault(key: &str) -> Evidence {
+    let fault = AccountFault {
+        class: "infrastructure",
+        reason: "connect_failed",
+        detail: "connect_failed: no".to_owned(),
+    };
+    Evidence {
+        account: account(key),
+        fault: Some(fault),
     }
 }
 
