@@ -245,6 +245,22 @@ async fn of_several_limits_the_narrowest_holds() {
 }
 
 #[tokio::test]
+async fn a_slot_is_good_for_as_long_as_the_shortest_window_allows_in_whatever_order_limits_are_given() {
+    let (minute, day) = ((10, 60 * SECOND, "messages"), (10, 86400 * SECOND, "messages"));
+    for limits in [[minute, day], [day, minute]] {
+        in_world(|world| async move {
+            let epoch = world.epoch().await;
+            world.limit("acme/main", &limits).await;
+            let row = world.go(request(&epoch, "acme", "1")).await;
+            // A 120th of a minute, of which the worker uses half; of a day it would be twelve minutes.
+            let until = row.slot.unwrap().until.unwrap();
+            assert!(until <= Instant::now() + Duration::from_millis(500), "{limits:?}");
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
 async fn what_has_left_the_window_is_subtracted_when_jobs_are_counted_together() {
     in_world(|world| async move {
         let epoch = world.epoch().await;
