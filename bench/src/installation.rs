@@ -24,6 +24,7 @@ pub(crate) const REPORTS_QUEUE: &str = "mail.reports.bridge";
 pub(crate) const TENANTS: usize = 1000;
 /// A limit that never binds, and must be counted all the same.
 const LIMIT: &str = "1000000/1h";
+/// As accounts usually have them; none binds.
 const LIMITS: [&str; 6] = [
     "--limit",
     "1000000/1m",

@@ -51,6 +51,7 @@ impl Bridge {
     /// # Errors
     /// If the database cannot do it now; what went before stays gone.
     pub async fn forget(&self) -> Result<u64, BridgeError> {
+        // The time of the statement, not that of the clock, which no index is used for.
         let sql = self.database.sql(
             "DELETE FROM {s}.webhook_event WHERE id = ANY (ARRAY( \
                SELECT v.id FROM {s}.webhook_event v \
