@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use super::Worker;
-use super::permits::Permit;
+use super::permits::Lent;
 use crate::db::DbError;
 use crate::ledger::release::ReleaseRequest;
 use crate::level::Level;
@@ -16,7 +16,7 @@ use crate::memory::{FACTOR, Share};
 const RELEASE_BYTES: u64 = 8 << 20;
 /// How often the waiting room is looked at.
 const TICK: Duration = Duration::from_millis(200);
-/// From a look that stopped for want of a permit to the next, unless many have become free before.
+/// From a look that stopped for want of permits or memory to the next, unless many permits have become free before.
 const PACE: Duration = Duration::from_millis(20);
 /// Most jobs taken out in one statement.
 const MOST: usize = 128;
@@ -26,7 +26,7 @@ pub async fn run(worker: Arc<Worker>, stop: CancellationToken) {
     let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let (mut room, mut permits) = (worker.load.watch(), worker.permits.watch());
-    // Something is due: worth another look as soon as there is room.
+    // Something is due: worth another look as soon as an account has room for more.
     let mut is_due = false;
     let mut short = Vec::new();
     loop {
@@ -36,9 +36,9 @@ pub async fn run(worker: Arc<Worker>, stop: CancellationToken) {
             _ = ticks.tick() => {}
             () = worker.nudge.notified() => {}
             Ok(()) = room.changed(), if is_due => {}
-            Ok(()) = permits.changed(), if is_due => {}
+            Ok(()) = permits.changed(), if !short.is_empty() => {}
             () = tokio::time::sleep(PACE), if !short.is_empty() => {
-                if short.iter().all(|level| worker.permits.available(*level) == 0) {
+                if !short.iter().any(|level| worker.can_take(*level)) {
                     continue;
                 }
             }
@@ -72,7 +72,7 @@ pub async fn run(worker: Arc<Worker>, stop: CancellationToken) {
 /// What one look found.
 struct Seen {
     is_due: bool,
-    /// Levels that have something due, and no permit.
+    /// Levels that have something due, and neither permit nor memory for it.
     short: Vec<Level>,
     /// Jobs taken out.
     taken: usize,
@@ -106,20 +106,22 @@ impl Worker {
     pub(super) fn releasable_bytes(&self) -> u64 {
         (self.memory.free(Share::Room) / FACTOR).min(RELEASE_BYTES)
     }
+
+    fn can_take(&self, level: Level) -> bool {
+        self.permits.available(level) > 0 && self.releasable_bytes() > 0
+    }
 }
 
-/// How many were taken out; `None`: there is no permit for any.
+/// How many were taken out; `None`: there is neither permit nor memory for any.
 async fn level_turn(worker: &Arc<Worker>, level: Level) -> Result<Option<usize>, DbError> {
     let most_bytes = worker.releasable_bytes();
     if most_bytes == 0 {
-        return Ok(Some(0));
+        return Ok(None);
     }
     // Permits first: what is leased without one would only sit here. Half of those left at a time: an account that is
     // full after this is passed over next time, and must not have taken the permits of all others by then.
     let most = worker.permits.available(level).div_ceil(2).min(MOST);
-    let mut permits: Vec<Permit> = (0..most)
-        .map_while(|_| worker.permits.try_acquire(level))
-        .collect();
+    let mut permits: Vec<Lent> = (0..most).map_while(|_| worker.permits.lend(level)).collect();
     if permits.is_empty() {
         return Ok(None);
     }
@@ -134,7 +136,7 @@ async fn level_turn(worker: &Arc<Worker>, level: Level) -> Result<Option<usize>,
     let released = worker.release(&request).await?;
     let taken = released.len();
     for job in released {
-        let permit = permits.pop();
+        let permit = permits.pop().map(Lent::keep);
         let in_hand = worker.load.enter(&job.row.account, worker.pool_size);
         worker.run_released(job, permit.map(|permit| (permit, in_hand)));
     }

@@ -24,9 +24,17 @@ pub struct Permits {
 struct State {
     reserved: [usize; 4],
     shared: usize,
-    used: [usize; 4],
-    shared_used: usize,
+    used: Used,
+    /// Of these, what is only lent.
+    lent: Used,
     shared_grants: u64,
+}
+
+/// Permits that are not free.
+#[derive(Debug, Default)]
+struct Used {
+    own: [usize; 4],
+    shared: usize,
 }
 
 impl fmt::Debug for Permits {
@@ -34,7 +42,7 @@ impl fmt::Debug for Permits {
         let state = self.lock();
         f.debug_struct("Permits")
             .field("used", &state.used)
-            .field("shared_used", &state.shared_used)
+            .field("lent", &state.lent)
             .finish()
     }
 }
@@ -55,8 +63,8 @@ impl Permits {
         let state = State {
             reserved,
             shared,
-            used: [0; 4],
-            shared_used: 0,
+            used: Used::default(),
+            lent: Used::default(),
             shared_grants: 0,
         };
         Arc::new(Self {
@@ -69,27 +77,26 @@ impl Permits {
 
     /// A permit for this level, if one is free.
     pub fn try_acquire(self: &Arc<Self>, level: Level) -> Option<Permit> {
+        self.lend(level).map(Lent::keep)
+    }
+
+    /// The same for somebody who has yet to look whether there is something to send. Those who wait for permits are not told
+    /// when it comes back unused: otherwise his own looking would be what tells him to look again.
+    pub fn lend(self: &Arc<Self>, level: Level) -> Option<Lent> {
         let mut state = self.lock();
         let i = level.index();
-        let shared = if state.used[i] < state.reserved[i] {
-            state.used[i] += 1;
-            false
-        } else if state.shared_used < state.shared {
-            state.shared_used += 1;
-            state.shared_grants += 1;
-            true
-        } else {
+        let shared = state.used.own[i] >= state.reserved[i];
+        if shared && state.used.shared >= state.shared {
             return None;
-        };
+        }
+        *state.used.of(i, shared) += 1;
+        *state.lent.of(i, shared) += 1;
         drop(state);
-        self.metrics
-            .permits_used
-            .with_label_values(&[level.as_str()])
-            .inc();
-        Some(Permit {
+        Some(Lent {
             permits: Arc::clone(self),
             level,
             shared,
+            is_kept: false,
         })
     }
 
@@ -99,7 +106,7 @@ impl Permits {
         self.lock().available(level.index())
     }
 
-    /// Whether half of what this level can have is free.
+    /// Whether half of what this level can have is free, or only lent.
     #[must_use]
     pub fn has_plenty(&self, level: Level) -> bool {
         self.lock().has_plenty(level.index())
@@ -119,7 +126,7 @@ impl Permits {
     #[must_use]
     pub fn in_use(&self) -> usize {
         let state = self.lock();
-        state.used.iter().sum::<usize>() + state.shared_used
+        state.used.own.iter().sum::<usize>() + state.used.shared
     }
 
     /// Waits until some permit is given back.
@@ -133,14 +140,29 @@ impl Permits {
         self.plenty.subscribe()
     }
 
+    fn keep(&self, level: Level, shared: bool) {
+        let mut state = self.lock();
+        *state.lent.of(level.index(), shared) -= 1;
+        state.shared_grants += u64::from(shared);
+        drop(state);
+        self.metrics
+            .permits_used
+            .with_label_values(&[level.as_str()])
+            .inc();
+    }
+
+    fn take_back(&self, level: Level, shared: bool) {
+        let mut state = self.lock();
+        *state.lent.of(level.index(), shared) -= 1;
+        *state.used.of(level.index(), shared) -= 1;
+        drop(state);
+        self.freed.notify_one();
+    }
+
     fn release(&self, level: Level, shared: bool) {
         let mut state = self.lock();
         let before: [bool; 4] = std::array::from_fn(|i| state.has_plenty(i));
-        if shared {
-            state.shared_used -= 1;
-        } else {
-            state.used[level.index()] -= 1;
-        }
+        *state.used.of(level.index(), shared) -= 1;
         let is_news = (0..4).any(|i| !before[i] && state.has_plenty(i));
         drop(state);
         if is_news {
@@ -159,13 +181,55 @@ impl Permits {
     }
 }
 
+impl Used {
+    fn of(&mut self, i: usize, shared: bool) -> &mut usize {
+        if shared {
+            &mut self.shared
+        } else {
+            &mut self.own[i]
+        }
+    }
+}
+
 impl State {
     fn available(&self, i: usize) -> usize {
-        (self.reserved[i] - self.used[i]) + (self.shared - self.shared_used)
+        (self.reserved[i] - self.used.own[i]) + (self.shared - self.used.shared)
     }
 
     fn has_plenty(&self, i: usize) -> bool {
-        self.available(i) * 2 >= self.reserved[i] + self.shared
+        let free = self.available(i) + self.lent.own[i] + self.lent.shared;
+        free * 2 >= self.reserved[i] + self.shared
+    }
+}
+
+/// A permit that is given back when dropped, unless it is kept.
+#[derive(Debug)]
+pub struct Lent {
+    permits: Arc<Permits>,
+    level: Level,
+    shared: bool,
+    is_kept: bool,
+}
+
+impl Lent {
+    /// There is something to send.
+    #[must_use]
+    pub fn keep(mut self) -> Permit {
+        self.is_kept = true;
+        self.permits.keep(self.level, self.shared);
+        Permit {
+            permits: Arc::clone(&self.permits),
+            level: self.level,
+            shared: self.shared,
+        }
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        if !self.is_kept {
+            self.permits.take_back(self.level, self.shared);
+        }
     }
 }
 
@@ -235,6 +299,44 @@ mod tests {
         }
         // Half of what each level can have, and what of it is its own is free already: 48, 40, 36, 36.
         assert_eq!(at, [8, 12, 14, 18]);
+    }
+
+    #[test]
+    fn who_only_looks_tells_nobody_that_permits_are_free() {
+        let permits = permits(64);
+        let told = permits.watch();
+        let _held: Vec<_> = (0..10).map(|_| permits.try_acquire(Level::Low)).collect();
+        let lent: Vec<_> = std::iter::from_fn(|| permits.lend(Level::Low)).collect();
+        assert_eq!((lent.len(), permits.available(Level::Low)), (26, 0));
+        assert!(permits.has_plenty(Level::Low));
+        drop(lent);
+        assert_eq!(permits.available(Level::Low), 26);
+        assert!(!told.has_changed().unwrap());
+    }
+
+    #[test]
+    fn what_becomes_free_while_somebody_looks_is_told() {
+        let permits = permits(64);
+        let told = permits.watch();
+        let mut held: Vec<_> = (0..19).map(|_| permits.try_acquire(Level::Low)).collect();
+        let lent: Vec<_> = std::iter::from_fn(|| permits.lend(Level::Low)).collect();
+        assert!(!permits.has_plenty(Level::Low));
+        held.pop();
+        assert!(told.has_changed().unwrap());
+        drop(lent);
+    }
+
+    #[test]
+    fn what_was_lent_and_kept_is_a_permit_like_any_other() {
+        let permits = permits(64);
+        let mut told = permits.watch();
+        let kept: Vec<_> = std::iter::from_fn(|| permits.lend(Level::Low).map(Lent::keep)).collect();
+        assert!(!permits.has_plenty(Level::Low));
+        assert_eq!(permits.in_use(), kept.len());
+        drop(kept);
+        assert!(told.has_changed().unwrap());
+        told.mark_unchanged();
+        assert_eq!(permits.in_use(), 0);
     }
 
     #[test]

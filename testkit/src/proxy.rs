@@ -1,8 +1,9 @@
 //! A TCP proxy that breaks the network between two parties as told: delay, stall, reset, cut without a word, heal. It can
-//! speak TLS in front of a server that speaks none, with a certificate authority of its own.
+//! speak TLS in front of a server that speaks none, with a certificate authority of its own; and it counts what clients say.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadHalf, WriteHalf};
@@ -35,11 +36,19 @@ struct State {
     cuts: u64,
 }
 
+/// What clients did so far.
+#[derive(Debug, Default)]
+struct Heard {
+    connections: AtomicU64,
+    pieces: AtomicU64,
+}
+
 /// A running proxy on a port of its own; ends when dropped, with all its connections.
 #[derive(Debug)]
 pub struct Proxy {
     address: SocketAddr,
     ca_pem: String,
+    heard: Arc<Heard>,
     state: watch::Sender<State>,
     task: JoinHandle<()>,
 }
@@ -68,10 +77,18 @@ impl Proxy {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a free port");
         let address = listener.local_addr().expect("it is bound");
         let state = watch::Sender::new(State::default());
-        let task = tokio::spawn(accept(listener, upstream, tls, state.subscribe()));
+        let heard = Arc::new(Heard::default());
+        let network = Network {
+            upstream: upstream.into(),
+            tls,
+            heard: Arc::clone(&heard),
+            state: state.subscribe(),
+        };
+        let task = tokio::spawn(accept(listener, network));
         Self {
             address,
             ca_pem,
+            heard,
             state,
             task,
         }
@@ -93,6 +110,18 @@ impl Proxy {
     #[must_use]
     pub fn ca_pem(&self) -> &str {
         &self.ca_pem
+    }
+
+    /// Connections that clients opened so far.
+    #[must_use]
+    pub fn connections(&self) -> u64 {
+        self.heard.connections.load(Ordering::Relaxed)
+    }
+
+    /// Pieces in which clients sent what they had to say so far: about one for each question to a database.
+    #[must_use]
+    pub fn pieces(&self) -> u64 {
+        self.heard.pieces.load(Ordering::Relaxed)
     }
 
     /// From now on the network is like this.
@@ -120,31 +149,36 @@ impl Drop for Proxy {
     }
 }
 
-async fn accept(
-    listener: TcpListener,
-    upstream: String,
+/// What each connection is given.
+#[derive(Clone)]
+struct Network {
+    upstream: Arc<str>,
     tls: Option<TlsAcceptor>,
+    heard: Arc<Heard>,
     state: watch::Receiver<State>,
-) {
-    let upstream: Arc<str> = upstream.into();
+}
+
+async fn accept(listener: TcpListener, network: Network) {
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
             accepted = listener.accept() => {
                 let Ok((client, _)) = accepted else { continue };
-                connections.spawn(serve(client, Arc::clone(&upstream), tls.clone(), state.clone()));
+                network.heard.connections.fetch_add(1, Ordering::Relaxed);
+                connections.spawn(serve(client, network.clone()));
             }
             Some(_) = connections.join_next() => {}
         }
     }
 }
 
-async fn serve(
-    client: TcpStream,
-    upstream: Arc<str>,
-    tls: Option<TlsAcceptor>,
-    state: watch::Receiver<State>,
-) {
+async fn serve(client: TcpStream, network: Network) {
+    let Network {
+        upstream,
+        tls,
+        heard,
+        state,
+    } = network;
     let _ = client.set_nodelay(true);
     let begun = *state.borrow();
     if begun.weather == Weather::Cut {
@@ -157,12 +191,12 @@ async fn serve(
     if let Some(tls) = tls {
         if let Ok(mut client) = tls.accept(client).await {
             let mut server = server;
-            carry(&mut client, &mut server, begun, state).await;
+            carry(&mut client, &mut server, begun, (heard, state)).await;
         }
         return;
     }
     let (mut client, mut server) = (client, server);
-    match carry(&mut client, &mut server, begun, state).await {
+    match carry(&mut client, &mut server, begun, (heard, state)).await {
         End::Closed => {}
         End::Reset => {
             let _ = client.set_zero_linger();
@@ -179,7 +213,12 @@ enum End {
     Cut,
 }
 
-async fn carry<C, S>(client: &mut C, server: &mut S, begun: State, mut state: watch::Receiver<State>) -> End
+async fn carry<C, S>(
+    client: &mut C,
+    server: &mut S,
+    begun: State,
+    (heard, mut state): (Arc<Heard>, watch::Receiver<State>),
+) -> End
 where
     C: AsyncRead + AsyncWrite + Unpin,
     S: AsyncRead + AsyncWrite + Unpin,
@@ -188,8 +227,10 @@ where
     let (from_server, to_server) = tokio::io::split(server);
     let both = async {
         tokio::join!(
-            pump(from_client, to_server, state.clone()),
-            pump(from_server, to_client, state.clone()),
+            pump(from_client, to_server, state.clone(), || {
+                heard.pieces.fetch_add(1, Ordering::Relaxed);
+            }),
+            pump(from_server, to_client, state.clone(), || {}),
         )
     };
     let mut severing = state.clone();
@@ -210,15 +251,22 @@ where
     }
 }
 
-/// Passes bytes on in one direction until its end.
-async fn pump<R, W>(mut from: ReadHalf<R>, mut to: WriteHalf<W>, mut state: watch::Receiver<State>)
-where
+/// Passes bytes on in one direction until its end, and tells of each piece.
+async fn pump<R, W>(
+    mut from: ReadHalf<R>,
+    mut to: WriteHalf<W>,
+    mut state: watch::Receiver<State>,
+    tell: impl Fn(),
+) where
     R: AsyncRead,
     W: AsyncWrite,
 {
     let mut block = vec![0; 16 << 10];
     loop {
         let read = from.read(&mut block).await.unwrap_or(0);
+        if read > 0 {
+            tell();
+        }
         let weather = state.borrow().weather;
         if let Weather::Delay(delay) = weather {
             tokio::time::sleep(delay).await;

@@ -34,6 +34,7 @@ mod outages;
 mod poison;
 mod producers;
 mod publishing;
+mod quiet;
 mod receivers;
 mod retries;
 mod schedule;

@@ -22,6 +22,7 @@
 mod amqp;
 mod clients;
 mod mail;
+mod network;
 mod private;
 mod process;
 mod reports;
@@ -31,6 +32,7 @@ mod world;
 pub(crate) use amqp::{Amqp, producers_names};
 pub(crate) use clients::{Clients, Program};
 pub(crate) use mail::{header, mail, mails, most_within, taken, times};
+pub(crate) use network::proxied;
 pub(crate) use private::{POSTGRES, Private, RABBITMQ};
 pub(crate) use process::{Finished, Process};
 pub(crate) use reports::{Received, Reports};

@@ -3,22 +3,11 @@
 use std::time::{Duration, Instant};
 
 use postroom::level::Level;
-use postroom_testkit::proxy::{Proxy, Weather};
+use postroom_testkit::proxy::Weather;
 use postroom_testkit::smtp::{Phase, Script};
-use url::Url;
 
 use super::{LEASE, LONG_LEASE, Scene, job, was_killed};
-use crate::support::{eventually, mails, taken};
-
-/// A proxy in front of the server in this URL, and the URL through it.
-async fn proxied(url: &str) -> (Proxy, String) {
-    let mut url: Url = url.parse().unwrap();
-    let port = url.port().unwrap();
-    let proxy = Proxy::start(format!("{}:{port}", url.host_str().unwrap())).await;
-    url.set_host(Some("127.0.0.1")).unwrap();
-    url.set_port(Some(proxy.port())).unwrap();
-    (proxy, url.to_string())
-}
+use crate::support::{eventually, mails, proxied, taken};
 
 /// Waits until every worker has been silent for twice its lease, on the database's clock.
 async fn lease_is_over(scene: &Scene) {
