@@ -5,6 +5,7 @@ use std::borrow::Cow;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use memchr::{memchr_iter, memchr2_iter};
 
 /// Longest line sent as 7bit (RFC 5322 §2.1.1).
 const MAX_LINE: usize = 998;
@@ -39,7 +40,7 @@ impl Encoding {
         let special = text.len() - text.as_bytes().iter().filter(|byte| plain(byte)).count();
         if special * 4 > text.len() {
             Self::Base64
-        } else if special > 0 || text.split("\r\n").any(|line| line.len() > MAX_LINE) {
+        } else if special > 0 || has_long_line(text) {
             Self::QuotedPrintable
         } else {
             Self::SevenBit
@@ -47,26 +48,36 @@ impl Encoding {
     }
 }
 
+/// Whether a line of a text with CRLF line ends is longer than may be sent as it is.
+fn has_long_line(text: &str) -> bool {
+    let mut start = 0;
+    let ends = memchr_iter(b'\n', text.as_bytes());
+    ends.chain([text.len() + 1]).any(|end| {
+        let length = (end - start).saturating_sub(1);
+        start = end + 1;
+        length > MAX_LINE
+    })
+}
+
 /// The text with CRLF line ends, as mail has them; a lone CR or LF ends a line too.
 pub(super) fn with_crlf(text: &str) -> Cow<'_, str> {
     let bytes = text.as_bytes();
-    let lone = |(index, byte): (usize, &u8)| match byte {
-        b'\n' => index == 0 || bytes[index - 1] != b'\r',
-        b'\r' => bytes.get(index + 1) != Some(&b'\n'),
-        _ => false,
+    let is_lone = |at: &usize| match bytes[*at] {
+        b'\n' => *at == 0 || bytes[at - 1] != b'\r',
+        _ => bytes.get(at + 1) != Some(&b'\n'),
     };
-    if !bytes.iter().enumerate().any(lone) {
+    let mut lone = memchr2_iter(b'\r', b'\n', bytes).filter(is_lone).peekable();
+    if lone.peek().is_none() {
         return Cow::Borrowed(text);
     }
     let mut out = String::with_capacity(text.len() + text.len() / 16 + 16);
-    let mut rest = text;
-    while let Some(end) = rest.find(['\r', '\n']) {
-        out.push_str(&rest[..end]);
+    let mut copied = 0;
+    for at in lone {
+        out.push_str(&text[copied..at]);
         out.push_str("\r\n");
-        let width = if rest[end..].starts_with("\r\n") { 2 } else { 1 };
-        rest = &rest[end + width..];
+        copied = at + 1;
     }
-    out.push_str(rest);
+    out.push_str(&text[copied..]);
     Cow::Owned(out)
 }
 
@@ -81,14 +92,22 @@ pub(super) fn write_text(out: &mut String, text: &str, encoding: Encoding) {
 
 /// Base64 in lines of 76 characters; no line end after the last.
 pub(super) fn write_base64(out: &mut String, bytes: &[u8]) {
+    /// Lines encoded at a time: a call for each would cost more than it encodes.
+    const LINES: usize = 32;
     out.reserve(base64_len(bytes.len()));
-    let mut line = [0; ENCODED_LINE];
-    for (index, chunk) in bytes.chunks(ENCODED_LINE / 4 * 3).enumerate() {
-        if index > 0 {
-            out.push_str("\r\n");
+    let mut buffer = [0; LINES * ENCODED_LINE];
+    let mut is_first = true;
+    for chunk in bytes.chunks(LINES * ENCODED_LINE / 4 * 3) {
+        let written = STANDARD.encode_slice(chunk, &mut buffer).unwrap_or(0);
+        let mut rest = std::str::from_utf8(&buffer[..written]).unwrap_or("");
+        while !rest.is_empty() {
+            let (line, behind) = rest.split_at(rest.len().min(ENCODED_LINE));
+            if !std::mem::take(&mut is_first) {
+                out.push_str("\r\n");
+            }
+            out.push_str(line);
+            rest = behind;
         }
-        let written = STANDARD.encode_slice(chunk, &mut line).unwrap_or(0);
-        out.push_str(std::str::from_utf8(&line[..written]).unwrap_or(""));
     }
 }
 
@@ -99,37 +118,58 @@ pub(super) fn base64_len(bytes: usize) -> usize {
 
 fn write_quoted_printable(out: &mut String, text: &str) {
     out.reserve(text.len() + text.len() / 4);
-    for (index, line) in text.split("\r\n").enumerate() {
+    for (index, line) in text.split('\n').enumerate() {
         if index > 0 {
             out.push_str("\r\n");
         }
-        write_quoted_printable_line(out, line.as_bytes());
+        write_quoted_printable_line(out, line.strip_suffix('\r').unwrap_or(line));
     }
 }
 
-fn write_quoted_printable_line(out: &mut String, line: &[u8]) {
+fn write_quoted_printable_line(out: &mut String, line: &str) {
     const HEX: &[u8; 16] = b"0123456789ABCDEF";
-    let mut column = 0;
-    for (index, &byte) in line.iter().enumerate() {
-        let last = index + 1 == line.len();
-        let literal = match byte {
-            b' ' | b'\t' => !last,
-            b'=' => false,
-            _ => byte.is_ascii_graphic(),
-        };
-        let width = if literal { 1 } else { 3 };
+    let (bytes, mut at, mut column) = (line.as_bytes(), 0, 0);
+    while let Some(&byte) = bytes.get(at) {
+        let is_last = at + 1 == bytes.len();
         // A soft line break needs a column itself.
-        if column + width > ENCODED_LINE - usize::from(!last) {
+        let end = ENCODED_LINE - usize::from(!is_last);
+        let run = bytes[at..bytes.len() - 1]
+            .iter()
+            .take(end - column)
+            .take_while(|byte| IS_LITERAL[usize::from(**byte)])
+            .count();
+        let is_literal = IS_LITERAL[usize::from(byte)] && !(is_last && matches!(byte, b' ' | b'\t'));
+        let width = if is_literal { 1 } else { 3 };
+        if run > 0 {
+            // Literals are ASCII: no character is cut.
+            out.push_str(&line[at..at + run]);
+            at += run;
+            column += run;
+        } else if column + width > end {
             out.push_str("=\r\n");
             column = 0;
-        }
-        if literal {
-            out.push(char::from(byte));
         } else {
-            out.push('=');
-            out.push(char::from(HEX[usize::from(byte >> 4)]));
-            out.push(char::from(HEX[usize::from(byte & 15)]));
+            if is_literal {
+                out.push(char::from(byte));
+            } else {
+                out.push('=');
+                out.push(char::from(HEX[usize::from(byte >> 4)]));
+                out.push(char::from(HEX[usize::from(byte & 15)]));
+            }
+            at += 1;
+            column += width;
         }
-        column += width;
     }
 }
+
+/// What quoted-printable leaves as it is, unless it is a blank at the end of a line.
+static IS_LITERAL: [bool; 256] = {
+    let mut table = [false; 256];
+    let mut byte = b' ';
+    while byte <= b'~' {
+        table[byte as usize] = byte != b'=';
+        byte += 1;
+    }
+    table[b'\t' as usize] = true;
+    table
+};

@@ -1,7 +1,5 @@
 //! The files of a job.
 
-use std::borrow::Cow;
-
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
@@ -227,12 +225,12 @@ fn source(
 
 fn content(node: Node<'_>, at: &Pointer<'_>, errors: &mut Errors) -> Option<Bytes> {
     let text = values::string(node, at, errors)?;
+    // Most have no line breaks in them: not looked for before it is known that there is something.
+    if let Ok(bytes) = STANDARD.decode(text.as_bytes()) {
+        return Some(Bytes::from(bytes));
+    }
     let is_blank = |b: &u8| matches!(b, b' ' | b'\t' | b'\r' | b'\n');
-    let packed = if text.as_bytes().iter().any(is_blank) {
-        Cow::Owned(text.bytes().filter(|b| !is_blank(b)).collect())
-    } else {
-        Cow::Borrowed(text.as_bytes())
-    };
+    let packed: Vec<u8> = text.bytes().filter(|b| !is_blank(b)).collect();
     if let Ok(bytes) = STANDARD.decode(&packed) {
         return Some(Bytes::from(bytes));
     }

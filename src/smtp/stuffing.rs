@@ -1,6 +1,8 @@
 //! A mail as it goes over the wire, cut into blocks: after DATA with leading dots doubled and ended by a lone one
 //! (RFC 5321 §4.5.2), or as a chunk whose octets are counted (BDAT, RFC 3030 §2).
 
+use memchr::memchr_iter;
+
 /// Bytes of the mail in one write. Together with the doubled dots and the end, a small mail is one write.
 const BLOCK: usize = 64 << 10;
 
@@ -98,10 +100,8 @@ impl<'a> Blocks<'a> {
 
     fn stuff(&mut self, block: &[u8]) {
         let mut copied = 0;
-        let mut from = 0;
         // Dots are rarer than line ends, and base64 has none.
-        while let Some(found) = block[from..].iter().position(|byte| *byte == b'.') {
-            let dot = from + found;
+        for dot in memchr_iter(b'.', block) {
             let leads = if dot == 0 {
                 self.at_line_start
             } else {
@@ -112,7 +112,6 @@ impl<'a> Blocks<'a> {
                 self.buffer.push(b'.');
                 copied = dot;
             }
-            from = dot + 1;
         }
         self.buffer.extend_from_slice(&block[copied..]);
         if let Some(last) = block.last() {
