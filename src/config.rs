@@ -241,7 +241,7 @@ pub enum UnknownTenant {
 pub struct Webhook {
     /// Time limit of one POST (`POSTROOM_WEBHOOK_TIMEOUT`, default 15 s).
     pub timeout: Duration,
-    /// POSTs in flight (`POSTROOM_WEBHOOK_CONCURRENCY`, default 64).
+    /// POSTs in flight (`POSTROOM_WEBHOOK_CONCURRENCY`, default 256).
     pub concurrency: usize,
     /// POSTs in flight per endpoint (`POSTROOM_WEBHOOK_PER_ENDPOINT`, default 4).
     pub per_endpoint: usize,

@@ -21,6 +21,9 @@ const IDLE: Duration = Duration::from_millis(500);
 /// Waits while the database is away.
 const FIRST_WAIT: Duration = Duration::from_millis(200);
 const LONGEST_WAIT: Duration = Duration::from_secs(15);
+/// How long what has finished waits for more, while most is still in flight: a statement for each would cost more than it
+/// writes.
+const PACE: Duration = Duration::from_millis(5);
 /// How long a delivery waits for a key that this process does not have.
 const NO_KEY_WAIT: f64 = 60.0;
 /// Beyond the time limit of a POST: how long shutdown waits for what is in flight.
@@ -32,6 +35,8 @@ struct Dispatcher<'a> {
     attempt: Arc<Attempt>,
     posts: JoinSet<Settled>,
     finished: Vec<Settled>,
+    /// Until when what has finished waits for more.
+    until: Instant,
     wait: Duration,
 }
 
@@ -48,6 +53,7 @@ impl Bridge {
             }),
             posts: JoinSet::new(),
             finished: Vec::new(),
+            until: Instant::now(),
             wait: FIRST_WAIT,
         };
         while !shutdown.is_cancelled() {
@@ -60,9 +66,7 @@ impl Bridge {
 impl Dispatcher<'_> {
     /// Settles what has finished, leases what there is room for, and waits for something to happen.
     async fn turn(&mut self, shutdown: &CancellationToken) {
-        while let Some(done) = self.posts.try_join_next() {
-            self.keep(done);
-        }
+        self.gather(shutdown).await;
         // In this order: settling makes room, and what cannot be settled must not become more.
         let wait = if self.settle().await && self.start().await {
             self.wait = FIRST_WAIT;
@@ -79,6 +83,21 @@ impl Dispatcher<'_> {
             Some(done) = self.posts.join_next(), if self.finished.is_empty() => self.keep(done),
             () = self.bridge.due.notified(), if room && self.finished.is_empty() => {}
             () = tokio::time::sleep(wait) => {}
+        }
+    }
+
+    /// Collects what has finished, until that is half of all, or something has waited long enough.
+    async fn gather(&mut self, shutdown: &CancellationToken) {
+        while let Some(done) = self.posts.try_join_next() {
+            self.keep(done);
+        }
+        while !self.finished.is_empty() && self.finished.len() < self.posts.len() {
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return,
+                Some(done) = self.posts.join_next() => self.keep(done),
+                () = tokio::time::sleep_until(self.until.into()) => return,
+            }
         }
     }
 
@@ -129,6 +148,9 @@ impl Dispatcher<'_> {
     }
 
     fn keep(&mut self, done: Result<Settled, JoinError>) {
+        if self.finished.is_empty() {
+            self.until = Instant::now() + PACE;
+        }
         match done {
             Ok(settled) => self.finished.push(settled),
             // Its lease runs out, and it is made again.

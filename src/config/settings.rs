@@ -505,7 +505,7 @@ pub const SETTINGS: &[Setting] = &[
     plain(
         "POSTROOM_WEBHOOK_CONCURRENCY",
         "NUMBER",
-        Some("64"),
+        Some("256"),
         &[Webhook],
         "POSTs in flight per bridge.",
     ),
@@ -514,7 +514,7 @@ pub const SETTINGS: &[Setting] = &[
         "NUMBER",
         Some("4"),
         &[Webhook],
-        "POSTs in flight per endpoint and bridge.",
+        "POSTs in flight per endpoint, over all bridges.",
     ),
     plain(
         "POSTROOM_WEBHOOK_DISABLE_AFTER",

@@ -5,10 +5,12 @@ use std::time::Duration;
 
 use postroom::level::Level;
 use postroom_testkit::smtp::SmtpServer;
+use postroom_testkit::webhook::{Reply, WebhookReceiver};
 use serde_json::json;
 
 use crate::sends::account;
-use crate::support::{World, mail};
+use crate::support::{World, mail, proxied};
+use crate::webhooks::{endpoint, reports, wait_for_all};
 
 const JOBS: usize = 400;
 
@@ -102,5 +104,31 @@ async fn the_tenants_of_a_backlog_are_read_many_at_a_time() {
         (2..=TENANTS as i64 / 16).contains(&reads),
         "{reads} statements for {TENANTS} tenants\n{}",
         worker.logs()
+    );
+}
+
+#[tokio::test]
+async fn webhooks_to_many_endpoints_share_their_statements() {
+    const ENDPOINTS: usize = 10;
+    const EACH: usize = 60;
+    let mut world = World::ready().await;
+    let receiver = WebhookReceiver::start().await.unwrap();
+    receiver.always(Reply::Slow(Duration::from_millis(20), 204));
+    for n in 0..ENDPOINTS {
+        endpoint(&world, &format!("tenant-{n}"), &receiver, &[], "").await;
+    }
+    let mut expected = std::collections::BTreeSet::new();
+    for n in 0..ENDPOINTS {
+        expected.extend(reports(world.amqp().await, &world, &format!("tenant-{n}"), "x", EACH).await);
+    }
+    let (database, url) = proxied(world.database_url()).await;
+    world.set("POSTROOM_DATABASE_URL", url);
+    let _bridge = world.start_bridge().await;
+    wait_for_all(&receiver, &expected).await;
+    let (statements, hooks) = (database.pieces(), (ENDPOINTS * EACH) as u64);
+    // One at a time, each would take two: to lease it, and to write what became of it.
+    assert!(
+        3 * statements <= hooks,
+        "{statements} statements for {hooks} webhooks"
     );
 }

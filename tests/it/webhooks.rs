@@ -56,7 +56,13 @@ async fn report(amqp: &Amqp, world: &World, tenant: &str, kind: &str, id: &str) 
 }
 
 /// Publishes `count` reports of a tenant and gives their ids.
-async fn reports(amqp: &Amqp, world: &World, tenant: &str, prefix: &str, count: usize) -> BTreeSet<String> {
+pub(crate) async fn reports(
+    amqp: &Amqp,
+    world: &World,
+    tenant: &str,
+    prefix: &str,
+    count: usize,
+) -> BTreeSet<String> {
     let ids: BTreeSet<String> = (0..count).map(|n| format!("evt_{tenant}_{prefix}{n}")).collect();
     let publishes = ids.iter().map(|id| report(amqp, world, tenant, "mail.sent", id));
     futures_util::future::join_all(publishes).await;
@@ -68,7 +74,7 @@ fn ids(hooks: &[Received]) -> BTreeSet<String> {
 }
 
 /// Waits until all of these have come.
-async fn wait_for_all(receiver: &WebhookReceiver, expected: &BTreeSet<String>) {
+pub(crate) async fn wait_for_all(receiver: &WebhookReceiver, expected: &BTreeSet<String>) {
     eventually(LIMIT, || async {
         ids(&receiver.received()).is_superset(expected)
     })
