@@ -4,12 +4,15 @@
 
 use std::hint::black_box;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use criterion::{Criterion, criterion_group, criterion_main};
 use jiff::Timestamp;
-use postroom::attachment::Prepared;
+use postroom::attachment::{Part, Prepared};
 use postroom::bridge::signature::{self, SigningKey};
 use postroom::compose::{Composition, compose};
 use postroom::config::JobLimits;
+use postroom::job::Source;
 use postroom::job::decode::{Incoming, decode};
 use postroom::report::{RecipientResult, RecipientStatus, Report, ReportData};
 
@@ -19,6 +22,20 @@ fn body() -> Vec<u8> {
         r#"{{"id":"order-4711","tenant":"acme","to":"ann@example.org","subject":"Your order","text":"{text}"}}"#
     )
     .into_bytes()
+}
+
+/// A mail as shops send it: HTML of 30 KB with line feeds and umlauts, and a PDF of 100 KB.
+fn invoice() -> Vec<u8> {
+    let html = "<td style=\"padding: 4px 12px\">Stück: zwölf Gläser. Grüße an alle</td>\n".repeat(440);
+    let pdf: Vec<u8> = (0..100_000_u32)
+        .map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes()[0])
+        .collect();
+    let file = serde_json::json!({"filename": "invoice.pdf", "base64": STANDARD.encode(pdf)});
+    let job = serde_json::json!({
+        "id": "order-4711", "tenant": "acme", "to": "ann@example.org", "subject": "Rechnung", "html": html,
+        "attachments": [file],
+    });
+    job.to_string().into_bytes()
 }
 
 fn incoming(body: &[u8]) -> Incoming<'_> {
@@ -74,15 +91,22 @@ fn report() -> Report {
     }
 }
 
-fn stages(criterion: &mut Criterion) {
-    let (body, limits) = (body(), JobLimits::default());
-    criterion.bench_function("decode a job of 1.5 KB", |bencher| {
-        bencher.iter(|| decode(black_box(&incoming(&body)), &limits).unwrap());
+fn mail(criterion: &mut Criterion, what: &str, body: &[u8]) {
+    let limits = JobLimits::default();
+    criterion.bench_function(&format!("decode {what}"), |bencher| {
+        bencher.iter(|| decode(black_box(&incoming(body)), &limits).unwrap());
     });
-    let job = decode(&incoming(&body), &limits).unwrap();
+    let job = decode(&incoming(body), &limits).unwrap();
     let from = job.to[0].clone();
-    let recipients = [from.address.clone()];
-    let prepared = Prepared::default();
+    let recipients = [job.to[0].address.clone()];
+    let parts = job.attachments.iter().map(|attachment| match &attachment.source {
+        Source::Bytes(bytes) => Part::new(attachment, bytes.clone()),
+        Source::Url(_) => unreachable!("none is elsewhere"),
+    });
+    let prepared = Prepared {
+        parts: parts.collect(),
+        ..Prepared::default()
+    };
     let composition = Composition {
         job: &job,
         from: &from,
@@ -93,9 +117,14 @@ fn stages(criterion: &mut Criterion) {
         date: Timestamp::UNIX_EPOCH,
         prepared: &prepared,
     };
-    criterion.bench_function("compose its mail", |bencher| {
+    criterion.bench_function(&format!("compose {what}"), |bencher| {
         bencher.iter(|| compose(black_box(&composition)).unwrap());
     });
+}
+
+fn stages(criterion: &mut Criterion) {
+    mail(criterion, "a small mail", &body());
+    mail(criterion, "an invoice", &invoice());
     let report = report();
     criterion.bench_function("encode its report", |bencher| {
         bencher.iter(|| serde_json::to_vec(black_box(&report)).unwrap());

@@ -27,6 +27,8 @@ const STOP_LIMIT: Duration = Duration::from_secs(20);
 pub(crate) enum Contestant {
     /// So many worker processes.
     Postroom(usize),
+    /// A bridge that may have so many POSTs in flight per endpoint.
+    Bridge(usize),
     /// lapin, lettre's bare connection on a socket without Nagle's delay, a confirmed report, ack. One thread.
     Plain,
     /// lapin, lettre's pool as released.
@@ -42,6 +44,7 @@ impl Contestant {
         match self {
             Self::Postroom(1) => "postroom".to_owned(),
             Self::Postroom(workers) => format!("postroom ×{workers}"),
+            Self::Bridge(_) => "bridge".to_owned(),
             Self::Plain => "plain composition".to_owned(),
             Self::Pool => "lettre's pool as released".to_owned(),
             Self::Nodemailer => "nodemailer + amqplib".to_owned(),
@@ -77,6 +80,11 @@ impl Contestant {
             Self::Postroom(_) => {
                 let mut command = on.postroom(&["worker"]);
                 command.env("POSTROOM_POOL_SIZE", connections.to_string());
+                command
+            }
+            Self::Bridge(per_endpoint) => {
+                let mut command = on.postroom(&["bridge"]);
+                command.env("POSTROOM_WEBHOOK_PER_ENDPOINT", per_endpoint.to_string());
                 command
             }
             Self::Plain | Self::Pool => {

@@ -110,13 +110,21 @@ impl Installation {
             account.extend(more);
             self.command(&account, if tls { "bench" } else { "" }).await?;
         }
-        // A thousand commands would take a minute.
+        let url = format!("http://127.0.0.1:{}/hook", self.sink.hooks_port);
+        self.command(
+            &["endpoint", "set", "free-0", "--url", &url, "--generate-secret"],
+            "",
+        )
+        .await?;
+        // A thousand commands would take a minute. A secret opens only for the endpoint it was sealed for.
         let rest = format!(
             "SET search_path = postroom;
              INSERT INTO tenant (id) SELECT k || '-' || n FROM generate_series(1, {last}) n, unnest('{{free,limited,many-limits}}'::text[]) k;
              INSERT INTO account (tenant, id, host, port, tls, from_address, limits, is_default)
                  SELECT k || '-' || n, a.id, host, port, tls, from_address, limits, is_default
                  FROM generate_series(1, {last}) n, unnest('{{free,limited,many-limits}}'::text[]) k JOIN account a ON a.tenant = k || '-0';
+             INSERT INTO endpoint (tenant, name, url) SELECT 'free-' || n, 'default', url FROM generate_series(1, {last}) n, endpoint;
+             INSERT INTO endpoint_lane (endpoint) SELECT id FROM endpoint ON CONFLICT DO NOTHING;
              SELECT set_limits_v1(tenant || '/' || id, limits) FROM account WHERE limits <> '[]';",
             last = TENANTS - 1
         );

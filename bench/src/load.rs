@@ -13,6 +13,8 @@ pub(crate) enum Way {
     Parked,
     /// One job at a time, with pauses: how long from publishing to the sink.
     OneByOne,
+    /// Reports instead of jobs, all there before the bridge starts; the rate is that of webhooks.
+    Webhooks,
 }
 
 /// One run, repeated in each round.
@@ -113,6 +115,7 @@ pub(crate) fn all(full: bool) -> Vec<Load> {
             deferred(),
             workers(),
             slow_commits(),
+            webhooks(),
         ]);
         loads.extend(sizes());
     }
@@ -208,8 +211,13 @@ fn limits() -> Load {
 }
 
 fn sizes() -> Vec<Load> {
-    let load = |title, text, count| {
-        let sized = |contestant| entry(contestant, count).jobs(|jobs| jobs.text = text);
+    let load = |title, text, pdf, count| {
+        let sized = |contestant| {
+            entry(contestant, count).jobs(|jobs| {
+                jobs.text = text;
+                jobs.pdf = pdf;
+            })
+        };
         Load {
             letter: 'e',
             title,
@@ -221,8 +229,9 @@ fn sizes() -> Vec<Load> {
         }
     };
     vec![
-        load("mails of 100 KB", 100_000, 2_000),
-        load("mails of 5 MB", 5_000_000, 60),
+        load("invoices: HTML of 30 KB, a PDF of 100 KB", 30_000, 100_000, 2_000),
+        load("mails of 100 KB", 100_000, 0, 2_000),
+        load("mails of 5 MB", 5_000_000, 0, 60),
     ]
 }
 
@@ -311,6 +320,27 @@ fn slow_commits() -> Load {
         entries: vec![
             entry(POSTROOM, 20_000).what("as they are"),
             slow.what("2 ms longer"),
+        ],
+    }
+}
+
+fn webhooks() -> Load {
+    let bridge = |per_endpoint, tenants| {
+        entry(Contestant::Bridge(per_endpoint), 20_000)
+            .way(Way::Webhooks)
+            .jobs(|jobs| jobs.accounts = tenants)
+    };
+    Load {
+        letter: 'm',
+        title: "reports to webhooks",
+        entries: vec![
+            bridge(4, 1000).what("1000 endpoints"),
+            bridge(4, 10).what("10 endpoints"),
+            bridge(4, 1).what("1 endpoint, 4 POSTs at once"),
+            bridge(64, 1).what("1 endpoint, 64 POSTs at once"),
+            bridge(4, 1000)
+                .delayed(20)
+                .what("1000 endpoints, 20 ms per answer"),
         ],
     }
 }

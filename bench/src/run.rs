@@ -106,15 +106,17 @@ async fn measure(on: &mut Installation, entry: &Entry, name: &str) -> Result<Mea
     on.trouble(entry.trouble).await?;
     let tls = entry.jobs.tenants == "tls";
     let start = |on: &Installation| entry.contestant.start(on, entry.connections, tls);
-    let backlog = entry.way != Way::OneByOne;
-    if backlog {
-        on.producer.publish(name, &entry.jobs).await?;
+    match entry.way {
+        Way::Backlog | Way::Parked => on.producer.publish(name, &entry.jobs).await?,
+        Way::Webhooks => on.producer.publish_reports(name, &entry.jobs).await?,
+        Way::OneByOne => {}
     }
     let mut running = start(on)?;
     let measured = match entry.way {
         Way::Backlog => drain(on, entry, &mut running).await,
         Way::Parked => Box::pin(parked(on, entry, &mut running)).await,
         Way::OneByOne => one_by_one(on, entry, name, &mut running).await,
+        Way::Webhooks => Box::pin(between_first_and_last(on, entry, &mut running, 0)).await,
     };
     running.stop().await;
     measured
@@ -142,12 +144,22 @@ impl Used {
 
 /// From the first mail to the last report.
 async fn drain(on: &mut Installation, entry: &Entry, running: &mut Running) -> Result<Measured, Failed> {
+    between_first_and_last(on, entry, running, entry.jobs.count as u64).await
+}
+
+/// From the first mail or webhook to the last, and until there are so many reports.
+async fn between_first_and_last(
+    on: &mut Installation,
+    entry: &Entry,
+    running: &mut Running,
+    reports: u64,
+) -> Result<Measured, Failed> {
     let count = entry.jobs.count as u64;
     let begun = progress(on, running, 1).await?;
     let before = Used::now(on, running);
     let taken = Box::pin(progress(on, running, count)).await?;
     let patience = Instant::now();
-    while on.producer.reports().await? < count {
+    while on.producer.reports().await? < reports {
         if patience.elapsed() > STUCK {
             return Err("reports are missing".into());
         }

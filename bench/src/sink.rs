@@ -1,6 +1,7 @@
-//! An SMTP server that takes everything at as little cost as possible, in a process of its own. It is told over a control
-//! connection what to be, and tells what it took.
+//! An SMTP server that takes everything at as little cost as possible, in a process of its own, and a receiver of webhooks
+//! that does. It is told over a control connection what to be, and tells what it took.
 
+mod hooks;
 mod protocol;
 
 use std::collections::HashSet;
@@ -128,19 +129,21 @@ pub(crate) fn now_us() -> u64 {
     now.map_or(0, |now| now.as_micros() as u64)
 }
 
-/// Serves until it is ended; prints the ports of SMTP, SMTP in TLS, and control.
+/// Serves until it is ended; prints the ports of SMTP, SMTP in TLS, webhooks, and control.
 pub(crate) async fn run(options: Options) -> Result<(), Failed> {
     let local = ("127.0.0.1", 0);
-    let (plain, tls, control) = tokio::try_join!(
+    let (plain, tls, hooks, control) = tokio::try_join!(
+        TcpListener::bind(local),
         TcpListener::bind(local),
         TcpListener::bind(local),
         TcpListener::bind(local)
     )?;
     let acceptor = acceptor(&options)?;
     println!(
-        "{} {} {}",
+        "{} {} {} {}",
         plain.local_addr()?.port(),
         tls.local_addr()?.port(),
+        hooks.local_addr()?.port(),
         control.local_addr()?.port()
     );
     let shared = Arc::new(Shared::default());
@@ -149,6 +152,7 @@ pub(crate) async fn run(options: Options) -> Result<(), Failed> {
         tokio::select! {
             Ok((stream, _)) = plain.accept() => { tokio::spawn(serve(stream, None, shared)); }
             Ok((stream, _)) = tls.accept() => { tokio::spawn(serve(stream, Some(acceptor.clone()), shared)); }
+            Ok((stream, _)) = hooks.accept() => { tokio::spawn(hooks::serve(stream, shared)); }
             Ok((stream, _)) = control.accept() => { tokio::spawn(obey(stream, shared)); }
         }
     }
@@ -223,6 +227,7 @@ pub(crate) struct Sink {
     control: BufStream<TcpStream>,
     pub(crate) port: u16,
     pub(crate) tls_port: u16,
+    pub(crate) hooks_port: u16,
 }
 
 impl Sink {
@@ -245,7 +250,7 @@ impl Sink {
             .split_whitespace()
             .filter_map(|port| port.parse().ok())
             .collect();
-        let [port, tls_port, control] = ports[..] else {
+        let [port, tls_port, hooks_port, control] = ports[..] else {
             return Err(format!("the sink said {line:?}").into());
         };
         let control = TcpStream::connect(("127.0.0.1", control)).await?;
@@ -255,6 +260,7 @@ impl Sink {
             control: BufStream::new(control),
             port,
             tls_port,
+            hooks_port,
         })
     }
 

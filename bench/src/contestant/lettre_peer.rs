@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use futures_util::StreamExt as _;
 use lapin::message::Delivery;
 use lapin::options::{
@@ -10,7 +12,7 @@ use lapin::options::{
 };
 use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, Consumer, PublisherConfirm};
-use lettre::message::Mailbox;
+use lettre::message::{Attachment, Mailbox, MultiPart, SinglePart};
 use lettre::transport::smtp::PoolConfig;
 use lettre::{AsyncSmtpTransport, AsyncTransport as _, Message, Tokio1Executor};
 use serde::{Deserialize, Serialize};
@@ -40,7 +42,16 @@ struct Job<'a> {
     tenant: &'a str,
     to: To,
     subject: &'a str,
-    text: String,
+    text: Option<String>,
+    html: Option<String>,
+    #[serde(default)]
+    attachments: Vec<File<'a>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct File<'a> {
+    filename: &'a str,
+    base64: &'a str,
 }
 
 #[derive(Debug, Deserialize)]
@@ -133,7 +144,17 @@ fn prepare(delivery: &Delivery) -> Result<(Message, (String, Vec<u8>)), Failed> 
     for address in to {
         message = message.to(address.parse()?);
     }
-    let message = message.body(job.text)?;
+    let message = if let Some(html) = job.html {
+        let mut parts = MultiPart::mixed().singlepart(SinglePart::html(html));
+        for file in job.attachments {
+            let content = STANDARD.decode(file.base64)?;
+            let pdf = Attachment::new(file.filename.to_owned()).body(content, "application/pdf".parse()?);
+            parts = parts.singlepart(pdf);
+        }
+        message.multipart(parts)?
+    } else {
+        message.body(job.text.unwrap_or_default())?
+    };
     let id = message
         .headers()
         .get_raw("Message-ID")
