@@ -5,10 +5,13 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 
-use crate::job::MailJob;
+use crate::job::{MailJob, Source};
 use crate::ledger::Row;
 use crate::level::Level;
 use crate::memory::Held;
+
+/// Bytes of all files of a job together that are composed in no time, and smaller than what tenants call large.
+const SMALL_FILES: usize = 1 << 20;
 
 /// A leased job.
 #[derive(Debug)]
@@ -36,10 +39,17 @@ impl Task {
         self.job.expires_at.is_some_and(|at| at <= now)
     }
 
-    /// Whether nothing has to be fetched or uploaded before it can be composed.
+    /// Whether it can be composed at once: nothing has to be fetched, and its files are so small that hardly anybody wants
+    /// them uploaded. A slot taken with its admission is good for long enough then; else it is given back, and another taken.
     #[must_use]
     pub fn is_self_contained(job: &MailJob) -> bool {
-        job.attachments.is_empty()
+        let sizes = job.attachments.iter().map(|file| match &file.source {
+            Source::Bytes(bytes) => Some(bytes.len()),
+            Source::Url(_) => None,
+        });
+        sizes
+            .sum::<Option<usize>>()
+            .is_some_and(|bytes| bytes <= SMALL_FILES)
     }
 }
 

@@ -63,6 +63,37 @@ async fn a_batch_of_jobs_shares_its_statements_and_each_mail_takes_two_round_tri
     );
 }
 
+#[tokio::test]
+async fn an_invoice_takes_its_slot_with_its_admission_and_a_file_from_elsewhere_when_it_is_there() {
+    let world = World::ready().await;
+    let server = SmtpServer::builder().start().await;
+    account(&world, "acme", &server, &["--limit", "1000/1h"]).await;
+    let mut reports = world.reports().await;
+    let files = WebhookReceiver::start().await.unwrap();
+    files.always(Reply::Text(200, "content".to_owned()));
+    let worker = world.start_worker().await;
+    let slots = "postroom_sql_batch_rows_count{statement=\"slots\"}";
+    for (id, file, statements) in [
+        ("with", json!({"filename": "a.pdf", "base64": "JVBERi0="}), 0),
+        (
+            "from",
+            json!({"filename": "a.pdf", "url": files.url("/a.pdf")}),
+            1,
+        ),
+    ] {
+        let mut job = mail("acme", id);
+        job["attachments"] = json!([file]);
+        world.publish(Level::Medium, "acme", &job).await;
+        assert_eq!(
+            reports.final_of(id).await.kind(),
+            "mail.sent",
+            "{}",
+            worker.logs()
+        );
+        assert_eq!(worker.count(slots).await, statements, "{id}");
+    }
+}
+
 /// Puts something in the place of the tenants that counts the statements that read them in a sequence `reads`, and takes a
 /// while for each, as a database elsewhere does.
 const COUNT_READS: &str = "
