@@ -22,12 +22,12 @@ pub async fn run(worker: Arc<Worker>, stop: CancellationToken, end: Cancellation
         beat(Arc::clone(&worker), end),
         every(CENSUS, stop.clone(), || count_waiting(&worker)),
         every(worker.lease / 3, stop.clone(), || take_over(&worker)),
-        every(Duration::from_mins(5), stop.clone(), || forget(&worker)),
+        every(Duration::from_mins(5), stop.clone(), || forget(&worker, &stop)),
         every(HEALTH, stop.clone(), || refresh_health(&worker)),
         every(Duration::from_secs(2), stop.clone(), || reporter::measure(
             &worker
         )),
-        every(Duration::from_mins(1), stop, || find_forgotten(&worker)),
+        every(Duration::from_mins(1), stop.clone(), || find_forgotten(&worker)),
     );
 }
 
@@ -104,12 +104,20 @@ async fn refresh_health(worker: &Arc<Worker>) {
     }
 }
 
-async fn forget(worker: &Arc<Worker>) {
-    if let Err(error) = worker.ledger.forget_health().await {
-        worker.database_trouble("forget", &error);
-    }
-    if let Err(error) = worker.ledger.forget_old(worker.retention).await {
-        worker.database_trouble("forget", &error);
+/// Ends when it is time to end: millions may have become too old at once, and anybody can go on with them. Each statement
+/// is whole or nothing, whether its answer is waited for or not.
+async fn forget(worker: &Arc<Worker>, stop: &CancellationToken) {
+    let forgetting = async {
+        if let Err(error) = worker.ledger.forget_health().await {
+            worker.database_trouble("forget", &error);
+        }
+        if let Err(error) = worker.ledger.forget_old(worker.retention).await {
+            worker.database_trouble("forget", &error);
+        }
+    };
+    tokio::select! {
+        () = stop.cancelled() => {}
+        () = forgetting => {}
     }
 }
 

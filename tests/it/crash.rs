@@ -7,7 +7,7 @@ use postroom::level::Level;
 use postroom_testkit::smtp::{Phase, Script, SmtpServer};
 
 use crate::sends::account;
-use crate::support::{Received, World, mails, taken};
+use crate::support::{Received, World, eventually, mails, taken};
 
 async fn slow_server() -> SmtpServer {
     let script = Script::new().delay(Phase::FinalDot, Duration::from_millis(50));
@@ -102,4 +102,25 @@ async fn a_worker_told_to_end_finishes_what_it_has_begun_and_leaves_the_rest() {
         (JOBS + 60, HashSet::from([&1])),
         "each sent once"
     );
+}
+
+#[tokio::test]
+async fn a_worker_told_to_end_leaves_old_jobs_to_be_forgotten_by_others() {
+    const OLD: i64 = 60_000;
+    let world = World::ready().await;
+    let sql = world.sql().await;
+    let fill = format!(
+        "INSERT INTO job (tenant, id, state, level, account, digest, born, seq, created_at, updated_at, finished_at)
+         SELECT 'acme', 'old' || i, 3, 1, 'acme/main', '', 0, 0, now(), now(), now() - interval '1 year'
+         FROM generate_series(1, {OLD}) i"
+    );
+    sql.batch_execute(&fill).await.unwrap();
+    let left = async || {
+        let count = "SELECT count(*) FROM job";
+        sql.query_one(count, &[]).await.unwrap().get::<_, i64>(0)
+    };
+    let mut worker = world.start_worker().await;
+    eventually(Duration::from_secs(30), || async { left().await < OLD }).await;
+    assert!(worker.term().await.success());
+    assert!(left().await > 0, "it went on until all were forgotten");
 }
