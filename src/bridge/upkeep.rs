@@ -1,6 +1,6 @@
 //! What the bridge does beside: forgets old events, measures its backlog, publishes the reports it owes.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_postgres::types::Type;
@@ -11,6 +11,9 @@ use super::{Bridge, BridgeError, within};
 
 /// How often the backlog is measured and owed reports are looked for.
 const OFTEN: Duration = Duration::from_secs(15);
+/// Between two measurements, by how long the first took: a large backlog takes long to count, and that is not to become
+/// more than a fiftieth of what the database does.
+const REST: u32 = 50;
 /// How often old events are looked for.
 const SELDOM: Duration = Duration::from_mins(5);
 /// Events per deletion: short transactions, which block nobody.
@@ -24,13 +27,19 @@ impl Bridge {
         let (mut often, mut seldom) = (interval(OFTEN), interval(SELDOM));
         often.set_missed_tick_behavior(MissedTickBehavior::Delay);
         seldom.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut measured_until = Instant::now();
         let work = async {
             loop {
                 let (round, done) = tokio::select! {
                     () = self.owed.notified() => ("publish", self.publish_owed(sink).await),
                     _ = often.tick() => ("measure", async {
                         self.publish_owed(sink).await?;
-                        self.measure().await
+                        let begun = Instant::now();
+                        if begun >= measured_until {
+                            self.measure().await?;
+                            measured_until = begun + begun.elapsed() * REST;
+                        }
+                        Ok(())
                     }.await),
                     _ = seldom.tick() => ("forget", self.forget().await.map(|_| ())),
                 };
