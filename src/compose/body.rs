@@ -173,3 +173,100 @@ static IS_LITERAL: [bool; 256] = {
     table[b'\t' as usize] = true;
     table
 };
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Base64 as it should be, by the letter.
+    fn lines_of_76(bytes: &[u8]) -> String {
+        let encoded = STANDARD.encode(bytes);
+        let lines: Vec<&str> = encoded
+            .as_bytes()
+            .chunks(76)
+            .map(|line| std::str::from_utf8(line).unwrap())
+            .collect();
+        lines.join("\r\n")
+    }
+
+    #[test]
+    fn base64_has_lines_of_76_characters_at_any_length() {
+        let bytes: Vec<u8> = (0..6000_u32).map(|n| (n * 31 % 251) as u8).collect();
+        for length in (0..200).chain(1800..1850).chain(3620..3680).chain([5999, 6000]) {
+            let mut out = String::new();
+            write_base64(&mut out, &bytes[..length]);
+            assert_eq!(out, lines_of_76(&bytes[..length]), "{length}");
+            assert!(out.len() <= base64_len(length));
+        }
+    }
+
+    #[test]
+    fn a_line_of_998_bytes_goes_as_it_is_and_one_of_999_does_not() {
+        for before in ["", "a\r\n", "\r\n"] {
+            for after in ["", "\r\n", "\r\nb"] {
+                let text = |length| format!("{before}{}{after}", "x".repeat(length));
+                assert_eq!(
+                    Encoding::of(&text(998)),
+                    Encoding::SevenBit,
+                    "{before:?} {after:?}"
+                );
+                assert_eq!(
+                    Encoding::of(&text(999)),
+                    Encoding::QuotedPrintable,
+                    "{before:?} {after:?}"
+                );
+            }
+        }
+    }
+
+    /// Quoted-printable read as RFC 2045 §6.7 says.
+    fn unquoted(text: &str) -> Vec<u8> {
+        let mut out = Vec::new();
+        for (index, line) in text.split("\r\n").enumerate() {
+            let soft = index > 0
+                && text
+                    .split("\r\n")
+                    .nth(index - 1)
+                    .is_some_and(|line| line.ends_with('='));
+            if index > 0 && !soft {
+                out.extend(b"\r\n");
+            }
+            let mut rest = line.strip_suffix('=').unwrap_or(line).as_bytes();
+            while let [first, behind @ ..] = rest {
+                if *first == b'=' {
+                    let hex = std::str::from_utf8(&behind[..2]).unwrap();
+                    out.push(u8::from_str_radix(hex, 16).unwrap());
+                    rest = &behind[2..];
+                } else {
+                    out.push(*first);
+                    rest = behind;
+                }
+            }
+        }
+        out
+    }
+
+    proptest! {
+        #[test]
+        fn line_ends_become_crlf_and_nothing_else_changes(text in "[ab\u{fc}\r\n]{0,40}") {
+            let plain = text.replace("\r\n", "\n").replace('\r', "\n").replace('\n', "\r\n");
+            prop_assert_eq!(with_crlf(&text), plain);
+        }
+
+        #[test]
+        fn quoted_printable_comes_back_from_lines_of_at_most_76_characters_without_blanks_at_their_ends(
+            text in "([a-c=\u{fc}\u{20ac} \t]{0,90}|\n|x{60,80}| {70,80}){0,8}",
+        ) {
+            let text = with_crlf(&text).into_owned();
+            let mut out = String::new();
+            write_text(&mut out, &text, Encoding::QuotedPrintable);
+            for line in out.split("\r\n") {
+                prop_assert!(line.len() <= ENCODED_LINE && line.is_ascii(), "{}", line);
+                prop_assert!(!line.ends_with([' ', '\t']), "{}", line);
+            }
+            prop_assert_eq!(unquoted(&out), text.as_bytes());
+        }
+    }
+}
