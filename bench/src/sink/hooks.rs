@@ -43,10 +43,10 @@ fn length(input: &[u8]) -> Option<usize> {
         return Some(input.len() + 1);
     };
     let lines = input[..head].split(|byte| *byte == b'\n');
-    let length = lines.filter_map(|line| {
+    let mut lengths = lines.filter_map(|line| {
         let (name, value) = std::str::from_utf8(line).ok()?.split_once(':')?;
         name.eq_ignore_ascii_case("content-length")
             .then(|| value.trim().parse::<usize>().ok())?
     });
-    Some(head + 4 + length.last()?)
+    Some(head + 4 + lengths.next()?)
 }
