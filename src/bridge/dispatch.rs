@@ -68,7 +68,7 @@ impl Dispatcher<'_> {
     async fn turn(&mut self, shutdown: &CancellationToken) {
         self.gather(shutdown).await;
         // In this order: settling makes room, and what cannot be settled must not become more.
-        let wait = if self.settle().await && self.start().await {
+        let wait = if self.settle().await && (shutdown.is_cancelled() || self.start().await) {
             self.wait = FIRST_WAIT;
             IDLE
         } else {
