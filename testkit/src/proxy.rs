@@ -36,19 +36,12 @@ struct State {
     cuts: u64,
 }
 
-/// What clients did so far.
-#[derive(Debug, Default)]
-struct Heard {
-    connections: AtomicU64,
-    pieces: AtomicU64,
-}
-
 /// A running proxy on a port of its own; ends when dropped, with all its connections.
 #[derive(Debug)]
 pub struct Proxy {
     address: SocketAddr,
     ca_pem: String,
-    heard: Arc<Heard>,
+    pieces: Arc<AtomicU64>,
     state: watch::Sender<State>,
     task: JoinHandle<()>,
 }
@@ -77,18 +70,18 @@ impl Proxy {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a free port");
         let address = listener.local_addr().expect("it is bound");
         let state = watch::Sender::new(State::default());
-        let heard = Arc::new(Heard::default());
+        let pieces = Arc::new(AtomicU64::new(0));
         let network = Network {
             upstream: upstream.into(),
             tls,
-            heard: Arc::clone(&heard),
+            pieces: Arc::clone(&pieces),
             state: state.subscribe(),
         };
         let task = tokio::spawn(accept(listener, network));
         Self {
             address,
             ca_pem,
-            heard,
+            pieces,
             state,
             task,
         }
@@ -112,16 +105,10 @@ impl Proxy {
         &self.ca_pem
     }
 
-    /// Connections that clients opened so far.
-    #[must_use]
-    pub fn connections(&self) -> u64 {
-        self.heard.connections.load(Ordering::Relaxed)
-    }
-
     /// Pieces in which clients sent what they had to say so far: about one for each question to a database.
     #[must_use]
     pub fn pieces(&self) -> u64 {
-        self.heard.pieces.load(Ordering::Relaxed)
+        self.pieces.load(Ordering::Relaxed)
     }
 
     /// From now on the network is like this.
@@ -154,7 +141,7 @@ impl Drop for Proxy {
 struct Network {
     upstream: Arc<str>,
     tls: Option<TlsAcceptor>,
-    heard: Arc<Heard>,
+    pieces: Arc<AtomicU64>,
     state: watch::Receiver<State>,
 }
 
@@ -164,7 +151,6 @@ async fn accept(listener: TcpListener, network: Network) {
         tokio::select! {
             accepted = listener.accept() => {
                 let Ok((client, _)) = accepted else { continue };
-                network.heard.connections.fetch_add(1, Ordering::Relaxed);
                 connections.spawn(serve(client, network.clone()));
             }
             Some(_) = connections.join_next() => {}
@@ -176,7 +162,7 @@ async fn serve(client: TcpStream, network: Network) {
     let Network {
         upstream,
         tls,
-        heard,
+        pieces,
         state,
     } = network;
     let _ = client.set_nodelay(true);
@@ -191,12 +177,12 @@ async fn serve(client: TcpStream, network: Network) {
     if let Some(tls) = tls {
         if let Ok(mut client) = tls.accept(client).await {
             let mut server = server;
-            carry(&mut client, &mut server, begun, (heard, state)).await;
+            carry(&mut client, &mut server, begun, (pieces, state)).await;
         }
         return;
     }
     let (mut client, mut server) = (client, server);
-    match carry(&mut client, &mut server, begun, (heard, state)).await {
+    match carry(&mut client, &mut server, begun, (pieces, state)).await {
         End::Closed => {}
         End::Reset => {
             let _ = client.set_zero_linger();
@@ -217,7 +203,7 @@ async fn carry<C, S>(
     client: &mut C,
     server: &mut S,
     begun: State,
-    (heard, mut state): (Arc<Heard>, watch::Receiver<State>),
+    (pieces, mut state): (Arc<AtomicU64>, watch::Receiver<State>),
 ) -> End
 where
     C: AsyncRead + AsyncWrite + Unpin,
@@ -228,7 +214,7 @@ where
     let both = async {
         tokio::join!(
             pump(from_client, to_server, state.clone(), || {
-                heard.pieces.fetch_add(1, Ordering::Relaxed);
+                pieces.fetch_add(1, Ordering::Relaxed);
             }),
             pump(from_server, to_client, state.clone(), || {}),
         )

@@ -155,7 +155,13 @@ async fn reports_whose_receiver_does_not_work_cost_nothing_while_they_wait() {
             .publish_all(Level::Medium, &mails("acme", "job", JOBS))
             .await;
         server.wait_for(JOBS, LIMIT).await;
-        world.wait_depth("mail.reports", 0).await;
+        eventually(LIMIT, || async { receiver.received_count() > 0 }).await;
+        let sql = world.sql().await;
+        eventually(LIMIT, || async {
+            let count = "SELECT count(*) FROM webhook_delivery WHERE state = 'pending'";
+            sql.query_one(count, &[]).await.unwrap().get::<_, i64>(0) == JOBS as i64
+        })
+        .await;
         assert_quiet(&proxy, &[&worker, &bridge]).await;
     }
 }
