@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use crate::sends::account;
-use crate::support::World;
+use crate::support::{World, eventually};
 
 const LIMIT: Duration = Duration::from_secs(30);
 const HTML: &str = "<html><body><p>Anbei</p><img src=\"cid:logo@acme\"></body></html>";
@@ -324,6 +324,33 @@ async fn while_the_object_store_fails_the_mail_waits_and_is_not_sent_with_the_fi
     );
     let mails = server.received();
     assert!(files(&parsed(&mails[1])).is_empty());
+}
+
+#[tokio::test]
+async fn attempts_that_fail_before_the_mail_use_nothing_of_the_limit() {
+    let s3 = S3Server::start("mail").await.unwrap();
+    let server = SmtpServer::builder().start().await;
+    let world = rewriting(&s3, &server).await;
+    account(&world, "acme", &server, &["--limit", "2/1h"]).await;
+    let mut reports = world.reports().await;
+    let worker = world.start_worker().await;
+    s3.fail(true);
+    // Small enough to be admitted with its slot, and yet one that this tenant wants uploaded.
+    let attachments = json!([{"filename": "large.bin", "base64": base64(&bytes(200_000, 9))}]);
+    world
+        .publish(Level::High, "acme", &job("large", &attachments))
+        .await;
+    eventually(Duration::from_secs(30), || async {
+        worker.count("postroom_uploads_total{result=\"failed\"}").await >= 3
+    })
+    .await;
+    s3.fail(false);
+    assert_eq!(reports.final_of("large").await.kind(), "mail.sent");
+    world
+        .publish(Level::High, "acme", &job("plain", &json!([])))
+        .await;
+    assert_eq!(reports.final_of("plain").await.kind(), "mail.sent");
+    assert_eq!(server.received_count(), 2);
 }
 
 #[tokio::test]
