@@ -46,7 +46,7 @@ const SETTLE_PACE: Duration = Duration::from_millis(5);
 
 /// From one statement that strikes published reports off the outbox to the next. Nobody waits for that; what dies in
 /// between publishes its reports once more, under the same ids.
-const CLEAR_PACE: Duration = Duration::from_millis(20);
+const CLEAR_PACE: Duration = Duration::from_millis(100);
 
 impl Batches {
     /// Starts the tasks behind the calls.

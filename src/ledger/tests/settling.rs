@@ -107,6 +107,26 @@ async fn clearing_removes_exactly_the_published_report() {
 }
 
 #[tokio::test]
+async fn nothing_is_committed_without_the_disk_but_what_may_happen_twice() {
+    in_world(|world| async move {
+        let client = world.holding("SELECT {s}.clear_outbox_v1('{}')").await;
+        let setting = "SELECT current_setting('synchronous_commit')";
+        let cleared: String = client.query_one(setting, &[]).await.unwrap().get(0);
+        client.batch_execute("COMMIT").await.unwrap();
+        let after: String = client.query_one(setting, &[]).await.unwrap().get(0);
+        assert_eq!((cleared.as_str(), after.as_str()), ("off", "on"));
+        let hurried: Vec<String> = world
+            .one(
+                "SELECT array_agg(proname::text ORDER BY proname) FROM pg_proc
+                 WHERE pronamespace = '{s}'::regnamespace AND prosrc LIKE '%synchronous_commit%'",
+            )
+            .await;
+        assert_eq!(hurried, ["clear_outbox_v1", "webhook_lease_v1"]);
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn overdue_reports_are_taken_in_their_order_and_rest_for_a_while() {
     in_world(|world| async move {
         let epoch = world.epoch().await;
