@@ -4,7 +4,6 @@
 //! and the composed mail. The weight is held until the job is over, and with it goes the memory.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use prometheus::IntGauge;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -33,7 +32,6 @@ pub struct Memory {
     all: Arc<Semaphore>,
     bulk: Arc<Semaphore>,
     room: Arc<Semaphore>,
-    waiting: AtomicUsize,
     total: u64,
     in_use: IntGauge,
 }
@@ -74,7 +72,6 @@ impl Memory {
             all: semaphore(total),
             bulk: semaphore(part(total)),
             room: semaphore(part(total)),
-            waiting: AtomicUsize::new(0),
             total,
             in_use,
         })
@@ -95,7 +92,6 @@ impl Memory {
     /// Holds bytes as soon as they are free. More than the whole share counts as the whole share.
     pub async fn hold(&self, share: Share, bytes: u64) -> Held {
         let units = self.units(share, bytes);
-        let _waiting = Waiting::new(&self.waiting);
         let part = match self.bound(share) {
             // The semaphores are never closed.
             Some(bound) => Arc::clone(bound).acquire_many_owned(units).await.ok(),
@@ -105,12 +101,10 @@ impl Memory {
         self.holding(part, all, units)
     }
 
-    /// Bytes that this share could hold now; none while somebody waits.
+    /// Bytes that this share could hold now: none while somebody waits for what it would be taken from, who has been given
+    /// already what there was.
     #[must_use]
     pub fn free(&self, share: Share) -> u64 {
-        if self.waiting.load(Ordering::Relaxed) > 0 {
-            return 0;
-        }
         let all = self.all.available_permits();
         let free = self
             .bound(share)
@@ -161,22 +155,6 @@ impl Drop for Held {
     }
 }
 
-/// Counts a waiter, also one that gives up.
-struct Waiting<'a>(&'a AtomicUsize);
-
-impl<'a> Waiting<'a> {
-    fn new(count: &'a AtomicUsize) -> Self {
-        count.fetch_add(1, Ordering::Relaxed);
-        Self(count)
-    }
-}
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 fn part(total: u64) -> u64 {
     total / 8 * 5
 }
@@ -223,10 +201,30 @@ mod tests {
             memory.try_hold(Share::Bulk, UNIT).is_none(),
             "the large one is next"
         );
-        assert_eq!(memory.free(Share::Urgent), 0);
+        assert_eq!(memory.free(Share::Bulk), 0);
         drop(first);
         drop(large.await);
         assert_eq!(memory.free(Share::Bulk), 500 * UNIT);
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_a_share_keeps_nobody_from_the_others() {
+        let memory = memory(800 * UNIT);
+        let bulk = memory.try_hold(Share::Bulk, 300 * UNIT).unwrap();
+        let more = memory.hold(Share::Bulk, 400 * UNIT);
+        tokio::pin!(more);
+        assert!(futures_util::poll!(&mut more).is_pending());
+        let free = [Share::Bulk, Share::Room, Share::Urgent].map(|share| memory.free(share) / UNIT);
+        assert_eq!(free, [0, 500, 500]);
+        let room = memory.try_hold(Share::Room, 500 * UNIT).unwrap();
+        drop(bulk);
+        // Now it waits for what there is in all, and is next.
+        assert!(futures_util::poll!(&mut more).is_pending());
+        assert!(memory.try_hold(Share::Urgent, UNIT).is_none());
+        assert_eq!([memory.free(Share::Room), memory.free(Share::Urgent)], [0, 0]);
+        drop(room);
+        drop(more.await);
+        assert_eq!(memory.free(Share::Urgent), 800 * UNIT);
     }
 
     #[tokio::test]

@@ -1356,7 +1356,7 @@ CREATE FUNCTION release_v1(p_epoch bigint, p_level smallint, p_max integer, p_ma
 RETURNS TABLE (tenant text, id text, level smallint, account text, claim bigint, born bigint, seq bigint,
                attempt integer, created_us bigint, granted integer, valid_us bigint, reason smallint,
                recipients jsonb, message_id text, uncertain integer, body bytea, properties jsonb,
-               crashes integer, deaths integer, ill_us bigint, probe boolean)
+               crashes integer, deaths integer, ill_us bigint, probe boolean, cap integer)
 LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
 SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 DECLARE
@@ -1443,7 +1443,9 @@ BEGIN
                         FROM job y
                         WHERE y.account = u.a AND y.level = u.l AND y.tenant = u.t AND y.state = 2
                           AND y.due_at BETWEEN u.since AND coalesce(u.before, v_now) AND NOT y.cancel
-                        ORDER BY y.due_at LIMIT CASE WHEN u.probe THEN 1 ELSE v_quantum END FOR UPDATE SKIP LOCKED) x
+                        -- No more at a time than there can be connections: the rest would hold permits, and come back.
+                        ORDER BY y.due_at LIMIT CASE WHEN u.probe THEN 1 ELSE least(v_quantum,
+                            (SELECT c.cap FROM connection_cap c WHERE c.account = u.a)) END FOR UPDATE SKIP LOCKED) x
                     WHERE u.what >= 3) w
               WINDOW turns AS (ORDER BY CASE WHEN p_account IS NULL THEN 0 ELSE w.l END, w.place, w.o)) q
         WHERE q.n <= p_max AND (q.before < p_max_bytes);
@@ -1498,7 +1500,8 @@ BEGIN
         SELECT x.tenant, x.id, x.level, x.account, x.claim, x.born, x.seq, x.attempt, micros(x.created_at),
                u.g, u.v, x.reason, x.recipients, x.message_id, x.uncertain, x.body, x.properties,
                x.crashes::integer, x.deaths::integer,
-               CASE WHEN l_ill[u.o] IS NOT NULL THEN greatest(l_ill[u.o] - micros(v_now), 0) END, coalesce(l_probe[u.o], false)
+               CASE WHEN l_ill[u.o] IS NOT NULL THEN greatest(l_ill[u.o] - micros(v_now), 0) END, coalesce(l_probe[u.o], false),
+               (SELECT c.cap FROM connection_cap c WHERE c.account = x.account)
         FROM unnest(j_t, j_id, j_granted, j_valid, j_o) u(t, id, g, v, o) JOIN job x ON x.tenant = u.t AND x.id = u.id
         WHERE u.g > 0;
 END $$;
@@ -1668,6 +1671,23 @@ BEGIN
     PERFORM 1 FROM connection_cap c WHERE c.account = p_account FOR UPDATE;
     UPDATE connection_lease SET held = held - 1 WHERE account = p_account AND epoch = p_epoch AND held > 0;
     DELETE FROM connection_lease WHERE account = p_account AND epoch = p_epoch AND held <= 0;
+END $$;
+
+-- Takes and returns whose answer got lost leave the count wrong: a worker says from time to time what it really has.
+CREATE FUNCTION restate_connections_v1(p_epoch bigint, p_accounts text[], p_held integer[]) RETURNS void
+LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
+BEGIN
+    PERFORM 1 FROM connection_cap c
+        WHERE c.account = ANY (p_accounts || ARRAY(SELECT l.account FROM connection_lease l WHERE l.epoch = p_epoch)::text[])
+        ORDER BY c.account FOR UPDATE;
+    IF (SELECT true FROM worker w WHERE w.epoch = p_epoch AND NOT w.dead) IS NULL THEN
+        RETURN;
+    END IF;
+    DELETE FROM connection_lease l WHERE l.epoch = p_epoch AND l.account <> ALL (p_accounts);
+    INSERT INTO connection_lease AS l (account, epoch, held)
+        SELECT u.a, p_epoch, u.n FROM unnest(p_accounts, p_held) u(a, n) ORDER BY u.a COLLATE "C"
+        ON CONFLICT (account, epoch) DO UPDATE SET held = excluded.held WHERE l.held <> excluded.held;
 END $$;
 
 -- Accounts of which this worker holds connections and others lately asked in vain.

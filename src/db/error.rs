@@ -114,12 +114,14 @@ impl DbError {
         }
     }
 
-    /// Whether a row of the statement is to blame (SQLSTATE classes 22 and 23): a batch is split until the culprit
-    /// stands alone.
+    /// Whether a row of the statement is to blame: its data (SQLSTATE classes 22 and 23), its size (54), or what the server
+    /// did not expect of it (XX000). A batch is split until the culprit stands alone. Anything else, such as a missing
+    /// right or function, would be the same for every row: it waits for whoever can mend it.
     #[must_use]
     pub fn is_row_fault(&self) -> bool {
-        self.code()
-            .is_some_and(|code| matches!(state_class(code), "22" | "23"))
+        self.code().is_some_and(|code| {
+            matches!(state_class(code), "22" | "23" | "54") || *code == SqlState::INTERNAL_ERROR
+        })
     }
 
     /// A label for metrics and logs, from a fixed set.

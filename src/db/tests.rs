@@ -211,6 +211,19 @@ async fn sqlstates_say_who_is_to_blame() {
         ),
         ("DO $$ BEGIN RAISE disk_full; END $$", true, false, "resources"),
         (
+            "DO $$ BEGIN RAISE program_limit_exceeded; END $$",
+            false,
+            true,
+            "resources",
+        ),
+        ("DO $$ BEGIN RAISE internal_error; END $$", false, true, "other"),
+        (
+            "DO $$ BEGIN RAISE insufficient_privilege; END $$",
+            false,
+            false,
+            "schema",
+        ),
+        (
             "DO $$ BEGIN RAISE read_only_sql_transaction; END $$",
             true,
             false,

@@ -182,7 +182,7 @@ async fn settle_all(ledger: &Ledger, mut batch: Vec<Arc<Settlement>>) -> Vec<Ans
                 return answers.into_iter().map(left).collect();
             }
             Ok(answers) => return answers,
-            Err(error) if error.is_retryable() => {
+            Err(error) if !error.is_row_fault() => {
                 trouble(ledger, "settle", &error);
                 tokio::time::sleep(waits.next().unwrap_or(Duration::from_secs(5))).await;
             }
@@ -203,10 +203,14 @@ async fn settle_all(ledger: &Ledger, mut batch: Vec<Arc<Settlement>>) -> Vec<Ans
     }
 }
 
-/// What is left of a settlement that Postgres refuses: the outcome and a report without foreign text.
+/// What is left of a settlement that Postgres refuses: the outcome, who has the mail, and a report without foreign text.
 fn reduce(batch: &mut [Arc<Settlement>]) {
     for settlement in batch.iter_mut().map(Arc::make_mut) {
-        settlement.recipients = None;
+        for recipient in settlement.recipients.iter_mut().flatten() {
+            // Their addresses are the job's. Without them the next attempt would send to everybody again.
+            recipient.text = None;
+            recipient.enhanced_code = None;
+        }
         settlement.error = None;
         settlement.evidence.clear();
         if let Some(report) = &mut settlement.report {

@@ -18,10 +18,33 @@ impl Ledger {
         Ok(row.try_get(0)?)
     }
 
+    /// What this worker really has, if the answers to some of its calls got lost: so many connections of these accounts,
+    /// and none of any other.
+    ///
+    /// # Errors
+    /// If the database cannot be asked.
+    pub async fn restate_connections(
+        &self,
+        epoch: &Epoch,
+        held: &[(AccountKey, u32)],
+    ) -> Result<(), DbError> {
+        let sql = self.db.sql("SELECT {s}.restate_connections_v1($1, $2, $3)");
+        let accounts: Vec<&str> = held.iter().map(|(account, _)| account.as_str()).collect();
+        let counts: Vec<i32> = held
+            .iter()
+            .map(|(_, count)| i32::try_from(*count).unwrap_or(i32::MAX))
+            .collect();
+        let client = self.db.client().await?;
+        client
+            .execute(&sql, &[&epoch.number(), &accounts, &counts])
+            .await?;
+        Ok(())
+    }
+
     /// One connection less.
     ///
     /// # Errors
-    /// If the database cannot be asked; the lease then ends with the worker.
+    /// If the database cannot be asked.
     pub async fn release_connection(&self, epoch: i64, account: &AccountKey) -> Result<(), DbError> {
         let sql = self.db.sql("SELECT {s}.release_connection_v1($1, $2)");
         self.db

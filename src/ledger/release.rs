@@ -37,6 +37,8 @@ pub struct Released {
     pub row: Row,
     /// Its level.
     pub level: Level,
+    /// Connections that its account may have over all workers.
+    pub cap: usize,
     /// Why it waited.
     pub reason: Option<WaitReason>,
     /// Its body, as stored.
@@ -226,6 +228,9 @@ fn read(row: &tokio_postgres::Row, epoch: &Arc<Epoch>, sent: Instant) -> Result<
             slot: Slot::new(row.try_get("granted")?, row.try_get("valid_us")?, sent),
         },
         level: Level::from_index(row.try_get("level")?).unwrap_or(Level::Medium),
+        cap: row
+            .try_get::<_, Option<i32>>("cap")?
+            .map_or(usize::MAX, |cap| cap.unsigned_abs() as usize),
         reason: row
             .try_get::<_, Option<i16>>("reason")?
             .and_then(WaitReason::from_number),

@@ -201,7 +201,7 @@ impl Pipeline {
         attempt.retry = (chosen.via != Via::Override).then_some(chosen.account.retry);
         let message_id = self.message_id(task, chosen, attempt);
         let bound = task.row.slot.is_none_or(|slot| slot.until.is_some());
-        let limited = bound || entries.tenant.tenant.limited || chosen.account.limited;
+        let limited = bound || entries.limit(chosen);
         let mut slot = task.row.slot.filter(|_| chosen.account.key == task.row.account);
         let mut tried = HashSet::new();
         let since = Instant::now();
@@ -237,7 +237,7 @@ impl Pipeline {
                 return Err(Verdict::Expired);
             }
             let begun = Instant::now();
-            let result = self.transact(task, attempt, lease, &email, &open).await;
+            let result = self.transact(task, attempt, lease, &granted, &email, &open).await;
             attempt.smtp = Some(attempt.smtp.unwrap_or_default() + begun.elapsed());
             self.observe("send", begun);
             result?;

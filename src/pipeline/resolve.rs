@@ -6,7 +6,8 @@ use std::time::Duration;
 use super::attempt::Pipeline;
 use super::task::Task;
 use super::{Attempt, Verdict};
-use crate::directory::{Chosen, TenantEntry, Via, overrides, sender};
+use crate::directory::{Chosen, DirectoryError, TenantEntry, Via, overrides, sender};
+use crate::failure::{Class, Failure, Fault, Stage};
 use crate::id::{AccountId, TenantId};
 use crate::job::MailJob;
 use crate::ledger::WaitReason;
@@ -21,12 +22,24 @@ pub struct Entries {
     pub platform: Option<Arc<TenantEntry>>,
 }
 
+impl Entries {
+    /// Whether a send through `chosen` counts against any limit: the tenant's, the account's, or that of the platform, whose
+    /// account it may be.
+    #[must_use]
+    pub fn limit(&self, chosen: &Chosen) -> bool {
+        let platform = self.platform.as_ref().filter(|_| chosen.via == Via::Platform);
+        self.tenant.tenant.limited
+            || chosen.account.limited
+            || platform.is_some_and(|platform| platform.tenant.limited)
+    }
+}
+
 impl Pipeline {
     /// Who sends a job, and from which entries that was chosen. A refusal is never said from memory: tenant or account may
     /// have been set up a moment ago.
     ///
     /// # Errors
-    /// `Failed`: why nobody sends. `GiveBack`: the directory cannot be read.
+    /// `Failed`: why nobody sends. `GiveBack`: the directory does not answer.
     pub async fn resolve(&self, job: &MailJob) -> Result<(Entries, Chosen), Verdict> {
         let resolved = self.look_up(job).await;
         match resolved {
@@ -48,11 +61,21 @@ impl Pipeline {
         Ok((entries, chosen))
     }
 
-    /// The tenant's accounts and the platform's. An unreadable directory is our trouble: the job goes back.
+    /// The tenant's accounts and the platform's. A directory that does not answer is our trouble: the job goes back. A row
+    /// that cannot be read concerns those it is for, until somebody mends it.
     async fn entries(&self, tenant: &TenantId) -> Result<Entries, Verdict> {
-        let unreadable = |error| {
+        let unreadable = |error: DirectoryError| {
             tracing::warn!(%error, "the directory cannot be read");
-            Verdict::GiveBack
+            match error {
+                DirectoryError::Row { .. } => Verdict::Failed(Failure::transient(
+                    Class::Local,
+                    Fault::Us,
+                    Stage::Resolve,
+                    "configuration_unreadable",
+                    "The settings of the tenant or of one of its accounts cannot be read",
+                )),
+                _ => Verdict::GiveBack,
+            }
         };
         let entry = match self.directory.tenant(tenant).await.map_err(unreadable)? {
             Some(entry) => entry,

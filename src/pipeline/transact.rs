@@ -1,5 +1,7 @@
 //! Send: one SMTP transaction, and what its replies say about each recipient.
 
+use std::time::Duration;
+
 use lettre::Address;
 
 use super::attempt::Pipeline;
@@ -9,6 +11,8 @@ use crate::compose::Email;
 use crate::fail_point::{self, Point};
 use crate::failure::{Failure, Severity};
 use crate::job::OnUncertain;
+use crate::ledger::WaitReason;
+use crate::ledger::slots::Slot;
 use crate::report::RecipientStatus;
 use crate::smtp::{self, Envelope, NotAtOnce, Outcome};
 
@@ -20,10 +24,10 @@ impl Pipeline {
         task: &Task,
         attempt: &mut Attempt,
         lease: smtp::Lease,
+        slot: &Slot,
         email: &Email,
         part: &[Address],
     ) -> Result<(), Verdict> {
-        attempt.started = true;
         let envelope = Envelope {
             from: email.envelope_from.clone(),
             to: email.recipients.clone(),
@@ -34,17 +38,23 @@ impl Pipeline {
             eightbit: email.is_8bit,
         };
         let mut lease = lease;
-        if lease.may_deliver_at_once(&envelope, mail) {
+        // The mark of a job to be held is a commit, which may take longer than a slot is good for: MAIL goes before it.
+        let mark_is_late = attempt.on_uncertain == OnUncertain::Hold && slot.until.is_some();
+        if !mark_is_late && lease.may_deliver_at_once(&envelope, mail) {
             // From the first byte on nobody knows: the last look comes before all of it.
             if !self.may_write(task, attempt.on_uncertain).await {
                 return Err(Verdict::GiveBack);
             }
+            attempt.started = true;
             match lease.deliver_at_once(&envelope, mail, &email.message).await {
                 Ok(outcome) => return conclude(attempt, outcome, email, part),
                 Err(NotAtOnce::Failed(error)) => return not_opened(attempt, error, part),
                 Err(NotAtOnce::Fresh(fresh)) => lease = *fresh,
             }
+            // Connecting took its time.
+            in_time(slot)?;
         }
+        attempt.started = true;
         let transaction = match lease.open(&envelope, mail).await {
             Ok(transaction) => transaction,
             Err(error) => return not_opened(attempt, error, part),
@@ -71,6 +81,17 @@ impl Pipeline {
         }
         is_ours
     }
+}
+
+/// A slot counts where it was granted: MAIL must not come much later.
+fn in_time(slot: &Slot) -> Result<(), Verdict> {
+    if slot.is_valid() {
+        return Ok(());
+    }
+    Err(Verdict::Wait {
+        reason: WaitReason::Rate,
+        delay: Duration::ZERO,
+    })
 }
 
 /// No recipient can be sent to: what the server said to each, or why it was not asked.

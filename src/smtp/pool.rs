@@ -348,5 +348,6 @@ async fn sweep(pools: Weak<Pools>, every: Duration) {
         }
         pools.look_after_idle();
         pools.give_up_wanted().await;
+        pools.core.caps.restate().await;
     }
 }

@@ -60,8 +60,12 @@ impl ConnectionCaps for NoCaps {
         Box::pin(async { Ok(true) })
     }
 
-    fn release<'a>(&'a self, _: &'a AccountKey) -> BoxFuture<'a, ()> {
-        Box::pin(async {})
+    fn release<'a>(&'a self, _: &'a AccountKey) -> BoxFuture<'a, Result<(), CapsError>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn restate<'a>(&'a self, _: &'a [(AccountKey, u32)]) -> BoxFuture<'a, Result<(), CapsError>> {
+        Box::pin(async { Ok(()) })
     }
 }
 

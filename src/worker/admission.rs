@@ -50,12 +50,15 @@ pub struct Admission {
     statements: Arc<Semaphore>,
     /// Something urgent lacks a permit.
     lacks_urgent_permits: bool,
-    /// How many of each level have been looked at in vain since something was freed: those behind them are new.
+    /// How many of each level have been looked at in vain since something was freed: those behind them lack a permit, or are
+    /// new.
     passed: [usize; 4],
     /// Levels of which the last look stopped for want of a permit.
     short: [bool; 4],
     /// When these are looked at again, if anything is free then.
     again: Instant,
+    /// The next look goes on behind the first that finds no permit, to what has stood for long behind a busy account.
+    goes_behind: bool,
 }
 
 /// An arrival picked for a batch, with what it needs to run; without a permit it is to be parked.
@@ -82,6 +85,7 @@ impl Admission {
             passed: [0; 4],
             short: [false; 4],
             again: Instant::now(),
+            goes_behind: false,
         }
     }
 
@@ -108,6 +112,7 @@ impl Admission {
                     // With no permit free too: what has stood for long behind a busy account is parked.
                     self.passed = [0; 4];
                     self.short = [false; 4];
+                    self.goes_behind = true;
                 }
             }
             while let Ok(arrival) = arrivals.try_recv() {
@@ -142,7 +147,8 @@ impl Admission {
     }
 
     async fn admit_what_can_run(&mut self) {
-        while !self.worker.reporter.is_full() {
+        // Under a lease that may be taken over, every job would come back from its last look before the mail.
+        while !self.worker.reporter.is_full() && self.worker.epoch().is_fresh() {
             // The batch is picked when it can be sent, so that it is as full as the load makes it.
             let Ok(statement) = Arc::clone(&self.statements).acquire_owned().await else {
                 return;
@@ -162,7 +168,7 @@ impl Admission {
     /// The next batch: levels in the order of the permits, jobs in the order of arrival, passing over those whose
     /// account is busy.
     fn pick(&mut self) -> Vec<Picked> {
-        let mut picking = Picking::new(&self.worker);
+        let mut picking = Picking::new(&self.worker, std::mem::take(&mut self.goes_behind));
         self.lacks_urgent_permits = false;
         for level in self.worker.permits.order() {
             let i = level.index();
@@ -191,6 +197,7 @@ struct Picking<'a> {
     full: HashSet<AccountKey>,
     /// An arrival of the level just looked at found no permit.
     lacks_permits: bool,
+    goes_behind: bool,
 }
 
 /// A job by its name.
@@ -219,8 +226,9 @@ enum Turn {
 }
 
 impl<'a> Picking<'a> {
-    fn new(worker: &'a Worker) -> Self {
+    fn new(worker: &'a Worker, goes_behind: bool) -> Self {
         Self {
+            goes_behind,
             worker,
             now: Instant::now(),
             batch: Vec::new(),
@@ -230,10 +238,11 @@ impl<'a> Picking<'a> {
         }
     }
 
-    /// Looks at a queue from `place` on, and returns up to where nothing more can be had. Stops at the first arrival that
-    /// finds no permit: those behind it are younger, and none of them is to be parked unless it is.
+    /// Looks at a queue from `place` on, and returns up to where nothing more can be had: the first arrival that finds no
+    /// permit has the next one. Those behind it are younger, and none of them is to be parked unless it has stood for long.
     fn pick_from(&mut self, queue: &mut VecDeque<Box<Arrival>>, level: Level, mut place: usize) -> usize {
         self.lacks_permits = false;
+        let mut first_without = None;
         while self.batch.len() < BATCH
             && let Some(arrival) = queue.get(place)
         {
@@ -249,15 +258,16 @@ impl<'a> Picking<'a> {
                 }
                 Turn::NoPermit => {
                     self.lacks_permits = true;
-                    if !self.has_stood_long(arrival) {
-                        return place;
+                    let first = *first_without.get_or_insert(place);
+                    if !self.goes_behind || !self.has_stood_long(arrival) {
+                        return first;
                     }
                     place += 1;
                 }
                 Turn::Later => place += 1,
             }
         }
-        place
+        first_without.unwrap_or(place)
     }
 
     fn turn(&mut self, arrival: &Arrival, level: Level) -> Turn {
@@ -359,7 +369,7 @@ async fn admit(worker: &Arc<Worker>, batch: Vec<Picked>) {
     let answers = loop {
         match worker.ledger.admit(&requests).await {
             Ok(answers) => break answers,
-            Err(error) if error.is_retryable() => {
+            Err(error) if !error.is_row_fault() => {
                 worker.database_trouble("admit", &error);
                 tokio::time::sleep(waits.next().unwrap_or(PARK_AFTER)).await;
             }

@@ -49,7 +49,8 @@ pub async fn run(worker: Arc<Worker>, stop: CancellationToken) {
             if stop.is_cancelled() {
                 return;
             }
-            if worker.reporter.is_full() {
+            // Under a lease that may be taken over, every job would come back from its last look before the mail.
+            if worker.reporter.is_full() || !worker.epoch().is_fresh() {
                 break;
             }
             match turn(&worker).await {
@@ -137,7 +138,7 @@ async fn level_turn(worker: &Arc<Worker>, level: Level) -> Result<Option<usize>,
     let taken = released.len();
     for job in released {
         let permit = permits.pop().map(Lent::keep);
-        let in_hand = worker.load.enter(&job.row.account, worker.pool_size);
+        let in_hand = worker.load.enter(&job.row.account, worker.pool_size.min(job.cap));
         worker.run_released(job, permit.map(|permit| (permit, in_hand)));
     }
     Ok(Some(taken))

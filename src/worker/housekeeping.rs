@@ -9,6 +9,8 @@ use super::{Worker, reporter};
 use crate::fail_point::{self, Point};
 use crate::ledger::lease::Beat;
 
+/// Between two heartbeats of a worker that has been silent for too long.
+const SILENT: Duration = Duration::from_secs(1);
 /// How often the accounts in trouble are read: so old may this worker's view of them be.
 const HEALTH: Duration = Duration::from_secs(1);
 /// How often waiting jobs are counted.
@@ -50,9 +52,15 @@ where
 async fn beat(worker: Arc<Worker>, end: CancellationToken) {
     let period = worker.lease / 6;
     loop {
+        // Nothing is leased until a heartbeat came through again.
+        let pause = if worker.epoch().is_fresh() {
+            period
+        } else {
+            SILENT.min(period)
+        };
         tokio::select! {
             () = end.cancelled() => return,
-            () = tokio::time::sleep(period) => {}
+            () = tokio::time::sleep(pause) => {}
         }
         let epoch = worker.epoch();
         match worker.ledger.heartbeat(&epoch).await {

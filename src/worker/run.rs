@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::admission::Admission;
-use super::arrival::Arrival;
+use super::arrival::{Arrival, Decoded};
 use super::intake::Intake;
 use super::load::Load;
 use super::permits::Permits;
@@ -24,7 +24,7 @@ use crate::directory::Directory;
 use crate::egress::EgressGuard;
 use crate::health;
 use crate::id::AccountKey;
-use crate::ledger::batches::{Batches, pauses};
+use crate::ledger::batches::Batches;
 use crate::ledger::{Epoch, Ledger};
 use crate::level::Level;
 use crate::memory::Memory;
@@ -96,6 +96,10 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError
     let keys = Keys::open(&settings.keys, &database).await?;
     service.follow_keys(keys.clone(), database.clone());
     let (worker, arrivals) = build(settings, &service, keys, database, ready, &supervisor).await?;
+    // Before the first job: by a host's own clock it might seem expired.
+    if let Err(error) = worker.correct_clock().await {
+        worker.database_trouble("clock", &error);
+    }
     let end = CancellationToken::new();
     let parts = Parts {
         worker: Arc::clone(&worker),
@@ -322,11 +326,22 @@ async fn decode(
             }
             decoded.extend(worker.decode(delivery, &ended));
         }
-        worker.know_tenants(&decoded).await;
-        for decoded in decoded {
-            if let Some(arrival) = worker.receive(decoded, level, &ended).await {
-                worker.arrive(arrival).await;
-            }
+        // Without the database this waits; what comes out of it goes back when the worker or the session ends.
+        tokio::select! {
+            biased;
+            () = soft.cancelled() => {}
+            () = ended.cancelled() => {}
+            () = receive_all(&worker, decoded, level, &ended) => {}
+        }
+    }
+}
+
+/// Finds out who is to send each, and hands them to admission.
+async fn receive_all(worker: &Arc<Worker>, decoded: Vec<Decoded>, level: Level, ended: &CancellationToken) {
+    worker.know_tenants(&decoded).await;
+    for decoded in decoded {
+        if let Some(arrival) = worker.receive(decoded, level, ended).await {
+            worker.arrive(arrival).await;
         }
     }
 }
@@ -426,15 +441,21 @@ impl ConnectionCaps for Caps {
         })
     }
 
-    fn release<'a>(&'a self, key: &'a AccountKey) -> BoxFuture<'a, ()> {
+    fn release<'a>(&'a self, key: &'a AccountKey) -> BoxFuture<'a, Result<(), CapsError>> {
         Box::pin(async move {
-            for pause in pauses() {
-                match self.ledger.release_connection(self.epoch().number(), key).await {
-                    Ok(()) => return,
-                    Err(error) => tracing::debug!(%error, "a connection lease is given back later"),
-                }
-                tokio::time::sleep(pause).await;
-            }
+            self.ledger
+                .release_connection(self.epoch().number(), key)
+                .await
+                .map_err(|error| CapsError(error.to_string()))
+        })
+    }
+
+    fn restate<'a>(&'a self, held: &'a [(AccountKey, u32)]) -> BoxFuture<'a, Result<(), CapsError>> {
+        Box::pin(async move {
+            self.ledger
+                .restate_connections(&self.epoch(), held)
+                .await
+                .map_err(|error| CapsError(error.to_string()))
         })
     }
 }

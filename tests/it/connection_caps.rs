@@ -6,7 +6,7 @@ use postroom::level::Level;
 use postroom_testkit::smtp::{Phase, Script, SmtpServer};
 
 use crate::sends::account;
-use crate::support::{World, mails, taken};
+use crate::support::{World, eventually, mails, taken};
 
 const CAP: [&str; 2] = ["--max-connections", "2"];
 
@@ -74,4 +74,39 @@ async fn connections_held_idle_or_busy_by_one_worker_do_not_stop_the_jobs_of_ano
     assert_eq!(server.received_count(), 84);
     assert_eq!(server.counters().max_open, 2);
     world.assert_settled().await;
+}
+
+#[tokio::test]
+async fn jobs_that_wait_for_few_connections_do_not_hold_the_permits_of_others() {
+    const ACCOUNTS: usize = 6;
+    let world = World::ready().await;
+    let script = Script::new().delay(Phase::FinalDot, Duration::from_secs(30));
+    let slow = SmtpServer::builder().script(script).start().await;
+    for n in 0..ACCOUNTS {
+        account(&world, &format!("slow-{n}"), &slow, &CAP).await;
+    }
+    let worker = world.start_worker().await;
+    for n in 0..ACCOUNTS {
+        let jobs = mails(&format!("slow-{n}"), &n.to_string(), 40);
+        world.publish_all(Level::Medium, &jobs).await;
+    }
+    world.wait_depth("mail.jobs.medium", 0).await;
+    let sql = world.sql().await;
+    eventually(Duration::from_secs(30), || async {
+        let waiting = "SELECT count(*) FROM job WHERE state = 2";
+        let waiting: i64 = sql.query_one(waiting, &[]).await.unwrap().get(0);
+        waiting >= 180 && slow.counters().command("DATA") == 2 * ACCOUNTS as u64
+    })
+    .await;
+    let mut most = 0;
+    for _ in 0..30 {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        most = most.max(worker.count("postroom_permits_in_use{level=\"medium\"}").await);
+    }
+    // Two that send, and some that are ready to.
+    assert!(
+        most <= 5 * ACCOUNTS as u64,
+        "{most} permits for {} connections",
+        2 * ACCOUNTS
+    );
 }

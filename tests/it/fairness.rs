@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use postroom::level::Level;
-use postroom_testkit::smtp::{Phase, Script, SmtpServer};
+use postroom_testkit::smtp::{Phase, Received, Script, SmtpServer};
 
 use crate::sends::account;
-use crate::support::{World, eventually, header, mails};
+use crate::support::{World, eventually, header, mail, mails};
 
 /// How many mails a server took before the one with this subject.
 fn place(server: &SmtpServer, subject: &str) -> usize {
@@ -129,4 +129,46 @@ async fn what_stands_behind_a_busy_account_is_parked_although_no_permit_is_free(
     })
     .await;
     assert_eq!(count("state = 1").await, PERMITS as i64, "they are still sending");
+}
+
+#[tokio::test]
+async fn jobs_that_lack_a_permit_go_in_the_order_in_which_they_came() {
+    const COUNT: usize = 300;
+    /// In hand at once: those may go in any order.
+    const IN_HAND: usize = 64;
+    let mut world = World::ready().await;
+    world.set("POSTROOM_CONCURRENCY", "16");
+    // Permits become free one by one, and what is in hand waits for more than a second.
+    let mut servers = Vec::new();
+    for delay in [190, 230, 270, 310, 370] {
+        let script = Script::new().delay(Phase::FinalDot, Duration::from_millis(delay));
+        servers.push(SmtpServer::builder().script(script).start().await);
+    }
+    for (n, server) in servers.iter().enumerate() {
+        account(&world, &format!("t-{n}"), server, &[]).await;
+    }
+    // Each job has an account of its own.
+    let others = "INSERT INTO tenant (id) SELECT 't-' || n FROM generate_series(5, 299) n;
+        INSERT INTO account (tenant, id, host, port, tls, from_address, is_default)
+            SELECT 't-' || n, a.id, host, port, tls, from_address, is_default
+            FROM generate_series(5, 299) n JOIN account a ON a.tenant = 't-' || n % 5";
+    world.sql().await.batch_execute(others).await.unwrap();
+    let jobs: Vec<_> = (0..COUNT)
+        .map(|n| {
+            let tenant = format!("t-{n}");
+            let job = mail(&tenant, &n.to_string());
+            (tenant, job)
+        })
+        .collect();
+    world.publish_all(Level::Medium, &jobs).await;
+    let _worker = world.start_worker().await;
+    let taken = || servers.iter().flat_map(SmtpServer::received).collect::<Vec<_>>();
+    eventually(Duration::from_secs(60), || async { taken().len() == COUNT }).await;
+    let mut mails = taken();
+    mails.sort_by_key(|mail| mail.at);
+    let overtaken_by = |(place, mail): (usize, &Received)| {
+        place.saturating_sub(header(mail, "Subject").parse::<usize>().unwrap())
+    };
+    let most = mails.iter().enumerate().map(overtaken_by).max().unwrap();
+    assert!(most <= IN_HAND, "one was overtaken by {most}");
 }

@@ -20,6 +20,7 @@ mod chaos;
 mod connection_caps;
 mod costs;
 mod crash;
+mod database_trouble;
 mod duplicates;
 mod fairness;
 mod frame;

@@ -241,6 +241,30 @@ async fn the_platform_sends_when_the_login_of_the_account_is_refused() {
 }
 
 #[tokio::test]
+async fn what_the_platform_sends_instead_of_an_account_counts_against_its_limits() {
+    let platform = SmtpServer::builder().start().await;
+    // A login that can never succeed opens no circuit breaker: each mail tries.
+    let own = SmtpServer::builder().start().await;
+    let world = world_with_fallback(&platform, &own).await;
+    account_with_password(&world, "main", &own, "p", "--from acme@example.com").await;
+    set(&world, &["tenant", "set", "-", "--limit", "1/1h"]).await;
+    let mut reports = world.reports().await;
+    let _worker = world.start_worker().await;
+    for n in 0..5 {
+        let job = job(&format!("{n}"), "acme", &json!({}));
+        world.publish(Level::High, "acme", &job).await;
+    }
+    let told = |all: &[Received]| {
+        let told: std::collections::HashSet<_> = all.iter().map(Received::job).collect();
+        told.len() == 5
+    };
+    let all = reports.until(told).await;
+    let kinds = |kind: &str| all.iter().filter(|r| r.kind() == kind).count();
+    assert_eq!((kinds("mail.sent"), kinds("mail.deferred")), (1, 4));
+    assert_eq!(platform.received_count(), 1);
+}
+
+#[tokio::test]
 async fn the_platform_never_sends_after_a_fault_of_the_recipient() {
     let script = Script::new()
         .recipient("gone", RcptRule::refuse("550 5.1.1 No such user"))

@@ -385,6 +385,36 @@ async fn connections_of_all_workers_together_stay_below_the_cap() {
 }
 
 #[tokio::test]
+async fn a_worker_can_say_what_it_really_has_and_moves_nobody_elses_count() {
+    in_world(|world| async move {
+        let (kept, gone) = (account("acme/main"), account("acme/old"));
+        let (mine, other) = (world.epoch().await, world.epoch().await);
+        for key in [&kept, &gone] {
+            for epoch in [&mine, &mine, &other] {
+                assert!(world.ledger.acquire_connection(epoch, key).await.unwrap());
+            }
+        }
+        let news = account("acme/new");
+        let held = [(kept.clone(), 1), (news, 3)];
+        for _ in 0..2 {
+            world.ledger.restate_connections(&mine, &held).await.unwrap();
+            let left: Vec<String> = world
+                .one(
+                    "SELECT array_agg(account || ' ' || held ORDER BY account, epoch)
+                     FROM {s}.connection_lease",
+                )
+                .await;
+            assert_eq!(left, ["acme/main 1", "acme/main 1", "acme/new 3", "acme/old 1"]);
+        }
+        world.ledger.retire(&mine).await.unwrap();
+        world.ledger.restate_connections(&mine, &held).await.unwrap();
+        let left: i64 = world.one("SELECT sum(held) FROM {s}.connection_lease").await;
+        assert_eq!(left, 2, "the dead have nothing");
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn connections_end_with_their_worker_and_are_wanted_back_from_the_living() {
     in_world(|world| async move {
         let key = account("acme/main");

@@ -107,6 +107,31 @@ async fn clearing_removes_exactly_the_published_report() {
 }
 
 #[tokio::test]
+async fn of_a_settlement_that_cannot_be_written_as_it_is_who_has_the_mail_is_kept() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        let row = world.go(request(&epoch, "acme", "1")).await;
+        let mut deferred = park(&row, WaitReason::Retry, Duration::ZERO);
+        let mut accepted = result("ann@example.org", RecipientStatus::Accepted);
+        accepted.text = Some("taken\0".into());
+        let open = result("bob@example.org", RecipientStatus::Deferred);
+        deferred.recipients = Some(vec![accepted, open]);
+        let (_, answer) = Batches::new(&world.ledger).settle(deferred).await;
+        assert_eq!(answer.settled, Settled::Written);
+        let row = world.release(&epoch, Level::Medium, 1).await.remove(0).row;
+        let left: Vec<_> = row.recipients.iter().map(|r| (&*r.address, r.status)).collect();
+        assert_eq!(
+            left,
+            [
+                ("ann@example.org", RecipientStatus::Accepted),
+                ("bob@example.org", RecipientStatus::Deferred)
+            ]
+        );
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn nothing_is_committed_without_the_disk_but_what_may_happen_twice() {
     in_world(|world| async move {
         let client = world.holding("SELECT {s}.clear_outbox_v1('{}')").await;

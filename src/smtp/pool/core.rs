@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 use prometheus::{Histogram, IntCounter, IntGauge};
 use tokio::runtime::Handle;
 use tokio::time::timeout_at;
-use tokio_util::task::TaskTracker;
 
 use crate::config;
 use crate::failure::{Failure, Stage};
@@ -97,11 +96,7 @@ impl Core {
         let phase = |name: &str| metrics.smtp_phase.with_label_values(&[name]);
         Ok(Arc::new(Self {
             tuning,
-            caps: Arc::new(Caps {
-                shared: caps,
-                tasks: TaskTracker::new(),
-                runtime: Handle::current(),
-            }),
+            caps: Arc::new(Caps::new(caps, Handle::current())),
             denied: metrics.smtp_connects.with_label_values(&["denied"]),
             envelope_time: phase("envelope"),
             data_time: phase("data"),

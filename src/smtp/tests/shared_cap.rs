@@ -3,6 +3,7 @@ use std::sync::Mutex;
 use postroom_testkit::smtp::{Action, Phase};
 
 use super::*;
+use crate::smtp::caps::Caps;
 
 /// A cap shared with workers that are not there.
 #[derive(Default)]
@@ -10,6 +11,9 @@ struct Ledger {
     held: Mutex<u32>,
     asked: Mutex<u32>,
     wanted: Mutex<bool>,
+    /// It does not hear of what is given back.
+    silent: Mutex<bool>,
+    restated: Mutex<u32>,
 }
 
 impl Ledger {
@@ -39,8 +43,22 @@ impl ConnectionCaps for Ledger {
         Box::pin(async move { Ok(accounts.into_iter().collect()) })
     }
 
-    fn release<'a>(&'a self, _: &'a AccountKey) -> BoxFuture<'a, ()> {
-        Box::pin(async move { *self.held.lock().unwrap() -= 1 })
+    fn release<'a>(&'a self, _: &'a AccountKey) -> BoxFuture<'a, Result<(), CapsError>> {
+        Box::pin(async move {
+            if *self.silent.lock().unwrap() {
+                return std::future::pending().await;
+            }
+            *self.held.lock().unwrap() -= 1;
+            Ok(())
+        })
+    }
+
+    fn restate<'a>(&'a self, held: &'a [(AccountKey, u32)]) -> BoxFuture<'a, Result<(), CapsError>> {
+        Box::pin(async move {
+            *self.restated.lock().unwrap() += 1;
+            *self.held.lock().unwrap() = held.iter().map(|(_, count)| count).sum();
+            Ok(())
+        })
     }
 }
 
@@ -170,8 +188,11 @@ async fn a_ledger_that_cannot_be_asked_is_our_own_passing_trouble() {
         fn acquire<'a>(&'a self, _: &'a AccountKey, _: u32) -> BoxFuture<'a, Result<bool, CapsError>> {
             Box::pin(async { Err(CapsError("no database".to_owned())) })
         }
-        fn release<'a>(&'a self, _: &'a AccountKey) -> BoxFuture<'a, ()> {
-            Box::pin(async {})
+        fn release<'a>(&'a self, _: &'a AccountKey) -> BoxFuture<'a, Result<(), CapsError>> {
+            Box::pin(async { Err(CapsError("no database".to_owned())) })
+        }
+        fn restate<'a>(&'a self, _: &'a [(AccountKey, u32)]) -> BoxFuture<'a, Result<(), CapsError>> {
+            Box::pin(async { Err(CapsError("no database".to_owned())) })
         }
     }
     let smtp = scripted(Script::new()).await;
@@ -187,4 +208,40 @@ async fn a_ledger_that_cannot_be_asked_is_our_own_passing_trouble() {
         ("connection_cap_unavailable", crate::failure::Fault::Us)
     );
     assert!(failure.is_transient());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_ledger_did_not_hear_of_is_told_until_it_is_true_and_then_no_more() {
+    let ledger = Arc::new(Ledger::default());
+    let caps = Arc::new(Caps::new(
+        Arc::<Ledger>::clone(&ledger),
+        tokio::runtime::Handle::current(),
+    ));
+    let key = AccountKey::from_stored("acme/main");
+    let acquire = async || caps.acquire(&key, 2).await.unwrap();
+    let (first, second) = (acquire().await.unwrap(), acquire().await.unwrap());
+    assert!(acquire().await.is_none());
+    *ledger.silent.lock().unwrap() = true;
+    drop(first);
+    tokio::time::sleep(11 * SECOND).await;
+    assert_eq!(ledger.held(), 2, "one of them is not there any more");
+    *ledger.silent.lock().unwrap() = false;
+    let tell = async || {
+        tokio::time::sleep(16 * SECOND).await;
+        caps.restate().await;
+    };
+    tell().await;
+    assert_eq!(ledger.held(), 1);
+    // A statement given up may still have been running.
+    *ledger.held.lock().unwrap() = 2;
+    tell().await;
+    assert_eq!(ledger.held(), 1);
+    assert!(acquire().await.is_some());
+    drop(second);
+    for _ in 0..10 {
+        tell().await;
+    }
+    let told = *ledger.restated.lock().unwrap();
+    tell().await;
+    assert_eq!((ledger.held(), *ledger.restated.lock().unwrap()), (0, told));
 }
