@@ -118,6 +118,7 @@ fn bodies<'a>(composition: &Composition<'a>) -> (Option<Cow<'a, str>>, Option<Co
 
 fn write_header(composition: &Composition<'_>, out: &mut String) -> Result<(), Failure> {
     let job = composition.job;
+    // First: a server that does not know BDAT may read this one field as a command, see `smtp::probe`.
     header::verbatim(out, "Date", &date(composition.date));
     header::mailboxes(out, "From", std::slice::from_ref(composition.from))?;
     header::mailboxes(out, "Reply-To", composition.reply_to.unwrap_or(&job.reply_to))?;

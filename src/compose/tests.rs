@@ -241,6 +241,21 @@ fn bcc_is_in_the_envelope_alone() {
     parsed(&email);
 }
 
+/// A server that offers CHUNKING and does not know BDAT reads the first line as a command: it must be one that nobody
+/// outside has a say in.
+#[test]
+fn a_mail_begins_with_its_date_on_one_short_line() {
+    let from = "Date: ".repeat(60);
+    let job = MailJob {
+        from: Some(mailbox(Some(&from), "info@acme.example")),
+        headers: vec![("X-Date".to_owned(), "x".to_owned())],
+        ..job()
+    };
+    let email = composed(&job);
+    let first = text(&email).split_inclusive("\r\n").next().unwrap();
+    assert_eq!(first, "Date: Mon, 2 Nov 2026 08:09:10 +0000\r\n");
+}
+
 #[test]
 fn a_job_cannot_set_a_field_that_postroom_writes() {
     for name in [

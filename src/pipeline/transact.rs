@@ -45,7 +45,7 @@ impl Pipeline {
                 Err(NotAtOnce::Fresh(fresh)) => lease = *fresh,
             }
         }
-        let transaction = match lease.open(&envelope, mail).await {
+        let transaction = match lease.open(&envelope, mail, &email.message).await {
             Ok(transaction) => transaction,
             Err(error) => return not_opened(attempt, error, part),
         };

@@ -159,17 +159,17 @@ impl Pools {
         };
         let idle = timeout_at(deadline.into(), self.idle(&pool, submission.version)).await;
         let (idle, spare) = idle.unwrap_or_default();
-        let home = Home {
+        let home = Home::Pool {
             place,
             submission: Arc::clone(submission),
         };
         if let Some(entry) = idle {
-            return Ok(Lease::new(Arc::clone(&self.core), entry, Some(home), true, begun));
+            return Ok(Lease::new(Arc::clone(&self.core), entry, home, true, begun));
         }
         let cap = match self.cap(submission, spare).await {
             // Quicker than the waiting room, if it comes back soon.
             Err(CheckoutError::Busy) => match self.own(&pool, submission.version).await {
-                Some(entry) => return Ok(Lease::new(Arc::clone(&self.core), entry, Some(home), true, begun)),
+                Some(entry) => return Ok(Lease::new(Arc::clone(&self.core), entry, home, true, begun)),
                 None => return Err(self.denied(&pool)),
             },
             cap => cap?,
@@ -177,13 +177,7 @@ impl Pools {
         let connected = self.core.connect(&submission.server, deadline).await;
         let connection = connected.map_err(CheckoutError::Failed)?;
         let entry = self.core.entry(connection, submission.version, cap);
-        Ok(Lease::new(
-            Arc::clone(&self.core),
-            entry,
-            Some(home),
-            false,
-            begun,
-        ))
+        Ok(Lease::new(Arc::clone(&self.core), entry, home, false, begun))
     }
 
     /// A connection for one mail, outside all pools.
@@ -195,7 +189,8 @@ impl Pools {
         let deadline = begun + self.core.config.timeouts.attempt;
         let connection = self.core.connect(server, deadline).await?;
         let entry = self.core.entry(connection, 0, None);
-        Ok(Lease::new(Arc::clone(&self.core), entry, None, false, begun))
+        let home = Home::Outside(Box::new(server.clone()));
+        Ok(Lease::new(Arc::clone(&self.core), entry, home, false, begun))
     }
 
     /// Time limit for everything of a transaction up to the last byte of the mail.
