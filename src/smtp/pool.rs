@@ -20,8 +20,8 @@ use super::caps::{CapLease, ConnectionCaps};
 use super::server::{Resolver, Server, Submission};
 use super::tls::TlsSetupError;
 
-use account::AccountPool;
 pub use account::Capacity;
+use account::{AccountPool, Bound};
 use core::{Core, Entry};
 use lease::Home;
 pub use lease::{Lease, NotAtOnce};
@@ -122,7 +122,7 @@ impl Pools {
             Some(pool) => pool.capacity(),
             None => Capacity {
                 idle: 0,
-                openable: self.bound(max_connections),
+                openable: self.bound(max_connections).places,
             },
         }
     }
@@ -276,7 +276,7 @@ impl Pools {
         self.lock().get(key).cloned()
     }
 
-    /// The account's pool, brought to the version of the submission if that is newer.
+    /// The account's pool, brought to the version of the submission if that is newer, and to its bound.
     fn account(&self, submission: &Submission) -> Arc<AccountPool> {
         let bound = self.bound(submission.max_connections);
         let pool = {
@@ -295,9 +295,12 @@ impl Pools {
         pool
     }
 
-    fn bound(&self, max_connections: Option<u32>) -> usize {
+    fn bound(&self, max_connections: Option<u32>) -> Bound {
         let own = self.core.config.pool_size.max(1);
-        max_connections.map_or(own, |most| own.min(most.max(1) as usize))
+        Bound {
+            places: max_connections.map_or(own, |most| own.min(most.max(1) as usize)),
+            is_shared: max_connections.is_some(),
+        }
     }
 
     /// Closes idle connections that count against a cap and that other workers want. Asks nobody when there are none.

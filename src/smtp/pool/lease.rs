@@ -271,8 +271,8 @@ impl Drop for Lease {
         entry.connection.take_time();
         entry.rest();
         let pool = Arc::clone(place.pool());
-        if let Some(outdated) = pool.put_back(entry) {
-            self.core.retire(outdated, Some(place));
+        if let Some((outdated, place)) = pool.put_back(entry, place) {
+            self.core.retire(outdated, place);
         }
     }
 }
