@@ -12,6 +12,7 @@ use url::Url;
 use crate::address::{Address, Mailbox};
 use crate::attachment::{Prepared, rewrite};
 use crate::failure::{Class, Failure, Fault, Stage};
+use crate::job::bounds::MAX_LIST_URL;
 use crate::job::{ListUnsubscribe, MailJob};
 
 mod body;
@@ -118,6 +119,7 @@ fn bodies<'a>(composition: &Composition<'a>) -> (Option<Cow<'a, str>>, Option<Co
 
 fn write_header(composition: &Composition<'_>, out: &mut String) -> Result<(), Failure> {
     let job = composition.job;
+    // First: a server that does not know BDAT may read this one field as a command, see `smtp::probe`.
     header::verbatim(out, "Date", &date(composition.date));
     header::mailboxes(out, "From", std::slice::from_ref(composition.from))?;
     header::mailboxes(out, "Reply-To", composition.reply_to.unwrap_or(&job.reply_to))?;
@@ -131,13 +133,13 @@ fn write_header(composition: &Composition<'_>, out: &mut String) -> Result<(), F
     }
     header::verbatim(out, "Message-ID", composition.message_id);
     for (name, value) in &job.headers {
-        if !header::may_be_given(name) {
+        if !header::may_be_given(name, job.list_unsubscribe.is_some()) {
             return Err(refused(
                 "header_forbidden",
                 "a header field of the job is malformed or may not be set",
             ));
         }
-        header::unstructured(out, name, value);
+        header::given(out, name, value);
     }
     if let Some(unsubscribe) = &job.list_unsubscribe {
         write_unsubscribe(unsubscribe, out)?;
@@ -152,23 +154,19 @@ fn write_unsubscribe(unsubscribe: &ListUnsubscribe, out: &mut String) -> Result<
     let mut ways = Vec::with_capacity(2);
     let mut one_click = false;
     if let Some(text) = &unsubscribe.url {
-        let url = Url::parse(text)
+        let (is_https, way) = Url::parse(text)
             .ok()
-            .filter(|url| matches!(url.scheme(), "http" | "https") && url.as_str().len() <= header::MAX_WORD)
+            .filter(|url| matches!(url.scheme(), "http" | "https"))
+            .map(|url| (url.scheme() == "https", ListUnsubscribe::way(url.as_str())))
+            .filter(|(_, way)| way.len() <= MAX_LIST_URL)
             .ok_or_else(|| {
                 refused(
                     "invalid_unsubscribe",
                     "list_unsubscribe.url is not a usable web address",
                 )
             })?;
-        one_click = url.scheme() == "https";
-        // A comma separates ways, and angle brackets end one.
-        let url = url
-            .as_str()
-            .replace(',', "%2C")
-            .replace('<', "%3C")
-            .replace('>', "%3E");
-        ways.push(format!("<{url}>"));
+        one_click = is_https;
+        ways.push(format!("<{way}>"));
     }
     if let Some(address) = &unsubscribe.mailto {
         let address = header::wire_address(address)?;

@@ -103,6 +103,13 @@ pub struct ListUnsubscribe {
     pub mailto: Option<Address>,
 }
 
+impl ListUnsubscribe {
+    /// A URL as it is written into the header: a comma separates ways, and angle brackets end one.
+    pub(crate) fn way(url: &str) -> String {
+        url.replace(',', "%2C").replace('<', "%3C").replace('>', "%3E")
+    }
+}
+
 /// One file of a job.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Attachment {

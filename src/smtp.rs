@@ -24,6 +24,7 @@ mod extensions;
 mod flight;
 mod open;
 mod pool;
+mod probe;
 mod reply;
 mod server;
 mod stuffing;

@@ -29,14 +29,13 @@ pub(super) const ATTRIBUTE: &AsciiSet = &NON_ALPHANUMERIC
     .remove(b'_')
     .remove(b'~');
 
-/// Fields that [`super::compose`] writes itself, and those that would tell who else got the mail.
+/// Fields that [`super::compose`] writes itself, and those that would tell who else got the mail. A job may give
+/// List-Unsubscribe (RFC 2369) itself, but not beside its own way of saying the same.
 const RESERVED: &[&str] = &[
     "bcc",
     "cc",
     "date",
     "from",
-    "list-unsubscribe",
-    "list-unsubscribe-post",
     "message-id",
     "mime-version",
     "reply-to",
@@ -47,18 +46,19 @@ const RESERVED: &[&str] = &[
     "x-postroom-id",
 ];
 
+/// Fields that are written for `list_unsubscribe`.
+const UNSUBSCRIBE: &[&str] = &["list-unsubscribe", "list-unsubscribe-post"];
+
 /// Whether a job may set this field (a second line of defence: jobs are checked when they are read).
-pub(super) fn may_be_given(name: &str) -> bool {
+pub(super) fn may_be_given(name: &str, has_list_unsubscribe: bool) -> bool {
     let well_formed = (1..=MAX_NAME).contains(&name.len())
         && name.bytes().all(|byte| byte.is_ascii_graphic() && byte != b':');
     let content = name
         .get(..8)
         .is_some_and(|start| start.eq_ignore_ascii_case("content-"));
-    well_formed
-        && !content
-        && !RESERVED
-            .iter()
-            .any(|reserved| name.eq_ignore_ascii_case(reserved))
+    let is_among = |names: &[&str]| names.iter().any(|other| name.eq_ignore_ascii_case(other));
+    let is_ours = content || is_among(RESERVED) || (has_list_unsubscribe && is_among(UNSUBSCRIBE));
+    well_formed && !is_ours
 }
 
 /// A field whose value is known to be short, ASCII and free of foreign bytes.
@@ -82,6 +82,74 @@ pub(super) fn unstructured(out: &mut String, name: &str, value: &str) {
         write_encoded_words(out, column, value);
     }
     out.push_str("\r\n");
+}
+
+/// A field that a job gives. What stands in angle brackets, such as an address or a URL, is read by machines: it stays as
+/// it is, and only the text around it becomes encoded words (RFC 2047 §5).
+pub(super) fn given(out: &mut String, name: &str, value: &str) {
+    let cleaned = clean(value);
+    let pieces = if is_plain(cleaned.trim()) {
+        None
+    } else {
+        bracketed(cleaned.trim())
+    };
+    let Some(pieces) = pieces else {
+        unstructured(out, name, value);
+        return;
+    };
+    out.push_str(name);
+    out.push(':');
+    let mut column = name.len() + 1;
+    for (text, brackets) in pieces {
+        column = write_text(out, column, text);
+        if !brackets.is_empty() {
+            column = write_token(out, column, brackets);
+        }
+    }
+    out.push_str("\r\n");
+}
+
+/// The value cut into pieces of text, each with the `<…>` behind it, the last without. `None` if there is nothing in angle
+/// brackets, or something that cannot be left as it is.
+fn bracketed(value: &str) -> Option<Vec<(&str, &str)>> {
+    let mut pieces = Vec::new();
+    let mut rest = value;
+    while let Some(start) = rest.find('<') {
+        let end = start + rest[start..].find('>')? + 1;
+        let brackets = &rest[start..end];
+        let is_token = brackets.bytes().all(|byte| byte.is_ascii_graphic());
+        if !is_token || !is_plain(brackets) || brackets[1..].contains('<') {
+            return None;
+        }
+        pieces.push((&rest[..start], brackets));
+        rest = &rest[end..];
+    }
+    if pieces.is_empty() {
+        return None;
+    }
+    pieces.push((rest, ""));
+    Some(pieces)
+}
+
+/// Text beside something in angle brackets: what separates it from the one before, then words, or a name.
+fn write_text(out: &mut String, mut column: usize, text: &str) -> usize {
+    let text = text.trim_matches(' ');
+    let separator = text.chars().next().filter(|first| matches!(first, ',' | ';'));
+    if let Some(separator) = separator {
+        out.push(separator);
+        column += 1;
+    }
+    let name = text[usize::from(separator.is_some())..].trim_matches(' ');
+    if name.is_empty() {
+        return column;
+    }
+    if is_plain(name) {
+        return words(name).fold(column, |column, word| write_token(out, column, word.trim_start()));
+    }
+    // Encoded words are none within quotes, and do not need them.
+    let unquoted = name.strip_prefix('"').and_then(|name| name.strip_suffix('"'));
+    let unquoted = unquoted.filter(|name| !name.contains(['"', '\\']));
+    write_encoded_words(out, column, unquoted.unwrap_or(name))
 }
 
 /// A field of addresses; nothing if there are none.

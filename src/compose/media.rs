@@ -1,10 +1,9 @@
 //! Media types of files.
 
+use crate::job::bounds::MAX_CONTENT_TYPE;
+
 /// The type of bytes of which nothing is known (RFC 2046 §4.5.1).
 pub const BYTES: &str = "application/octet-stream";
-
-/// Longest declared type that is believed.
-const MAX_LEN: usize = 200;
 
 const BY_EXTENSION: &[(&str, &str)] = &[
     ("7z", "application/x-7z-compressed"),
@@ -96,7 +95,7 @@ fn is_media_type(text: &str) -> bool {
                     || matches!(b, b'!' | b'#' | b'$' | b'&' | b'-' | b'^' | b'_' | b'.' | b'+')
             })
     };
-    text.len() <= MAX_LEN
+    text.len() <= MAX_CONTENT_TYPE
         && essence
             .trim_end()
             .split_once('/')

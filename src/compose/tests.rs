@@ -241,6 +241,21 @@ fn bcc_is_in_the_envelope_alone() {
     parsed(&email);
 }
 
+/// A server that offers CHUNKING and does not know BDAT reads the first line as a command: it must be one that nobody
+/// outside has a say in.
+#[test]
+fn a_mail_begins_with_its_date_on_one_short_line() {
+    let from = "Date: ".repeat(60);
+    let job = MailJob {
+        from: Some(mailbox(Some(&from), "info@acme.example")),
+        headers: vec![("X-Date".to_owned(), "x".to_owned())],
+        ..job()
+    };
+    let email = composed(&job);
+    let first = text(&email).split_inclusive("\r\n").next().unwrap();
+    assert_eq!(first, "Date: Mon, 2 Nov 2026 08:09:10 +0000\r\n");
+}
+
 #[test]
 fn a_job_cannot_set_a_field_that_postroom_writes() {
     for name in [
@@ -262,6 +277,66 @@ fn a_job_cannot_set_a_field_that_postroom_writes() {
         };
         let failure = try_compose(&job, &Prepared::default()).unwrap_err();
         assert_eq!(failure.reason, "header_forbidden", "{name}");
+    }
+}
+
+#[test]
+fn a_job_may_say_itself_how_to_unsubscribe_but_not_beside_list_unsubscribe() {
+    let url = format!("<https://u.example/{}>", "x".repeat(800));
+    let given = MailJob {
+        headers: vec![
+            ("List-Unsubscribe".to_owned(), url.clone()),
+            (
+                "List-Unsubscribe-Post".to_owned(),
+                "List-Unsubscribe=One-Click".to_owned(),
+            ),
+        ],
+        ..job()
+    };
+    let email = composed(&given);
+    let fields = format!("List-Unsubscribe: {url}\r\nList-Unsubscribe-Post: List-Unsubscribe=One-Click\r\n");
+    assert!(text(&email).contains(&fields), "{}", text(&email));
+    let twice = MailJob {
+        list_unsubscribe: Some(ListUnsubscribe {
+            url: None,
+            mailto: Some(address("off@u.example")),
+        }),
+        ..given
+    };
+    let failure = try_compose(&twice, &Prepared::default()).unwrap_err();
+    assert_eq!(failure.reason, "header_forbidden");
+}
+
+#[test]
+fn an_address_in_a_given_field_stays_readable_for_machines_whatever_its_name() {
+    for (value, written) in [
+        ("Jürgen <j@x.example>", "=?utf-8?b?SsO8cmdlbg==?= <j@x.example>"),
+        (
+            "\"Jürgen\" <j@x.example>",
+            "=?utf-8?b?SsO8cmdlbg==?= <j@x.example>",
+        ),
+        ("Jürgen<j@x.example>", "=?utf-8?b?SsO8cmdlbg==?= <j@x.example>"),
+        (
+            "Ann B <a@x.example>, Jürgen <j@x.example>,<k@x.example>",
+            "Ann B <a@x.example>, =?utf-8?b?SsO8cmdlbg==?= <j@x.example>, <k@x.example>",
+        ),
+        ("<l.x.example> ü", "<l.x.example> =?utf-8?b?w7w=?="),
+        ("=?x?= <l.x.example>", "=?utf-8?b?PT94Pz0=?= <l.x.example>"),
+        // Nothing that a machine could read.
+        ("1 < 2 > ü", "=?utf-8?b?MSA8IDIgPiDDvA==?="),
+        ("<ü@x.example>", "=?utf-8?b?PMO8QHguZXhhbXBsZT4=?="),
+        ("ü <a", "=?utf-8?b?w7wgPGE=?="),
+    ] {
+        let job = MailJob {
+            headers: vec![("Errors-To".to_owned(), value.to_owned())],
+            ..job()
+        };
+        let email = composed(&job);
+        let unfolded = text(&email).replace("\r\n ", " ");
+        assert!(
+            unfolded.contains(&format!("\r\nErrors-To: {written}\r\n")),
+            "{value}: {unfolded}"
+        );
     }
 }
 
@@ -299,6 +374,8 @@ fn unsubscribing_is_offered_by_url_and_mail_and_in_one_click_by_https_alone() {
         text(&both)
     );
     assert!(!text(&with(Some("http://u.example/"), None)).contains("Unsubscribe-Post"));
+    let longest = format!("https://u.example/{}", ",".repeat(294));
+    assert_wire_form(&with(Some(&longest), Some("off@u.example")));
     assert!(!text(&with(None, Some("off@u.example"))).contains("Unsubscribe-Post"));
 }
 
@@ -461,6 +538,10 @@ fn a_declared_media_type_is_believed_when_well_formed() {
     ] {
         assert_eq!(media::media_type(name, declared), media);
     }
+    // As long as a job may declare it.
+    let long = |len: usize| format!("text/x; a={}", "x".repeat(len - "text/x; a=".len()));
+    assert_eq!(media::media_type("a", Some(&long(255))), long(255));
+    assert_eq!(media::media_type("a", Some(&long(256))), media::BYTES);
 }
 
 #[test]
@@ -513,7 +594,7 @@ proptest! {
         job.to = vec![mailbox(Some(&name), "ann@example.com")];
         job.bcc = vec![mailbox(Some(&name), "hidden@example.org")];
         job.subject = Some(subject.clone());
-        job.headers = vec![("X-One".to_owned(), value.clone())];
+        job.headers = vec![("X-One".to_owned(), format!("{value}<{name}>{subject} <a@b>"))];
         job.html = Some("<p>x</p>".to_owned());
         let mut inline = image(&filename, &cid, b"bytes");
         inline.content_type = media;

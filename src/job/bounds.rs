@@ -33,7 +33,7 @@ pub const MAX_FILENAME: usize = 255;
 pub const MAX_CONTENT_TYPE: usize = 255;
 /// Characters of a Content-ID.
 pub const MAX_CONTENT_ID: usize = 200;
-/// Characters of the URL in `list_unsubscribe`: it must fit into one header line (RFC 5322 §2.1.1).
+/// Characters of the URL in `list_unsubscribe` as it is written: it must fit into one header line (RFC 5322 §2.1.1).
 pub const MAX_LIST_URL: usize = 900;
 /// Characters of an attachment's URL.
 pub const MAX_URL: usize = 8192;

@@ -289,11 +289,11 @@ fn one_click(node: Node<'_>, at: &Pointer<'_>, errors: &mut Errors) -> Option<St
     let text = values::string(node, at, errors)?;
     let url = attachments::url(&text, MAX_LIST_URL, &["https"])
         .map(Url::into)
-        .filter(|url: &String| url.len() <= MAX_LIST_URL && !url.contains(['<', '>']));
+        .filter(|url: &String| ListUnsubscribe::way(url).len() <= MAX_LIST_URL && !url.contains(['<', '>']));
     if url.is_none() {
         errors.push(
             at,
-            format!("must be an https URL of at most {MAX_LIST_URL} characters, without user name, password and blanks"),
+            format!("must be an https URL of at most {MAX_LIST_URL} characters (a comma is three, `%2C`), without user name, password and blanks"),
         );
     }
     url

@@ -55,7 +55,7 @@ impl Pipeline {
             in_time(slot)?;
         }
         attempt.started = true;
-        let transaction = match lease.open(&envelope, mail).await {
+        let transaction = match lease.open(&envelope, mail, &email.message).await {
             Ok(transaction) => transaction,
             Err(error) => return not_opened(attempt, error, part),
         };

@@ -79,16 +79,19 @@ fn by_decisive_code(stage: Stage, code: u16, detail: &str, text: &str) -> Option
 
 /// Enhanced codes with one meaning, `detail` being what follows the class digit.
 fn by_detail(stage: Stage, reply: &Reply, detail: &str, text: &str) -> Option<Verdict> {
-    let at_sender = stage == Stage::MailFrom;
+    let at_sender = stage == Stage::MailFrom || words::find(words::SENDER, text).is_some();
     Some(match detail {
         "1.1" | "1.2" | "1.3" | "1.4" | "1.0" if at_sender => SENDER_REFUSED,
         "1.1" => RECIPIENT_UNKNOWN,
         "1.2" => DOMAIN_UNKNOWN,
         "1.3" | "1.4" => ADDRESS_REFUSED,
         "1.6" | "2.4" => RECIPIENT_MOVED,
-        "1.7" | "1.8" | "2.252" | "7.60" => SENDER_REFUSED,
+        "1.7" | "1.8" | "7.60" => SENDER_REFUSED,
+        "2.252" if text.contains("sendasdenied") => SENDER_REFUSED,
         "1.10" => DOMAIN_REFUSES_MAIL,
         "2.1" => throttled(text).unwrap_or(MAILBOX_DISABLED),
+        // The mailbox that sends, full: Exchange stores what it submits there.
+        "2.2" if text.contains("storedrv.submission") => QUOTA_EXCEEDED,
         "2.2" => MAILBOX_FULL,
         "2.3" | "3.4" => MESSAGE_TOO_LARGE,
         "3.1" => SERVER_FULL,
@@ -104,7 +107,8 @@ fn by_detail(stage: Stage, reply: &Reply, detail: &str, text: &str) -> Option<Ve
         "7.20" | "7.21" | "7.22" | "7.23" | "7.24" | "7.25" | "7.26" | "7.27" | "7.29" => {
             SENDER_NOT_AUTHENTICATED
         }
-        "7.28" => RATE_LIMITED,
+        // 5.2.25x is what Exchange Online says to a sender that has repeated an error too often.
+        "7.28" | "2.251" | "2.252" | "2.253" | "2.254" | "2.255" => RATE_LIMITED,
         "7.705" | "7.708" => QUOTA_EXCEEDED,
         _ if detail.starts_with("6.") => CONTENT_REFUSED,
         // Exchange Online throttles as 4.7.500 to 4.7.699.
@@ -115,13 +119,14 @@ fn by_detail(stage: Stage, reply: &Reply, detail: &str, text: &str) -> Option<Ve
 
 /// Words of servers whose codes say little. The first that fits.
 fn by_text(stage: Stage, text: &str) -> Option<Verdict> {
-    let about_recipient = if stage == Stage::RcptTo {
+    let of_stage = if stage == Stage::RcptTo {
         words::RECIPIENT
     } else {
-        &[]
+        words::ELSEWHERE
     };
     throttled(text)
-        .or_else(|| words::find(about_recipient, text))
+        .or_else(|| words::find(words::SENDER, text))
+        .or_else(|| words::find(of_stage, text))
         .or_else(|| words::find(words::GENERAL, text))
 }
 

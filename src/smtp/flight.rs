@@ -35,7 +35,6 @@ pub(super) fn is_possible(connection: &Connection, envelope: &Envelope, mail: Ma
 pub(super) async fn deliver(
     connection: &mut Connection,
     announced: Announcement<'_>,
-    message: &[u8],
 ) -> Result<Outcome, NotOpen> {
     let parameters = parameters(connection, announced).map_err(|error| NotOpen::Failed(*error))?;
     let recipients = announced.envelope.to.len();
@@ -45,7 +44,7 @@ pub(super) async fn deliver(
         flight.write_command(n, &parameters, &mut commands);
     }
     let replies = recipients as u32 + 2;
-    let blocks = Blocks::counted(message, &commands);
+    let blocks = Blocks::counted(announced.message, &commands);
     let unwritten = write(flight.connection, blocks, replies).await.err();
     // A server may keep its replies back until it has gone through the mail (RFC 2920 §3.2): from here on, giving up on
     // any of them means not to know.
@@ -89,7 +88,7 @@ async fn conclude(mut flight: Opening<'_>, envelope: &Envelope) -> Result<Outcom
     let disowned = disowns_bdat(&reply);
     let failure = chunk_refusal(flight.connection, reply).await;
     if disowned {
-        return Err(NotOpen::Stale(flight.broken(failure)));
+        return Err(NotOpen::Mistrusted(flight.broken(failure)));
     }
     fail_accepted(&mut flight.results, &failure);
     Ok(Outcome::Done(flight.results))

@@ -1,8 +1,9 @@
 //! MAIL, RCPT and what opens the mail: one write where the server offers PIPELINING (RFC 2920), else step by step.
 //!
-//! Where CHUNKING is offered (RFC 3030), the first mail of a connection asks with an empty chunk, `BDAT 0`, in the place
-//! of DATA. A server that only passes the keyword on, as some proxies do, would read the octets of a mail as commands; an
-//! empty chunk has none, and DATA follows. Once the chunk was taken, nothing needs to be asked on that connection.
+//! Where CHUNKING is offered (RFC 3030), the first mail of a connection asks with its first line as a chunk in the place of
+//! DATA (`probe`). If the server takes it, the rest follows as the last chunk, and nothing needs to be asked on that
+//! connection any more. If not, nobody can tell whether it has swallowed the line or owes one more reply, for the line
+//! that it read as a command; so the mail goes by DATA, but on a fresh connection. Without its last chunk it was not taken.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -12,6 +13,7 @@ use crate::failure::{Class, Failure, Fault, Reply, Stage};
 use super::classify;
 use super::connection::{Bdat, Connection};
 use super::envelope::{Envelope, RcptResult, Results, all_failed, path};
+use super::probe::first_chunk;
 use super::trouble::Trouble;
 
 /// Commands in one write. Both sides could block on full buffers with very many at once (RFC 2920 §3.1).
@@ -33,19 +35,29 @@ pub struct Mail {
 pub(super) struct Announcement<'a> {
     pub(super) envelope: &'a Envelope,
     pub(super) mail: Mail,
+    pub(super) message: &'a [u8],
     /// BDAT may be used if it is offered.
     pub(super) chunking: bool,
 }
 
+/// How the mail is announced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Manner<'a> {
+    /// By DATA.
+    Data,
+    /// By its first chunk, which shows whether the server takes any.
+    Probe(&'a str),
+    /// Not at all: it is one chunk.
+    Chunk,
+}
+
 /// How the mail is brought to the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Manner {
+pub(super) enum Form {
     /// After DATA.
     Data,
-    /// As a chunk, after an empty one that shows that the server takes them.
-    Probe,
-    /// As a chunk.
-    Chunk,
+    /// As the last chunk, without the octets that the server has taken already.
+    Chunk { taken: usize },
 }
 
 /// Why a transaction did not come about: no recipient can be sent to.
@@ -63,6 +75,9 @@ pub struct OpenError {
 pub(super) enum NotOpen {
     /// Before any reply to MAIL: a connection used before was dead, and a fresh one may do.
     Stale(OpenError),
+    /// At BDAT, which the server does not know after all: it has nothing of the mail, and a fresh connection may do, by
+    /// DATA.
+    Mistrusted(OpenError),
     /// For good.
     Failed(OpenError),
 }
@@ -71,7 +86,7 @@ pub(super) enum NotOpen {
 #[derive(Debug)]
 pub(super) struct Opened {
     pub(super) results: Results,
-    pub(super) manner: Manner,
+    pub(super) form: Form,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,20 +113,8 @@ pub(super) async fn open(connection: &mut Connection, mail: Announcement<'_>) ->
     let parameters = parameters(connection, mail).map_err(|error| NotOpen::Failed(*error))?;
     let mut opening = Opening::new(connection, mail);
     match opening.converse(&parameters).await {
-        Ok(()) => opening.conclude().await.map_err(NotOpen::Failed),
-        Err(failure) => {
-            let stale = opening.mail_reply.is_none();
-            opening.connection.give_up();
-            if opening.manner == Manner::Probe && opening.results.len() == mail.envelope.to.len() {
-                opening.connection.bdat = Bdat::Broken;
-            }
-            let error = opening.broken(*failure);
-            Err(if stale {
-                NotOpen::Stale(error)
-            } else {
-                NotOpen::Failed(error)
-            })
-        }
+        Ok(()) => opening.conclude().await,
+        Err(failure) => Err(opening.broken_off(*failure)),
     }
 }
 
@@ -161,7 +164,7 @@ pub(super) fn parameters(
 pub(super) struct Opening<'a> {
     pub(super) connection: &'a mut Connection,
     envelope: &'a Envelope,
-    manner: Manner,
+    manner: Manner<'a>,
     /// Of the recipients answered so far.
     pub(super) results: Results,
     pub(super) mail_reply: Option<Reply>,
@@ -173,7 +176,9 @@ impl<'a> Opening<'a> {
         connection.messages += 1;
         let manner = match connection.bdat {
             Bdat::Works if mail.chunking => Manner::Chunk,
-            Bdat::Untried if mail.chunking && connection.extensions.chunking => Manner::Probe,
+            Bdat::Untried if mail.chunking && connection.extensions.chunking => {
+                first_chunk(mail.message).map_or(Manner::Data, Manner::Probe)
+            }
             _ => Manner::Data,
         };
         Self {
@@ -217,28 +222,6 @@ impl<'a> Opening<'a> {
                 break;
             }
         }
-        self.fall_back_to_data().await
-    }
-
-    /// Asks with DATA where an empty chunk was not understood; the envelope stands.
-    async fn fall_back_to_data(&mut self) -> Result<(), Box<Failure>> {
-        let refused = |reply: &Reply| reply.code >= 500;
-        if self.manner != Manner::Probe
-            || !self.any_accepted()
-            || !self.data_reply.as_ref().is_some_and(refused)
-        {
-            return Ok(());
-        }
-        self.connection.bdat = Bdat::Broken;
-        self.manner = Manner::Data;
-        let said = self.say("DATA\r\n", 1).await;
-        said.map_err(|trouble| trouble.failure(Stage::Data))?;
-        let limit = self.connection.timeouts.command;
-        self.hear(Command::Data, limit).await?;
-        if self.data_reply.as_ref().is_some_and(|reply| reply.code == 503) {
-            // It does know BDAT, but nothing of an empty chunk: not the mail's fault.
-            return Err(Box::new(Trouble::Malformed.failure(Stage::Data)));
-        }
         Ok(())
     }
 
@@ -251,14 +234,14 @@ impl<'a> Opening<'a> {
     }
 
     pub(super) fn write_command(&self, n: usize, parameters: &str, text: &mut String) {
-        let _ = match self.command(n) {
-            Command::Mail => {
+        let _ = match (self.command(n), self.manner) {
+            (Command::Mail, _) => {
                 let from = self.envelope.from.as_ref().map(path).unwrap_or_default();
                 write!(text, "MAIL FROM:<{from}>{parameters}\r\n")
             }
-            Command::Rcpt => write!(text, "RCPT TO:<{}>\r\n", path(&self.envelope.to[n - 1])),
-            Command::Data if self.manner == Manner::Probe => write!(text, "BDAT 0\r\n"),
-            Command::Data => write!(text, "DATA\r\n"),
+            (Command::Rcpt, _) => write!(text, "RCPT TO:<{}>\r\n", path(&self.envelope.to[n - 1])),
+            (Command::Data, Manner::Probe(chunk)) => write!(text, "BDAT {}\r\n{chunk}", chunk.len()),
+            (Command::Data, _) => write!(text, "DATA\r\n"),
         };
     }
 
@@ -301,55 +284,103 @@ impl<'a> Opening<'a> {
     }
 
     /// Draws the conclusion from the replies.
-    async fn conclude(mut self) -> Result<Opened, OpenError> {
+    async fn conclude(mut self) -> Result<Opened, NotOpen> {
         let mail_refused = self.mail_refused();
+        let wanted = mail_refused.is_none() && self.any_accepted();
         let data_reply = self.data_reply.take();
-        let ready = match (self.manner, &data_reply) {
-            (Manner::Chunk, _) => true,
-            (Manner::Probe, Some(reply)) => (200..300).contains(&reply.code),
-            (Manner::Data, Some(reply)) => reply.code == 354,
-            (_, None) => false,
+        let code = data_reply.as_ref().map_or(0, |reply| reply.code);
+        let form = match (self.manner, code) {
+            (Manner::Chunk, _) => Some(Form::Chunk { taken: 0 }),
+            (Manner::Probe(chunk), 200..=299) => Some(Form::Chunk { taken: chunk.len() }),
+            (Manner::Data, 354) => Some(Form::Data),
+            _ => None,
         };
-        if mail_refused.is_none() && self.any_accepted() && ready {
-            if self.manner == Manner::Probe {
+        if let Some(form) = form.filter(|_| wanted) {
+            if self.is_probing() {
                 self.connection.bdat = Bdat::Works;
             }
             self.connection.enter_data();
             return Ok(Opened {
                 results: self.results,
-                manner: self.manner,
+                form,
             });
         }
-        if ready && self.manner == Manner::Data {
+        // A server that cannot take the mail now says 4yz; anything else tells of BDAT rather than of the mail.
+        let data_reply = match data_reply {
+            Some(reply) if wanted && self.is_probing() && !(400..500).contains(&reply.code) => {
+                return Err(self.mistrusted(reply));
+            }
+            reply => reply,
+        };
+        if form == Some(Form::Data) {
             self.end_unwanted_data().await;
         }
         let limit = self.connection.timeouts.command;
         if let Some(failure) = mail_refused {
-            if self.manner == Manner::Probe && data_reply.is_some() {
+            if self.is_probing() && data_reply.is_some() {
                 self.connection.reset(limit).await;
             }
-            return Err(OpenError {
-                results: all_failed(&self.envelope.to, &failure),
-                failure,
-                mail_sent: true,
-            });
+            return Err(NotOpen::Failed(self.refused_for_all(failure)));
         }
+        // After a first chunk that was read as a command, the reply to RSET is not the one that is read: the connection is
+        // over then.
         self.connection.reset(limit).await;
-        let refused = data_reply.filter(|_| self.any_accepted()).map(|reply| {
+        let refused = data_reply.filter(|_| wanted).map(|reply| {
             if reply.is_positive() {
                 self.connection.give_up();
-                self.connection.bdat = Bdat::Broken;
                 return Trouble::Malformed.failure(Stage::Data);
             }
             classify::refusal(Stage::Data, reply)
         });
-        Err(self.refused(refused))
+        Err(NotOpen::Failed(self.refused(refused)))
+    }
+
+    fn is_probing(&self) -> bool {
+        matches!(self.manner, Manner::Probe(_))
+    }
+
+    /// The server has refused the first chunk.
+    fn mistrusted(self, reply: Reply) -> NotOpen {
+        self.connection.give_up();
+        self.connection.bdat = Bdat::Broken;
+        let failure = Trouble::Malformed.failure(Stage::Data).with_reply(reply);
+        NotOpen::Mistrusted(self.broken(failure))
+    }
+
+    /// The conversation broke off; `failure` has a reply only if that was a 421.
+    fn broken_off(self, failure: Failure) -> NotOpen {
+        self.connection.give_up();
+        let at_first_chunk = self.is_probing() && self.results.len() == self.envelope.to.len();
+        if at_first_chunk {
+            self.connection.bdat = Bdat::Broken;
+        }
+        if let Some(refusal) = self.mail_refused() {
+            return NotOpen::Failed(self.refused_for_all(refusal));
+        }
+        let stale = self.mail_reply.is_none();
+        let mistrusted = at_first_chunk && self.any_accepted() && failure.reply.is_none();
+        let error = self.broken(failure);
+        if stale {
+            NotOpen::Stale(error)
+        } else if mistrusted {
+            NotOpen::Mistrusted(error)
+        } else {
+            NotOpen::Failed(error)
+        }
     }
 
     /// The refusal of the sender, which is everybody's.
     pub(super) fn mail_refused(&self) -> Option<Failure> {
         let refusal = self.mail_reply.as_ref().filter(|reply| !reply.is_positive());
         refusal.map(|reply| classify::refusal(Stage::MailFrom, reply.clone()))
+    }
+
+    fn refused_for_all(&self, failure: Failure) -> OpenError {
+        OpenError {
+            results: all_failed(&self.envelope.to, &failure),
+            failure,
+            mail_sent: true,
+        }
     }
 
     /// The server wants a mail although it has nobody to give it to: a lone dot ends that (RFC 2920 §3.1).

@@ -20,8 +20,8 @@ use super::caps::{CapLease, ConnectionCaps};
 use super::server::{Resolver, Server, Submission};
 use super::tls::TlsSetupError;
 
-use account::AccountPool;
 pub use account::Capacity;
+use account::{AccountPool, Bound};
 use core::{Core, Entry};
 use lease::Home;
 pub use lease::{Lease, NotAtOnce};
@@ -122,7 +122,7 @@ impl Pools {
             Some(pool) => pool.capacity(),
             None => Capacity {
                 idle: 0,
-                openable: self.bound(max_connections),
+                openable: self.bound(max_connections).places,
             },
         }
     }
@@ -159,17 +159,17 @@ impl Pools {
         };
         let idle = timeout_at(deadline.into(), self.idle(&pool, submission.version)).await;
         let (idle, spare) = idle.unwrap_or_default();
-        let home = Home {
+        let home = Home::Pool {
             place,
             submission: Arc::clone(submission),
         };
         if let Some(entry) = idle {
-            return Ok(Lease::new(Arc::clone(&self.core), entry, Some(home), true, begun));
+            return Ok(Lease::new(Arc::clone(&self.core), entry, home, true, begun));
         }
         let cap = match self.cap(submission, spare).await {
             // Quicker than the waiting room, if it comes back soon.
             Err(CheckoutError::Busy) => match self.own(&pool, submission.version).await {
-                Some(entry) => return Ok(Lease::new(Arc::clone(&self.core), entry, Some(home), true, begun)),
+                Some(entry) => return Ok(Lease::new(Arc::clone(&self.core), entry, home, true, begun)),
                 None => return Err(self.denied(&pool)),
             },
             cap => cap?,
@@ -177,13 +177,7 @@ impl Pools {
         let connected = self.core.connect(&submission.server, deadline).await;
         let connection = connected.map_err(CheckoutError::Failed)?;
         let entry = self.core.entry(connection, submission.version, cap);
-        Ok(Lease::new(
-            Arc::clone(&self.core),
-            entry,
-            Some(home),
-            false,
-            begun,
-        ))
+        Ok(Lease::new(Arc::clone(&self.core), entry, home, false, begun))
     }
 
     /// A connection for one mail, outside all pools.
@@ -195,7 +189,8 @@ impl Pools {
         let deadline = begun + self.core.config.timeouts.attempt;
         let connection = self.core.connect(server, deadline).await?;
         let entry = self.core.entry(connection, 0, None);
-        Ok(Lease::new(Arc::clone(&self.core), entry, None, false, begun))
+        let home = Home::Outside(Box::new(server.clone()));
+        Ok(Lease::new(Arc::clone(&self.core), entry, home, false, begun))
     }
 
     /// Time limit for everything of a transaction up to the last byte of the mail.
@@ -281,7 +276,7 @@ impl Pools {
         self.lock().get(key).cloned()
     }
 
-    /// The account's pool, brought to the version of the submission if that is newer.
+    /// The account's pool, brought to the version of the submission if that is newer, and to its bound.
     fn account(&self, submission: &Submission) -> Arc<AccountPool> {
         let bound = self.bound(submission.max_connections);
         let pool = {
@@ -300,9 +295,12 @@ impl Pools {
         pool
     }
 
-    fn bound(&self, max_connections: Option<u32>) -> usize {
+    fn bound(&self, max_connections: Option<u32>) -> Bound {
         let own = self.core.config.pool_size.max(1);
-        max_connections.map_or(own, |most| own.min(most.max(1) as usize))
+        Bound {
+            places: max_connections.map_or(own, |most| own.min(most.max(1) as usize)),
+            is_shared: max_connections.is_some(),
+        }
     }
 
     /// Closes idle connections that count against a cap and that other workers want. Asks nobody when there are none.

@@ -40,7 +40,8 @@ pub struct Credentials {
 pub struct Submission {
     /// The key of the pool.
     pub key: AccountKey,
-    /// Version of the account's settings; connections of an older one are not used any more.
+    /// Version of the account's server and login; connections of an older one are not used any more. The other settings
+    /// change without it.
     pub version: i64,
     /// Its server.
     pub server: Server,

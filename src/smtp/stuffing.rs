@@ -53,7 +53,8 @@ impl<'a> Blocks<'a> {
         }
     }
 
-    /// As one chunk, the last. The first block begins with `commands`, those that go before BDAT in the same write.
+    /// As one chunk, the last; `message` is what earlier ones have not brought. The first block begins with `commands`,
+    /// those that go before BDAT in the same write.
     pub(crate) fn counted(message: &'a [u8], commands: &str) -> Self {
         let mut blocks = Self::new(message);
         blocks.form = Form::Counted;

@@ -27,7 +27,7 @@ use crate::job::TlsMode;
 use crate::telemetry::metrics::Metrics;
 
 const SECOND: Duration = Duration::from_secs(1);
-const MAIL: &[u8] = b"Subject: x\r\n\r\nhello\r\n";
+const MAIL: &[u8] = b"Date: Mon, 2 Nov 2026 08:09:10 +0000\r\nSubject: x\r\n\r\nhello\r\n";
 
 /// Resolves `localhost` and addresses, and refuses all else.
 struct Direct;
@@ -206,7 +206,7 @@ fn of(size: usize, utf8: bool, eightbit: bool) -> Mail {
 }
 
 async fn open(lease: Lease, envelope: &Envelope) -> Result<Transaction, OpenError> {
-    lease.open(envelope, of(MAIL.len(), false, false)).await
+    lease.open(envelope, of(MAIL.len(), false, false), MAIL).await
 }
 
 /// Sends one mail to one recipient; how it ended.

@@ -10,7 +10,7 @@ use crate::failure::{Failure, Reply, Stage};
 use super::classify;
 use super::connection::{Bdat, Connection};
 use super::envelope::{RcptResult, Results};
-use super::open::{Manner, fail_accepted};
+use super::open::{Form, fail_accepted};
 use super::pool::Lease;
 use super::stuffing::Blocks;
 use super::trouble::Trouble;
@@ -24,7 +24,7 @@ pub(super) const LAST_WORDS: Duration = Duration::from_secs(1);
 pub struct Transaction {
     lease: Lease,
     results: Results,
-    manner: Manner,
+    form: Form,
 }
 
 impl fmt::Debug for Transaction {
@@ -70,12 +70,8 @@ pub(super) struct Unwritten {
 }
 
 impl Transaction {
-    pub(super) fn new(lease: Lease, results: Results, manner: Manner) -> Self {
-        Self {
-            lease,
-            results,
-            manner,
-        }
+    pub(super) fn new(lease: Lease, results: Results, form: Form) -> Self {
+        Self { lease, results, form }
     }
 
     /// One result per recipient so far, in the order of the envelope; at least one is accepted.
@@ -84,15 +80,15 @@ impl Transaction {
         &self.results
     }
 
-    /// Sends the mail and waits for the server's verdict; then the connection goes back to its pool. Lines must end
-    /// with CRLF. After DATA, leading dots are doubled here (RFC 5321 §4.5.2); a server that knows BDAT gets the mail as
-    /// it is (RFC 3030).
+    /// Sends the mail, the one that was announced, and waits for the server's verdict; then the connection goes back to
+    /// its pool. Lines must end with CRLF. After DATA, leading dots are doubled here (RFC 5321 §4.5.2); a server that
+    /// knows BDAT gets the mail as it is (RFC 3030), or what it has not got of it yet.
     pub async fn finish(mut self, message: &[u8]) -> Outcome {
         let begun = Instant::now();
         let Some(connection) = self.lease.connection() else {
             return done(self.results, &Trouble::Closed.failure(Stage::Data));
         };
-        let sent = send(connection, message, self.manner).await;
+        let sent = send(connection, message, self.form).await;
         self.lease.observe_data(begun.elapsed());
         match sent {
             Sent::Reply(reply) if reply.code >= 400 => {
@@ -107,7 +103,7 @@ impl Transaction {
 
     async fn refusal(&mut self, reply: Reply) -> Failure {
         match self.lease.connection() {
-            Some(connection) if self.manner != Manner::Data => {
+            Some(connection) if self.form != Form::Data => {
                 let failure = chunk_refusal(connection, reply).await;
                 self.lease.heed_bdat();
                 failure
@@ -200,10 +196,10 @@ pub(super) async fn write(
     Ok(())
 }
 
-async fn send(connection: &mut Connection, message: &[u8], manner: Manner) -> Sent {
-    let blocks = match manner {
-        Manner::Data => Blocks::new(message),
-        Manner::Probe | Manner::Chunk => Blocks::counted(message, ""),
+async fn send(connection: &mut Connection, message: &[u8], form: Form) -> Sent {
+    let blocks = match form {
+        Form::Data => Blocks::new(message),
+        Form::Chunk { taken } => Blocks::counted(message.get(taken..).unwrap_or_default(), ""),
     };
     if let Err(unwritten) = write(connection, blocks, 1).await {
         // A server that refuses early says why before it closes; a refusal is certain.

@@ -465,6 +465,11 @@ fn rules_beyond_the_schema_are_checked_too() {
             "RFC 3339",
         ),
         (
+            with(json!({"list_unsubscribe": {"url": format!("https://x.example/{}", ",".repeat(295))}})),
+            "/list_unsubscribe/url",
+            "at most 900",
+        ),
+        (
             with(json!({"metadata": {"a": "x".repeat(4096)}})),
             "/metadata",
             "has 4104 bytes as JSON; at most 4096",

@@ -59,15 +59,7 @@ pub(super) const GENERAL: &[Row] = &[
         ],
         CLIENT_BLOCKED,
     ),
-    (
-        &[
-            "not owned by user",
-            "send as",
-            "sendasdenied",
-            "sender address rejected",
-        ],
-        SENDER_REFUSED,
-    ),
+    (&["not owned by user", "send as", "sendasdenied"], SENDER_REFUSED),
     (&["spf", "dkim", "dmarc"], SENDER_NOT_AUTHENTICATED),
     (&["spam", "junk", "unsolicited"], SPAM),
     (
@@ -80,6 +72,19 @@ pub(super) const GENERAL: &[Row] = &[
         ACCOUNT_DISABLED,
     ),
 ];
+
+/// About the sender's address, whatever else is said: that its user is unknown, for one.
+pub(super) const SENDER: &[Row] = &[(
+    &[
+        "sender address rejected",
+        "sender verify",
+        "sender verification fail",
+    ],
+    SENDER_REFUSED,
+)];
+
+/// Not in answers to RCPT, where it may be the recipient's.
+pub(super) const ELSEWHERE: &[Row] = &[(&["email quota exceeded"], QUOTA_EXCEEDED)];
 
 /// Only in answers to RCPT.
 pub(super) const RECIPIENT: &[Row] = &[
@@ -123,6 +128,7 @@ pub(super) const THROTTLED: &[Row] = &[
             "too many connections",
             "too many concurrent",
             "concurrent connections",
+            "concurrent server connections",
             "connection limit",
             "too many sessions",
         ],
@@ -137,9 +143,13 @@ pub(super) const THROTTLED: &[Row] = &[
             "sending limit",
             "sending quota",
             "message quota",
+            "submission quota",
+            "submissionquotaexceeded",
             "quota of messages",
+            "number of allowed outgoing",
             "exceeded the recipient limit",
             "messages per day",
+            "emails per day",
         ],
         QUOTA_EXCEEDED,
     ),
@@ -161,6 +171,8 @@ pub(super) const THROTTLED: &[Row] = &[
             "too many requests",
             "too many emails",
             "messages per",
+            "emails per",
+            "defers and failures per hour",
             "receiving mail at a rate",
             "login rate",
             "too many login",

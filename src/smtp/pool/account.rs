@@ -24,6 +24,15 @@ impl Capacity {
     }
 }
 
+/// How many connections an account may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Bound {
+    /// In this process.
+    pub(super) places: usize,
+    /// Each counts against a cap shared with other workers.
+    pub(super) is_shared: bool,
+}
+
 /// A connection in use or being closed holds one permit of `places`; idle ones hold none. As an idle one is always
 /// taken before another is opened, there are never more connections than places.
 #[derive(Debug)]
@@ -37,9 +46,9 @@ pub(super) struct AccountPool {
 #[derive(Debug)]
 struct State {
     version: i64,
-    /// Permits that exist; above `bound` for a while after the bound was lowered.
+    /// Permits that exist; more than places for a while after the bound was lowered.
     permits: usize,
-    bound: usize,
+    bound: Bound,
     /// The latest used is last.
     idle: Vec<Entry>,
     full_until: Option<Instant>,
@@ -55,13 +64,13 @@ pub(super) struct Place {
 }
 
 impl AccountPool {
-    pub(super) fn new(version: i64, bound: usize) -> Self {
+    pub(super) fn new(version: i64, bound: Bound) -> Self {
         Self {
-            places: Arc::new(Semaphore::new(bound)),
+            places: Arc::new(Semaphore::new(bound.places)),
             returned: Notify::new(),
             state: Mutex::new(State {
                 version,
-                permits: bound,
+                permits: bound.places,
                 bound,
                 idle: Vec::new(),
                 full_until: None,
@@ -134,22 +143,27 @@ impl AccountPool {
         }
     }
 
-    /// Takes over newer settings and gives out the idle connections of older ones, to be closed.
-    pub(super) fn adopt(&self, version: i64, bound: usize) -> Vec<Entry> {
+    /// Takes over newer settings, or another bound, and gives out the idle connections that may not stay, to be closed.
+    pub(super) fn adopt(&self, version: i64, bound: Bound) -> Vec<Entry> {
         let mut state = self.lock();
-        if version <= state.version {
+        // A bound changes without a new version.
+        if version < state.version || (version == state.version && bound == state.bound) {
             return Vec::new();
+        }
+        let in_use = state.permits.saturating_sub(self.places.available_permits());
+        state.bound = bound;
+        if bound.places > state.permits {
+            self.places.add_permits(bound.places - state.permits);
+            state.permits = bound.places;
+        } else {
+            state.permits -= self.places.forget_permits(state.permits - bound.places);
+        }
+        if version == state.version {
+            return state.take_surplus(in_use);
         }
         state.version = version;
         // It may be another server now.
         state.data_until = None;
-        state.bound = bound;
-        if bound > state.permits {
-            self.places.add_permits(bound - state.permits);
-            state.permits = bound;
-        } else {
-            state.permits -= self.places.forget_permits(state.permits - bound);
-        }
         std::mem::take(&mut state.idle)
     }
 
@@ -163,11 +177,17 @@ impl AccountPool {
         }
     }
 
-    /// Takes a connection back, unless it is outdated.
-    pub(super) fn put_back(&self, entry: Entry) -> Option<Entry> {
+    /// Takes a connection back, unless it is outdated or one too many; its place is free then, or gone.
+    pub(super) fn put_back(&self, entry: Entry, mut place: Place) -> Option<(Entry, Option<Place>)> {
         let mut state = self.lock();
-        if entry.version != state.version || state.idle.len() >= state.bound {
-            return Some(entry);
+        if state.permits > state.bound.places {
+            // Gone at once: what comes back next may not be one too many.
+            place.let_go(&mut state);
+            return Some((entry, None));
+        }
+        if entry.version != state.version || !state.may_keep(&entry) || state.idle.len() >= state.bound.places
+        {
+            return Some((entry, Some(place)));
         }
         state.idle.push(entry);
         drop(state);
@@ -199,19 +219,44 @@ impl AccountPool {
     }
 }
 
+impl State {
+    /// Where others count too, a connection that they do not know of may not stay.
+    fn may_keep(&self, entry: &Entry) -> bool {
+        entry.is_capped() || !self.bound.is_shared
+    }
+
+    /// Idle connections for which there is no room any more, those used longest ago first.
+    fn take_surplus(&mut self, in_use: usize) -> Vec<Entry> {
+        let (kept, mut surplus): (Vec<Entry>, Vec<Entry>) = std::mem::take(&mut self.idle)
+            .into_iter()
+            .partition(|entry| self.may_keep(entry));
+        self.idle = kept;
+        let room = self.bound.places.saturating_sub(in_use);
+        let over = self.idle.len().saturating_sub(room);
+        surplus.extend(self.idle.drain(..over));
+        surplus
+    }
+}
+
 impl Place {
     pub(super) fn pool(&self) -> &Arc<AccountPool> {
         &self.pool
+    }
+
+    fn let_go(&mut self, state: &mut State) {
+        let Some(permit) = self.permit.take() else { return };
+        if state.permits > state.bound.places {
+            state.permits -= 1;
+            permit.forget();
+        }
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let Some(permit) = self.permit.take() else { return };
-        let mut state = self.pool.lock();
-        if state.permits > state.bound {
-            state.permits -= 1;
-            permit.forget();
+        if self.permit.is_some() {
+            let pool = Arc::clone(&self.pool);
+            self.let_go(&mut pool.lock());
         }
     }
 }

@@ -10,11 +10,11 @@ use crate::smtp::envelope::{Envelope, all_failed};
 use crate::smtp::extensions::Extensions;
 use crate::smtp::flight;
 use crate::smtp::open::{self, Announcement, Mail, NotOpen, OpenError};
-use crate::smtp::server::Submission;
+use crate::smtp::server::{Server, Submission};
 use crate::smtp::transaction::{Outcome, Transaction};
 use crate::smtp::trouble::Trouble;
 
-use super::account::Place;
+use super::account::{AccountPool, Place};
 use super::core::{Core, Entry};
 
 /// How long an account's mails go by DATA after its server did not know BDAT, or left a flight without an answer.
@@ -29,10 +29,12 @@ pub struct Lease {
     core: Arc<Core>,
     /// `None` once it was given back.
     entry: Option<Entry>,
-    /// `None` for a connection that belongs to no pool.
+    /// `None` once it was given back.
     home: Option<Home>,
     /// It carried mails, or idled, before.
     reused: bool,
+    /// BDAT made no trouble for this mail so far.
+    chunking: bool,
     /// When the mail must be written.
     deadline: Instant,
 }
@@ -47,9 +49,37 @@ pub enum NotAtOnce {
 }
 
 /// Where a lease came from.
-pub(super) struct Home {
-    pub(super) place: Place,
-    pub(super) submission: Arc<Submission>,
+pub(super) enum Home {
+    /// The pool of an account.
+    Pool {
+        place: Place,
+        submission: Arc<Submission>,
+    },
+    /// No pool; this is the server.
+    Outside(Box<Server>),
+}
+
+impl Home {
+    fn pool(&self) -> Option<&Arc<AccountPool>> {
+        match self {
+            Self::Pool { place, .. } => Some(place.pool()),
+            Self::Outside(_) => None,
+        }
+    }
+
+    fn server(&self) -> &Server {
+        match self {
+            Self::Pool { submission, .. } => &submission.server,
+            Self::Outside(server) => server,
+        }
+    }
+
+    fn version(&self) -> i64 {
+        match self {
+            Self::Pool { submission, .. } => submission.version,
+            Self::Outside(_) => 0,
+        }
+    }
 }
 
 impl fmt::Debug for Lease {
@@ -63,19 +93,14 @@ impl fmt::Debug for Lease {
 
 impl Lease {
     /// `begun`: when somebody began to wait for it.
-    pub(super) fn new(
-        core: Arc<Core>,
-        entry: Entry,
-        home: Option<Home>,
-        reused: bool,
-        begun: Instant,
-    ) -> Self {
+    pub(super) fn new(core: Arc<Core>, entry: Entry, home: Home, reused: bool, begun: Instant) -> Self {
         Self {
             deadline: begun + core.config.timeouts.attempt,
             core,
             entry: Some(entry),
-            home,
+            home: Some(home),
             reused,
+            chunking: true,
         }
     }
 
@@ -85,16 +110,22 @@ impl Lease {
         self.entry.as_ref().map(|entry| &entry.connection.extensions)
     }
 
-    /// Announces a mail.
+    /// Announces a mail. Its first line may go out at once; without its end the server does not take it.
     ///
-    /// A connection that was used before and turns out to be dead is replaced by a fresh one, once; that is no attempt.
+    /// A connection that was used before and turns out to be dead is replaced by a fresh one, once, and so is one on which
+    /// BDAT does not work although it is offered; that is no attempt.
     ///
     /// # Errors
     /// When no recipient was accepted; the connection is back in its pool, or closed.
-    pub async fn open(mut self, envelope: &Envelope, mail: Mail) -> Result<Transaction, OpenError> {
+    pub async fn open(
+        mut self,
+        envelope: &Envelope,
+        mail: Mail,
+        message: &[u8],
+    ) -> Result<Transaction, OpenError> {
         let begun = Instant::now();
         loop {
-            let announcement = self.announcement(envelope, mail);
+            let announcement = self.announcement(envelope, mail, message);
             let Some(entry) = &mut self.entry else {
                 return Err(closed(envelope));
             };
@@ -104,12 +135,9 @@ impl Lease {
             match opened {
                 Ok(opened) => {
                     self.core.envelope_time.observe(begun.elapsed().as_secs_f64());
-                    return Ok(Transaction::new(self, opened.results, opened.manner));
+                    return Ok(Transaction::new(self, opened.results, opened.form));
                 }
-                Err(NotOpen::Stale(_)) if self.reused && self.home.is_some() => {
-                    self.replace(envelope).await?;
-                }
-                Err(NotOpen::Stale(error) | NotOpen::Failed(error)) => return Err(error),
+                Err(error) => self.begin_anew(envelope, error).await?,
             }
         }
     }
@@ -136,49 +164,65 @@ impl Lease {
         mail: Mail,
         message: &[u8],
     ) -> Result<Outcome, NotAtOnce> {
-        let announcement = self.announcement(envelope, mail);
+        let announcement = self.announcement(envelope, mail, message);
         let Some(entry) = &mut self.entry else {
             return Err(NotAtOnce::Failed(closed(envelope)));
         };
         let begun = Instant::now();
         entry.connection.hurry(self.deadline);
-        let delivered = flight::deliver(&mut entry.connection, announcement, message).await;
+        let delivered = flight::deliver(&mut entry.connection, announcement).await;
         self.heed_bdat();
         match delivered {
             Ok(outcome) => {
                 self.observe_data(begun.elapsed());
                 Ok(outcome)
             }
-            Err(NotOpen::Stale(_)) if self.reused && self.home.is_some() => {
-                let replaced = self.replace(envelope).await;
-                replaced.map_err(NotAtOnce::Failed)?;
+            Err(error) => {
+                let anew = self.begin_anew(envelope, error).await;
+                anew.map_err(NotAtOnce::Failed)?;
                 Err(NotAtOnce::Fresh(Box::new(self)))
             }
-            Err(NotOpen::Stale(error) | NotOpen::Failed(error)) => Err(NotAtOnce::Failed(error)),
         }
     }
 
-    fn announcement<'a>(&self, envelope: &'a Envelope, mail: Mail) -> Announcement<'a> {
+    fn announcement<'a>(&self, envelope: &'a Envelope, mail: Mail, message: &'a [u8]) -> Announcement<'a> {
         Announcement {
             envelope,
             mail,
+            message,
             chunking: self.trusts_bdat(),
         }
     }
 
     fn trusts_bdat(&self) -> bool {
-        let by_account = |home: &Home| home.place.pool().trusts_bdat();
-        self.core.config.chunking && self.home.as_ref().is_none_or(by_account)
+        self.core.config.chunking && self.chunking && self.pool().is_none_or(|pool| pool.trusts_bdat())
+    }
+
+    fn pool(&self) -> Option<&Arc<AccountPool>> {
+        self.home.as_ref().and_then(Home::pool)
     }
 
     /// Lets the account know when BDAT turned out not to work here.
     pub(in crate::smtp) fn heed_bdat(&self) {
         let broken = |entry: &Entry| entry.connection.bdat == Bdat::Broken;
         if self.entry.as_ref().is_some_and(broken)
-            && let Some(home) = &self.home
-            && home.place.pool().trusts_bdat()
+            && let Some(pool) = self.pool()
+            && pool.trusts_bdat()
         {
-            home.place.pool().distrust_bdat(DISTRUST);
+            pool.distrust_bdat(DISTRUST);
+        }
+    }
+
+    /// Prepares for another try with a fresh connection, where there is hope: once for a dead one, once by DATA.
+    async fn begin_anew(&mut self, envelope: &Envelope, error: NotOpen) -> Result<(), OpenError> {
+        match error {
+            NotOpen::Stale(_) if self.reused => self.replace(envelope).await,
+            NotOpen::Mistrusted(error) if self.chunking => {
+                self.chunking = false;
+                // MAIL was sent, and what the server said to each recipient stands.
+                self.replace(envelope).await.map_err(|_| error)
+            }
+            NotOpen::Stale(error) | NotOpen::Mistrusted(error) | NotOpen::Failed(error) => Err(error),
         }
     }
 
@@ -188,10 +232,9 @@ impl Lease {
             return Err(closed(envelope));
         };
         let cap = old.into_cap();
-        let submission = &home.submission;
-        match self.core.connect(&submission.server, self.deadline).await {
+        match self.core.connect(home.server(), self.deadline).await {
             Ok(connection) => {
-                self.entry = Some(self.core.entry(connection, submission.version, cap));
+                self.entry = Some(self.core.entry(connection, home.version(), cap));
                 self.reused = false;
                 Ok(())
             }
@@ -217,7 +260,7 @@ impl Drop for Lease {
         let Some(mut entry) = self.entry.take() else {
             return;
         };
-        let Some(Home { place, .. }) = self.home.take() else {
+        let Some(Home::Pool { place, .. }) = self.home.take() else {
             self.core.retire(entry, None);
             return;
         };
@@ -228,8 +271,8 @@ impl Drop for Lease {
         entry.connection.take_time();
         entry.rest();
         let pool = Arc::clone(place.pool());
-        if let Some(outdated) = pool.put_back(entry) {
-            self.core.retire(outdated, Some(place));
+        if let Some((outdated, place)) = pool.put_back(entry, place) {
+            self.core.retire(outdated, place);
         }
     }
 }

@@ -186,7 +186,10 @@ async fn a_mail_larger_than_size_fails_for_good_before_mail() {
     let envelope = to(&["a@example.org"]);
     let lease_ = lease(&pools, &account).await;
     assert_eq!(lease_.extensions().unwrap().size_limit(), Some(1000));
-    let error = lease_.open(&envelope, of(1001, false, false)).await.unwrap_err();
+    let error = lease_
+        .open(&envelope, of(1001, false, false), MAIL)
+        .await
+        .unwrap_err();
     assert_eq!(
         (error.failure.reason, error.failure.class),
         ("message_too_large", Class::Content)
@@ -196,7 +199,7 @@ async fn a_mail_larger_than_size_fails_for_good_before_mail() {
     assert_eq!(smtp.counters().command("MAIL"), 0);
     let fits = lease(&pools, &account)
         .await
-        .open(&envelope, of(1000, false, false))
+        .open(&envelope, of(1000, false, false), MAIL)
         .await
         .unwrap();
     fits.finish(MAIL).await;
@@ -216,7 +219,7 @@ async fn smtputf8_and_8bitmime_are_announced_where_needed_and_required() {
     let umlaut = to(&["jürgen@example.org"]);
     let transaction = lease(&pools, &account(&full))
         .await
-        .open(&umlaut, of(9, false, true))
+        .open(&umlaut, of(9, false, true), MAIL)
         .await
         .unwrap();
     transaction.finish(MAIL).await;
@@ -235,7 +238,7 @@ async fn smtputf8_and_8bitmime_are_announced_where_needed_and_required() {
     ] {
         let error = lease(&pools, &bare)
             .await
-            .open(envelope, of(9, utf8, eightbit))
+            .open(envelope, of(9, utf8, eightbit), MAIL)
             .await
             .unwrap_err();
         assert_eq!(error.failure.reason, reason);

@@ -53,7 +53,7 @@ impl Scene {
                 Err(NotAtOnce::Fresh(fresh)) => lease = *fresh,
             }
         }
-        match lease.open(&envelope, mail).await {
+        match lease.open(&envelope, mail, message).await {
             Ok(transaction) => transaction.finish(message).await,
             Err(error) => Outcome::Done(error.results),
         }
@@ -105,8 +105,11 @@ async fn a_mail_takes_four_round_trips_two_with_pipelining_and_one_with_chunking
 }
 
 #[tokio::test]
-async fn the_first_mail_of_a_connection_asks_with_an_empty_chunk() {
-    let scene = Scene::of(chunking()).await;
+async fn the_first_mail_of_a_connection_asks_with_its_date_as_a_chunk_of_its_own() {
+    // As Exchange does.
+    let hangs_up = Action::ReplyThenClose("501 5.5.4 Invalid arguments".to_owned());
+    let script = Script::new().on(Phase::EmptyChunk, hangs_up);
+    let scene = Scene::of(chunking().script(script)).await;
     let mail = b"Subject: x\r\n\r\n.\r\n..\r\n.a\r\nMAIL FROM:<x>\r\n";
     scene.deliver(ANN, mail).await;
     assert_eq!(
@@ -123,6 +126,18 @@ async fn the_first_mail_of_a_connection_asks_with_an_empty_chunk() {
         (received[0].data.as_slice(), received[1].data.as_slice()),
         (MAIL, &mail[..])
     );
+    assert_eq!(scene.smtp.counters().connections, 1);
+}
+
+#[tokio::test]
+async fn a_mail_that_does_not_begin_with_its_date_does_not_ask() {
+    let smtp = chunking().start().await;
+    let (pools, mail) = (pools(), b"Subject: x\r\nDate: y\r\n\r\nhello\r\n");
+    let lease = lease(&pools, &account(&smtp)).await;
+    let opened = lease.open(&to(ANN), of(mail.len(), false, false), mail).await;
+    assert_eq!(codes(sent(&opened.unwrap().finish(mail).await)), [250]);
+    assert_eq!(smtp.trace().last().unwrap(), &["MAIL", "RCPT", "DATA"]);
+    assert_eq!(smtp.received()[0].data, mail);
 }
 
 #[tokio::test]
@@ -338,6 +353,7 @@ async fn a_server_that_only_says_it_knows_bdat_gets_data_and_never_a_mail_as_com
         "502 5.5.1 No",
         "503 5.5.1 No",
         "554 5.5.0 No",
+        "354 Go on",
     ] {
         let smtp = chunking()
             .script(Script::new().on(Phase::Bdat, Action::reply(reply)))
@@ -348,12 +364,40 @@ async fn a_server_that_only_says_it_knows_bdat_gets_data_and_never_a_mail_as_com
             assert_eq!(codes(sent(&send(&pools, &account).await)), [250], "{reply}");
         }
         let steps: Vec<String> = smtp.trace().into_iter().map(|batch| batch.join("+")).collect();
+        // Its date is all that it may have read as a command.
         assert_eq!(
             steps,
-            ["EHLO", "MAIL+RCPT+BDAT", "DATA", "MAIL+RCPT+DATA"],
+            [
+                "EHLO",
+                "MAIL+RCPT+BDAT+DATE:",
+                "EHLO",
+                "MAIL+RCPT+DATA",
+                "MAIL+RCPT+DATA"
+            ],
             "{reply}"
         );
+        let received = smtp.received();
+        assert_eq!(received.len(), 2, "{reply}");
+        assert!(received.iter().all(|mail| mail.data == MAIL), "{reply}");
     }
+}
+
+#[tokio::test]
+async fn a_server_that_reads_the_date_as_a_command_is_in_step_or_left_when_nobody_was_accepted() {
+    let script = Script::new()
+        .recipient("nobody", RcptRule::refuse("550 5.1.1 No such user"))
+        .on(Phase::Bdat, Action::reply("503 5.5.1 No"));
+    let smtp = chunking().script(script).start().await;
+    let scene = Scene {
+        account: account(&smtp),
+        smtp,
+        pools: pools(),
+    };
+    let refused = scene.deliver(&["nobody@example.org"], MAIL).await;
+    assert_eq!(codes(sent(&refused)), [550]);
+    assert_eq!(codes(sent(&scene.deliver(ANN, MAIL).await)), [250]);
+    assert_eq!(scene.smtp.received_count(), 1);
+    assert_eq!(scene.smtp.received()[0].data, MAIL);
 }
 
 #[tokio::test]
@@ -380,15 +424,87 @@ async fn a_large_mail_of_which_a_server_forgets_bdat_is_tried_again_by_data() {
 }
 
 #[tokio::test]
-async fn a_server_that_goes_at_the_sight_of_bdat_gets_data_the_next_time() {
-    let smtp = chunking()
-        .script(Script::new().on(Phase::Bdat, Action::Close))
-        .start()
-        .await;
-    let (pools, account) = (pools(), account(&smtp));
-    let error = open(lease(&pools, &account).await, &to(ANN)).await.unwrap_err();
-    assert!(error.failure.is_transient());
-    assert_eq!(codes(sent(&send(&pools, &account).await)), [250]);
+async fn a_server_that_goes_or_talks_nonsense_at_the_sight_of_bdat_gets_the_mail_by_data_at_once() {
+    for action in [
+        Action::Close,
+        Action::ReplyThenClose("501 5.5.4 Invalid arguments".to_owned()),
+        Action::reply("HTTP/1.1 400 Bad Request"),
+        Action::Silence,
+    ] {
+        let smtp = chunking()
+            .script(Script::new().on(Phase::Bdat, action.clone()))
+            .start()
+            .await;
+        let pools = Setup::default().limit(Duration::from_millis(300)).pools();
+        let account = account(&smtp);
+        // Outside the pools nobody remembers; an account does.
+        let once = pools.connect_once(&server_of(&smtp)).await.unwrap();
+        let once = open(once, &to(ANN)).await.unwrap();
+        assert_eq!(codes(sent(&once.finish(MAIL).await)), [250], "{action:?}");
+        for _ in 0..2 {
+            assert_eq!(codes(sent(&send(&pools, &account).await)), [250], "{action:?}");
+        }
+        let counters = smtp.counters();
+        assert_eq!(
+            (counters.command("BDAT"), counters.command("DATA")),
+            (2, 3),
+            "{action:?}"
+        );
+        assert_eq!(counters.connections, 4, "{action:?}");
+        assert!(smtp.received().iter().all(|mail| mail.data == MAIL));
+        assert_eq!(smtp.received_count(), 3);
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_cannot_take_the_first_chunk_now_has_refused_the_mail() {
+    for (action, code) in [
+        (Action::shutting_down(), 421),
+        (Action::reply("452 4.3.1 Full"), 452),
+    ] {
+        let script = Script::new()
+            .recipient("bob", RcptRule::refuse("550 5.1.1 No such user"))
+            .on(Phase::Bdat, action);
+        let smtp = chunking().script(script).start().await;
+        let pools = pools();
+        let error = open(lease(&pools, &account(&smtp)).await, &to(THREE))
+            .await
+            .unwrap_err();
+        assert_eq!(codes(&error.results), [code, 550, code]);
+        assert_eq!(error.failure.stage, Stage::Data);
+        assert_eq!(smtp.counters().connections, 1);
+    }
+}
+
+#[tokio::test]
+async fn a_refused_sender_stays_refused_when_the_server_then_goes_at_the_sight_of_bdat() {
+    let script = Script::new()
+        .on(Phase::Mail, Action::reply("553 5.7.1 Not yours"))
+        .on(Phase::Bdat, Action::Close);
+    let smtp = chunking().script(script).start().await;
+    let pools = pools();
+    let error = open(lease(&pools, &account(&smtp)).await, &to(THREE))
+        .await
+        .unwrap_err();
+    assert_eq!(codes(&error.results), [553; 3]);
+    assert_eq!(error.failure.stage, Stage::MailFrom);
+    assert_eq!(smtp.counters().connections, 1);
+}
+
+#[tokio::test]
+async fn what_was_said_to_each_recipient_stands_when_there_is_no_second_connection_for_data() {
+    let script = Script::new()
+        .recipient("bob", RcptRule::refuse("550 5.1.1 No such user"))
+        .once_after(1, Phase::Greeting, Action::shutting_down())
+        .on(Phase::Bdat, Action::reply("502 5.5.1 No"));
+    let smtp = chunking().script(script).start().await;
+    let pools = pools();
+    let error = open(lease(&pools, &account(&smtp)).await, &to(THREE))
+        .await
+        .unwrap_err();
+    assert_eq!(codes(&error.results), [502, 550, 502]);
+    assert!(error.mail_sent && error.failure.is_transient());
+    assert_eq!(smtp.received_count(), 0);
 }
 
 #[tokio::test]

@@ -170,6 +170,70 @@ async fn a_replaced_connection_keeps_its_place_under_the_cap() {
 }
 
 #[tokio::test]
+async fn a_cap_that_appears_holds_at_once_and_no_connection_from_before_it_stays_uncounted() {
+    let smtp = scripted(Script::new()).await;
+    let (ledger, mut setup) = shared();
+    setup.config.pool_size = 3;
+    setup.tuning.wait = Duration::from_millis(50);
+    let pools = setup.pools();
+    let (open_to_all, narrow) = (account(&smtp), capped(&smtp, 1));
+    let held = [
+        lease(&pools, &open_to_all).await,
+        lease(&pools, &open_to_all).await,
+    ];
+    drop(lease(&pools, &open_to_all).await);
+    assert_eq!(pools.checkout(&narrow).await.unwrap_err(), CheckoutError::Busy);
+    until("the idle one is closed", || smtp.counters().open == 2).await;
+    drop(held);
+    smtp.wait_closed(5 * SECOND).await;
+    until("their places are free", || pools.checked_out(&narrow.key) == 0).await;
+    let one = lease(&pools, &narrow).await;
+    assert_eq!(ledger.held(), 1);
+    assert_eq!(pools.checkout(&narrow).await.unwrap_err(), CheckoutError::Busy);
+    drop(one);
+    // And without it again, what is there is used.
+    let three = [
+        lease(&pools, &open_to_all).await,
+        lease(&pools, &open_to_all).await,
+        lease(&pools, &open_to_all).await,
+    ];
+    assert_eq!(smtp.counters().connections, 6);
+    assert_eq!((smtp.counters().open, ledger.held()), (3, 1));
+    drop(three);
+    assert_eq!(pools.capacity(&narrow.key).idle, 3);
+}
+
+#[tokio::test]
+async fn a_cap_changed_under_load_holds_at_once_and_closes_no_more_than_is_too_many() {
+    let smtp = scripted(Script::new()).await;
+    let (ledger, mut setup) = shared();
+    setup.config.pool_size = 4;
+    setup.tuning.wait = Duration::from_millis(50);
+    let pools = setup.pools();
+    let (wide, narrow) = (capped(&smtp, 4), capped(&smtp, 2));
+    let [a, b, c, d] = [
+        lease(&pools, &wide).await,
+        lease(&pools, &wide).await,
+        lease(&pools, &wide).await,
+        lease(&pools, &wide).await,
+    ];
+    drop(d);
+    assert_eq!(pools.checkout(&narrow).await.unwrap_err(), CheckoutError::Busy);
+    until("the idle one is closed", || smtp.counters().open == 3).await;
+    drop(a);
+    until("the first to come back is closed", || smtp.counters().open == 2).await;
+    until("and given back", || ledger.held() == 2).await;
+    drop((b, c));
+    assert_eq!(pools.capacity(&narrow.key), Capacity { idle: 2, openable: 0 });
+    let two = [lease(&pools, &narrow).await, lease(&pools, &narrow).await];
+    assert_eq!(smtp.counters().connections, 4);
+    let more = [lease(&pools, &wide).await, lease(&pools, &wide).await];
+    assert_eq!((smtp.counters().connections, smtp.counters().open), (6, 4));
+    drop((two, more));
+    assert_eq!(pools.capacity(&wide.key).idle, 4);
+}
+
+#[tokio::test]
 async fn a_failed_connect_gives_its_place_back() {
     let smtp = scripted(Script::new().on(Phase::Greeting, Action::reply("421 4.3.2 no"))).await;
     let (ledger, setup) = shared();

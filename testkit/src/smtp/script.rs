@@ -28,7 +28,10 @@ pub enum Phase {
     /// BDAT, before its octets. A server with something to do here knows the command only from EHLO: it answers, and reads
     /// the octets as commands.
     Bdat,
-    /// The mail while it comes in, before its final dot. Only actions that end or freeze the connection make sense.
+    /// BDAT without octets that is not the last; some servers take it for a syntax error.
+    EmptyChunk,
+    /// The mail while it comes in, before its final dot; of one in chunks, the last. Only actions that end or freeze the
+    /// connection make sense.
     Content,
     /// The end of the mail: the final dot, or the last octet of the last chunk.
     FinalDot,

@@ -32,7 +32,7 @@ fn flights(scene: &Scene) -> usize {
 
 #[tokio::test]
 async fn a_worker_killed_before_its_flight_leaves_nothing_and_after_it_the_same_mail_once_more() {
-    // The first flight-like write of a connection asks with an empty chunk.
+    // The first mail of a connection asks with its first line as a chunk, in a write that looks like a flight.
     for (plan, flown, mails) in [
         ("before_final_write=kill@job=doomed", 1, 1),
         ("mail_written=kill@2", 2, 2),

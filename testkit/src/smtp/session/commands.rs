@@ -203,7 +203,14 @@ impl Session {
             let answered = self.perform(Phase::Bdat, Some(action), "").await?;
             return Ok(next(&answered));
         }
-        if octets > 0 && !self.content_begins().await? {
+        if octets == 0
+            && !is_last
+            && let Some(action) = script.decide(Phase::EmptyChunk)
+        {
+            let answered = self.perform(Phase::EmptyChunk, Some(action), "").await?;
+            return Ok(next(&answered));
+        }
+        if octets > 0 && is_last && !self.content_begins().await? {
             return Ok(Next::Close);
         }
         let Some(mut chunk) = self.octets(octets).await? else {
