@@ -78,6 +78,70 @@ async fn an_endpoint_in_trouble_is_probed_with_one_request_at_a_time() {
 }
 
 #[tokio::test]
+async fn a_rest_that_the_endpoint_asked_for_is_not_ended_by_what_was_in_flight_beside_it() {
+    let world = World::new(&["acme"]).await;
+    let hook = WebhookReceiver::start().await.unwrap();
+    world.set("acme", "default", &hook, &[]).await;
+    let batch: Vec<_> = (0..9)
+        .map(|n| report(&format!("evt_{n}"), "acme", "mail.sent"))
+        .collect();
+    let bridge = world.bridge();
+    bridge.record(&batch).await.unwrap();
+    let leased = bridge.lease(16, 4).await.unwrap();
+    assert_eq!(leased.len(), 4);
+    let asked = Settled {
+        pause: 3600.0,
+        ..settled(&leased[0], Outcome::Retry(3600.0))
+    };
+    bridge.settle(&[asked]).await.unwrap();
+    for (leased, outcome) in leased[1..].iter().zip([Outcome::Retry(5.0), Outcome::Delivered]) {
+        bridge.settle(&[settled(leased, outcome)]).await.unwrap();
+        assert!(bridge.lease(16, 4).await.unwrap().is_empty(), "{outcome:?}");
+    }
+    world.record(&[("evt_new", "acme", "mail.sent")]).await;
+    assert!(bridge.lease(16, 4).await.unwrap().is_empty());
+
+    world.endpoint(&["set", "acme", "--enable"], "").await.unwrap();
+    // One of the first four is still in flight.
+    let leased = bridge.lease(16, 4).await.unwrap();
+    assert_eq!(leased.len(), 3);
+    bridge
+        .settle(&[settled(&leased[0], Outcome::Delivered)])
+        .await
+        .unwrap();
+    assert_eq!(
+        bridge.lease(16, 4).await.unwrap().len(),
+        1,
+        "the rest is over for good"
+    );
+}
+
+#[tokio::test]
+async fn a_wait_for_a_key_ends_with_the_next_success() {
+    let world = World::new(&["acme"]).await;
+    let hook = WebhookReceiver::start().await.unwrap();
+    world.set("acme", "default", &hook, &[]).await;
+    let batch: Vec<_> = (0..9)
+        .map(|n| report(&format!("evt_{n}"), "acme", "mail.sent"))
+        .collect();
+    let bridge = world.bridge();
+    bridge.record(&batch).await.unwrap();
+    let leased = bridge.lease(16, 4).await.unwrap();
+    let no_key = Settled {
+        pause: 3600.0,
+        blame: false,
+        ..settled(&leased[0], Outcome::Release(3600.0))
+    };
+    bridge.settle(&[no_key]).await.unwrap();
+    assert!(bridge.lease(16, 4).await.unwrap().is_empty());
+    bridge
+        .settle(&[settled(&leased[1], Outcome::Delivered)])
+        .await
+        .unwrap();
+    assert_eq!(bridge.lease(16, 4).await.unwrap().len(), 2);
+}
+
+#[tokio::test]
 async fn an_endpoint_gets_only_so_many_requests_at_a_time_from_all_bridges_together() {
     let mut world = World::new(&["acme"]).await;
     world.config.per_endpoint = 3;
