@@ -169,7 +169,7 @@ impl Store {
         Ok(())
     }
 
-    async fn forget_health(&self, tx: &Transaction<'_>, key: &str) -> Result<(), DirectoryError> {
+    pub(super) async fn forget_health(&self, tx: &Transaction<'_>, key: &str) -> Result<(), DirectoryError> {
         let sql = self.db.sql("DELETE FROM {s}.account_health WHERE account = $1");
         tx.execute_typed(&sql, &[(&key, Type::TEXT)]).await?;
         Ok(())
