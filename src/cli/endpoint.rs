@@ -12,6 +12,7 @@ use crate::bridge::signature::{self, InvalidSecret, SigningKey};
 use crate::db::Database;
 use crate::endpoint::{self, Change, Endpoint, EndpointError, Replay, SealedAuth};
 use crate::secret::Keyring;
+use crate::secret::stored::{StoredError, verify_sealing};
 
 pub use args::{EndpointCommand, EventFilter, ListArgs, NameArgs, ReplayArgs, SetArgs, ShowArgs};
 
@@ -39,6 +40,9 @@ pub enum EndpointCommandError {
     /// Secrets are stored sealed.
     #[error("POSTROOM_ENCRYPTION_KEYS is not set: secrets of endpoints are stored sealed")]
     NoKeys,
+    /// The keys do not fit what is stored.
+    #[error(transparent)]
+    Keys(#[from] StoredError),
     /// Reading or writing.
     #[error("standard input or output: {0}")]
     Io(#[from] io::Error),
@@ -58,7 +62,7 @@ impl EndpointCommandError {
             Self::Secret(_) | Self::Missing(_) | Self::Unprintable(_) | Self::TooLong(_) | Self::NoKeys => {
                 true
             }
-            Self::Io(_) => false,
+            Self::Keys(_) | Self::Io(_) => false,
         }
     }
 }
@@ -133,6 +137,10 @@ async fn set(
     };
     if let Some(secret) = &secret {
         SigningKey::parse(secret)?;
+    }
+    if secret.is_some() || args.basic_user.is_some() || args.bearer_stdin {
+        // Sealed with a wrong key it would be lost to every bridge.
+        verify_sealing(db, keyring).await?;
     }
     let seal = |secret: &SecretString, aad: &str| keyring.seal(secret.expose_secret().as_bytes(), aad);
     let credential =

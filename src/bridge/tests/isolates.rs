@@ -6,6 +6,7 @@ use postroom_testkit::webhook::{Reply, WebhookReceiver};
 
 use super::world::{PATIENCE, World, ids, keyring, report, until};
 use crate::bridge::queue::{Leased, Outcome, Settled};
+use crate::secret::stored::verify_keys;
 
 fn settled(leased: &Leased, outcome: Outcome) -> Settled {
     Settled {
@@ -281,6 +282,28 @@ async fn without_the_key_webhooks_wait_and_no_attempt_is_counted() {
         .await;
     let running = world.start();
     world.until_deliveries("delivered", 1).await;
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn an_endpoint_whose_secret_is_unreadable_is_mended_by_a_new_one() {
+    let world = World::new(&["acme", "umbrella"]).await;
+    let hook = WebhookReceiver::start().await.unwrap();
+    world.set("umbrella", "default", &hook, &[]).await;
+    world.set("acme", "default", &hook, &[]).await;
+    let lost = keyring("k1", 9).seal(b"whsec_AAAA", "endpoint:acme/default:secret");
+    world
+        .sql(&format!(
+            "UPDATE {{s}}.endpoint SET secret = '{lost}' WHERE tenant = 'acme'"
+        ))
+        .await;
+    let secret = world.set("acme", "default", &hook, &[]).await;
+    assert!(world.show("acme", "default").await["previous_secret_until"].is_string());
+    verify_keys(&world.database, &world.keyring).await.unwrap();
+    world.record(&[("evt_1", "acme", "mail.sent")]).await;
+    let running = world.start();
+    let received = hook.wait_for(1, PATIENCE).await.unwrap();
+    received[0].verify(&secret).unwrap();
     running.stop().await;
 }
 

@@ -9,7 +9,7 @@ use super::{Store, StoredAccount, limits, within};
 use crate::directory::{DirectoryError, row};
 use crate::id::{AccountId, AccountKey, TenantId};
 use crate::ledger::health;
-use crate::secret::stored::{account_password_aad, verify_keys};
+use crate::secret::stored::{account_password_aad, verify_sealing};
 
 impl Store {
     /// Creates the account if it is missing and changes what is named. The first account of a tenant becomes its
@@ -27,7 +27,7 @@ impl Store {
         if change.password.is_some() {
             let keys = self.keys.as_ref().ok_or(DirectoryError::NoKeys)?;
             // A password sealed with a wrong key would be lost to every worker.
-            verify_keys(&self.db, keys).await?;
+            verify_sealing(&self.db, keys).await?;
         }
         within(self.set_account_now(tenant, id, change)).await
     }
