@@ -1,5 +1,7 @@
 //! Accounts: set, show, list, remove.
 
+use std::collections::HashMap;
+
 use deadpool_postgres::Transaction;
 use secrecy::ExposeSecret;
 use tokio_postgres::types::Type;
@@ -208,6 +210,24 @@ impl Store {
         .await
     }
 
+    /// The accounts of all tenants, by tenant and name.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn all_accounts(&self) -> Result<Vec<StoredAccount>, DirectoryError> {
+        within(async {
+            let columns = row::ACCOUNT_COLUMNS;
+            let sql = self.db.sql(&format!(
+                "SELECT {columns} FROM {{s}}.account a ORDER BY tenant, id"
+            ));
+            let rows = self.db.client().await?.query_typed(&sql, &[]).await?;
+            rows.iter()
+                .filter_map(|row| row::account(row, 0).transpose())
+                .collect()
+        })
+        .await
+    }
+
     /// One account.
     ///
     /// # Errors
@@ -229,6 +249,21 @@ impl Store {
         within(async {
             let health = health::read(&self.db, key).await?;
             Ok(health.map(|health| health.to_json()))
+        })
+        .await
+    }
+
+    /// [`Self::health`] of all accounts whose breaker is not closed.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn unhealthy(&self) -> Result<HashMap<AccountKey, serde_json::Value>, DirectoryError> {
+        within(async {
+            let all = health::read_all(&self.db).await?;
+            Ok(all
+                .into_iter()
+                .map(|(key, health)| (key, health.to_json()))
+                .collect())
         })
         .await
     }
