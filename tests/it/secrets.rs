@@ -423,7 +423,7 @@ async fn ask(world: &World, hay: &mut Haystack) {
         "endpoint show acme --json",
         "endpoint show acme basic --json",
         "endpoint list acme",
-        "job list --json",
+        "job list --tenant acme --json",
         "job show acme sent --json",
         "tenant show acme --json",
         "topology print",
@@ -614,7 +614,7 @@ fn broken_databases(world: &World) -> Vec<(String, &'static str)> {
         ),
         (format!("postgres://u:{CANARY}@h:port/x"), "migrate"),
         (format!("postgres://u:{CANARY}@[::1/x"), "migrate"),
-        (format!("postgres//u:{CANARY}@h/x"), "job list"),
+        (format!("postgres//u:{CANARY}@h/x"), "job list --state done"),
         (format!("host=127.0.0.1 password={CANARY}"), "worker"),
         (format!("postgres://u:{CANARY}@h/x?sslmode=maybe"), "bridge"),
     ]
