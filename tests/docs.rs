@@ -140,6 +140,42 @@ fn every_metric_is_in_the_operations_page() {
     );
 }
 
+/// Words that begin with `POSTROOM_`; not that alone, which stands for all.
+fn variables(text: &str) -> BTreeSet<&str> {
+    let is_part = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    text.split(|c| !is_part(c))
+        .filter(|word| word.starts_with("POSTROOM_") && !word.ends_with('_'))
+        .collect()
+}
+
+#[test]
+fn every_variable_in_the_documentation_is_a_setting() {
+    let settings = read("src/config/settings.rs");
+    let tools = [
+        "dev/lib/roots.sh",
+        "dev/servers",
+        "src/fail_point.rs",
+        "src/ledger/tests/model.rs",
+        "src/properties/tests.rs",
+    ]
+    .map(read)
+    .concat();
+    let is_known = |name: &str| {
+        let quoted = |name: &str| settings.contains(&format!("\"{name}\""));
+        quoted(name) || name.strip_suffix("_FILE").is_some_and(quoted) || variables(&tools).contains(name)
+    };
+    let mut wrong = Vec::new();
+    for document in documents()
+        .into_iter()
+        .chain([top().join("helm/postroom/README.md")])
+    {
+        let text = fs::read_to_string(&document).unwrap();
+        let unknown = variables(&text).into_iter().filter(|name| !is_known(name));
+        wrong.extend(unknown.map(|name| format!("{}: {name}", document.display())));
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
 #[test]
 fn every_report_type_and_field_is_in_the_reports_page() {
     let page = read("docs/reports.md");

@@ -89,6 +89,8 @@ CREATE INDEX job_waiting ON job (account, level, tenant, due_at) WHERE state = 2
 -- Cancelled while leased to a worker that then died: to be ended by whoever takes over.
 CREATE INDEX job_cancelled ON job (tenant, id) WHERE cancel AND state IN (0, 2);
 CREATE INDEX job_finished ON job (finished_at) WHERE state IN (3, 5, 6);
+-- For operators, who are asked about these; its columns never change.
+CREATE INDEX job_held ON job (tenant, id) WHERE state = 4;
 
 -- How many jobs wait for which reason, as it was counted last, for all workers: a full waiting room takes long to read.
 CREATE TABLE census (

@@ -33,6 +33,8 @@ CREATE TABLE endpoint_lane (
     -- When to look at the endpoint next: never later than its first due delivery, except while it is paused.
     due_at        timestamptz DEFAULT clock_timestamp(),
     paused_until  timestamptz,
+    -- The part of that for which it asked itself (Retry-After): nothing ends it before.
+    rests_until   timestamptz,
     -- Rounds without a success. From the third on the endpoint is probed with one request at a time.
     failures      integer NOT NULL DEFAULT 0,
     failing_since timestamptz,
@@ -234,6 +236,7 @@ BEGIN
                bool_or(u.outcome IN ('retry', 'failed')) AS failed,
                bool_or(u.blame) AS blame,
                max(u.pause) AS pause,
+               max(u.pause) FILTER (WHERE u.outcome <> 'release') AS rest,
                (array_agg(u.error) FILTER (WHERE u.outcome IN ('retry', 'failed')))[1] AS error,
                (array_agg(u.status) FILTER (WHERE u.outcome IN ('retry', 'failed')))[1] AS status
           FROM unnest(p_endpoint, p_outcome, p_status, p_error, p_blame, p_pause)
@@ -241,13 +244,15 @@ BEGIN
          GROUP BY u.endpoint
     ), next AS (
         SELECT r.*, l.failing_since AS since,
-               CASE WHEN r.ok THEN 0 WHEN r.blame THEN l.failures + 1 ELSE l.failures END AS failures
+               CASE WHEN r.ok THEN 0 WHEN r.blame THEN l.failures + 1 ELSE l.failures END AS failures,
+               -- Not ended by what was in flight beside it, which began before.
+               greatest(l.rests_until, v_now + make_interval(secs => r.rest)) AS rests
           FROM round r JOIN endpoint_lane l USING (endpoint)
     ), paused AS (
         -- 5 s after the third round without a success, doubling up to 5 minutes.
-        SELECT n.*, v_now + make_interval(secs => greatest(n.pause,
+        SELECT n.*, greatest(n.rests, v_now + make_interval(secs => greatest(n.pause,
                    CASE WHEN n.blame AND n.failures >= 3
-                        THEN least(5 * 2 ^ least(n.failures - 3, 10), 300) * p_scale ELSE 0 END)) AS until
+                        THEN least(5 * 2 ^ least(n.failures - 3, 10), 300) * p_scale ELSE 0 END))) AS until
           FROM next n
     )
     UPDATE endpoint_lane l SET
@@ -256,6 +261,7 @@ BEGIN
            last_status = CASE WHEN p.failed THEN p.status ELSE l.last_status END,
            last_error = CASE WHEN p.failed THEN p.error ELSE l.last_error END,
            paused_until = p.until,
+           rests_until = p.rests,
            due_at = p.until
       FROM paused p WHERE l.endpoint = p.endpoint
     RETURNING CASE WHEN l.failing_since <= v_now - p_disable_after THEN l.endpoint END;

@@ -157,13 +157,7 @@ fn column<'a, T>(batch: &'a [Settled], field: impl Fn(&'a Settled) -> T) -> Vec<
 
 fn leased(row: &Row, keyring: &Keyring) -> Result<Leased, tokio_postgres::Error> {
     let (owner, name): (String, String) = (row.try_get("owner")?, row.try_get("name")?);
-    let sealed: [Option<&str>; 2] = [row.try_get("secret")?, row.try_get("previous_secret")?];
-    let aad = endpoint::secret_aad(&owner, &name);
-    let secrets = sealed
-        .into_iter()
-        .flatten()
-        .map(|sealed| keyring.open(sealed, &aad))
-        .collect();
+    let secrets = secrets(row, keyring, &endpoint::secret_aad(&owner, &name))?;
     let auth = auth(row, keyring, &endpoint::credential_aad(&owner, &name))?;
     Ok(Leased {
         event: row.try_get("event")?,
@@ -180,6 +174,19 @@ fn leased(row: &Row, keyring: &Keyring) -> Result<Leased, tokio_postgres::Error>
         secrets,
         auth,
     })
+}
+
+/// The secret that signs, and the one before it if it opens: the receiver is to change over to the new one anyway.
+fn secrets(
+    row: &Row,
+    keyring: &Keyring,
+    aad: &str,
+) -> Result<Result<Vec<SecretString>, SecretError>, tokio_postgres::Error> {
+    let (present, previous): (Option<&str>, Option<&str>) =
+        (row.try_get("secret")?, row.try_get("previous_secret")?);
+    let previous = previous.and_then(|sealed| keyring.open(sealed, aad).ok());
+    let present = present.map(|sealed| keyring.open(sealed, aad)).transpose();
+    Ok(present.map(|present| present.into_iter().chain(previous).collect()))
 }
 
 fn auth(row: &Row, keyring: &Keyring, aad: &str) -> Result<Result<Auth, SecretError>, tokio_postgres::Error> {

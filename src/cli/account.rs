@@ -30,14 +30,8 @@ pub(super) enum Command {
     Set(Box<SetArgs>),
     /// Show an account, without its password.
     Show(ShowArgs),
-    /// List the accounts of a tenant.
-    List {
-        /// The tenant; `-` is the platform.
-        tenant: TenantId,
-        /// As JSON.
-        #[arg(long)]
-        json: bool,
-    },
+    /// List the accounts of a tenant, or all.
+    List(ListArgs),
     /// Remove an account with its limits.
     Remove {
         /// The tenant; `-` is the platform.
@@ -52,6 +46,18 @@ impl Command {
     pub(super) fn seals(&self) -> bool {
         matches!(self, Self::Set(args) if args.password_stdin)
     }
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct ListArgs {
+    /// Only this tenant's; `-` is the platform.
+    tenant: Option<TenantId>,
+    /// Only those whose circuit breaker is not closed.
+    #[arg(long)]
+    unhealthy: bool,
+    /// As JSON.
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -128,11 +134,7 @@ pub(super) async fn run(
                 .map_err(of_directory)?;
             let health = store.health(&account.key()).await.map_err(of_directory)?;
             if args.json {
-                let mut shown = as_json(&account);
-                if let Some(health) = health {
-                    shown["health"] = health;
-                }
-                return table::json(out, &shown);
+                return table::json(out, &as_json(&account, health.as_ref()));
             }
             let mut pairs = as_pairs(&account);
             pairs.push((
@@ -141,23 +143,7 @@ pub(super) async fn run(
             ));
             table::pairs(out, pairs)
         }
-        Command::List { tenant, json } => {
-            let accounts = store.accounts(&tenant).await.map_err(of_directory)?;
-            if json {
-                return table::json(out, &accounts.iter().map(as_json).collect());
-            }
-            let header = [
-                "ACCOUNT",
-                "SERVER",
-                "TLS",
-                "USER",
-                "FROM",
-                "LIMITS",
-                "CONNECTIONS",
-                "DEFAULT",
-            ];
-            table::columns(out, &header, accounts.iter().map(as_row).collect())
-        }
+        Command::List(args) => list(&args, store, out).await,
         Command::Remove { tenant, account } => {
             store
                 .remove_account(&tenant, &account)
@@ -167,6 +153,39 @@ pub(super) async fn run(
             Ok(())
         }
     }
+}
+
+async fn list(args: &ListArgs, store: &Store, out: &mut dyn Write) -> Result<(), CliError> {
+    let accounts = match &args.tenant {
+        Some(tenant) => store.accounts(tenant).await,
+        None => store.all_accounts().await,
+    };
+    let mut accounts = accounts.map_err(of_directory)?;
+    let unhealthy = store.unhealthy().await.map_err(of_directory)?;
+    if args.unhealthy {
+        accounts.retain(|account| unhealthy.contains_key(&account.key()));
+    }
+    let listed = accounts
+        .iter()
+        .map(|account| (account, unhealthy.get(&account.key())));
+    if args.json {
+        let all = listed.map(|(account, health)| as_json(account, health));
+        return table::json(out, &all.collect());
+    }
+    let header = [
+        "TENANT",
+        "ACCOUNT",
+        "SERVER",
+        "TLS",
+        "USER",
+        "FROM",
+        "LIMITS",
+        "CONNECTIONS",
+        "DEFAULT",
+        "HEALTH",
+    ];
+    let rows = listed.map(|(account, health)| as_row(account, health));
+    table::columns(out, &header, rows.collect())
 }
 
 async fn set(
@@ -246,8 +265,9 @@ fn read_from(text: &str) -> Result<Option<crate::address::Mailbox>, CliError> {
     Ok(Some(mailbox))
 }
 
-fn as_json(account: &StoredAccount) -> Value {
-    json!({
+/// With its health, if that is not good.
+fn as_json(account: &StoredAccount, health: Option<&Value>) -> Value {
+    let mut shown = json!({
         "tenant": account.tenant,
         "account": account.id,
         "host": account.host,
@@ -264,16 +284,25 @@ fn as_json(account: &StoredAccount) -> Value {
         "max_age": account.max_age.map(period_text),
         "default": account.is_default,
         "version": account.version,
-    })
+    });
+    if let Some(health) = health {
+        shown["health"] = health.clone();
+    }
+    shown
 }
 
-/// The state of the breaker, in a line.
-fn in_words(health: &Value) -> String {
-    let text = |name: &str| health[name].as_str().unwrap_or("-").to_owned();
-    let (state, until) = match health["state"].as_str() {
+/// The state of the breaker, and when that changes next.
+fn state_of(health: &Value) -> (&'static str, &'static str) {
+    match health["state"].as_str() {
         Some("half_open") => ("unhealthy, being probed", "probe due back"),
         _ => ("unhealthy", "next probe"),
-    };
+    }
+}
+
+/// The same in a line.
+fn in_words(health: &Value) -> String {
+    let text = |name: &str| health[name].as_str().unwrap_or("-").to_owned();
+    let (state, until) = state_of(health);
     let (since, until_at, detail) = (text("since"), text("until"), text("detail"));
     format!("{state} since {since}, {until} {until_at}: {detail}")
 }
@@ -299,8 +328,9 @@ fn as_pairs(account: &StoredAccount) -> Vec<(&'static str, String)> {
     ]
 }
 
-fn as_row(account: &StoredAccount) -> Vec<String> {
+fn as_row(account: &StoredAccount, health: Option<&Value>) -> Vec<String> {
     vec![
+        account.tenant.to_string(),
         account.id.to_string(),
         format!("{}:{}", account.host, account.port),
         account.tls.to_string(),
@@ -309,6 +339,7 @@ fn as_row(account: &StoredAccount) -> Vec<String> {
         limits::shown(&account.limits),
         table::or_dash(account.max_connections),
         table::yes(account.is_default),
+        health.map_or("good", |health| state_of(health).0).to_owned(),
     ]
 }
 

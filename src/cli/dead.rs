@@ -29,7 +29,7 @@ const LIMIT: Duration = Duration::from_secs(15);
 pub enum DeadCommand {
     /// List dead messages with their reason
     List(Filter),
-    /// Show dead messages with headers and body; sealed bodies stay sealed
+    /// Show dead messages with headers and body; secrets are hidden, sealed bodies stay sealed
     Show(Filter),
     /// Publish dead messages again, where they were published first
     Replay(Filter),

@@ -12,6 +12,7 @@ use crate::bridge::signature::{self, InvalidSecret, SigningKey};
 use crate::db::Database;
 use crate::endpoint::{self, Change, Endpoint, EndpointError, Replay, SealedAuth};
 use crate::secret::Keyring;
+use crate::secret::stored::{StoredError, verify_sealing};
 
 pub use args::{EndpointCommand, EventFilter, ListArgs, NameArgs, ReplayArgs, SetArgs, ShowArgs};
 
@@ -39,6 +40,9 @@ pub enum EndpointCommandError {
     /// Secrets are stored sealed.
     #[error("POSTROOM_ENCRYPTION_KEYS is not set: secrets of endpoints are stored sealed")]
     NoKeys,
+    /// The keys do not fit what is stored.
+    #[error(transparent)]
+    Keys(#[from] StoredError),
     /// Reading or writing.
     #[error("standard input or output: {0}")]
     Io(#[from] io::Error),
@@ -58,7 +62,7 @@ impl EndpointCommandError {
             Self::Secret(_) | Self::Missing(_) | Self::Unprintable(_) | Self::TooLong(_) | Self::NoKeys => {
                 true
             }
-            Self::Io(_) => false,
+            Self::Keys(_) | Self::Io(_) => false,
         }
     }
 }
@@ -124,34 +128,15 @@ async fn set(
     streams: Streams<'_>,
 ) -> Result<(), EndpointCommandError> {
     let NameArgs { tenant, name } = &args.which;
-    let secret = if args.generate_secret {
-        Some(signature::generate())
-    } else if args.secret_stdin {
-        Some(read_secret(streams.input, "signing secret")?)
-    } else {
-        None
-    };
-    if let Some(secret) = &secret {
-        SigningKey::parse(secret)?;
+    let secret = new_secret(&args, streams.input)?;
+    if secret.is_some() || args.basic_user.is_some() || args.bearer_stdin {
+        // Sealed with a wrong key it would be lost to every bridge.
+        verify_sealing(db, keyring).await?;
     }
     let seal = |secret: &SecretString, aad: &str| keyring.seal(secret.expose_secret().as_bytes(), aad);
-    let credential =
-        |secret: &SecretString| seal(secret, &endpoint::credential_aad(tenant.as_str(), name.as_str()));
-    let auth = if let Some(username) = args.basic_user {
-        let password = read_secret(streams.input, "password")?;
-        Some(SealedAuth::Basic {
-            username,
-            password: credential(&password),
-        })
-    } else if args.bearer_stdin {
-        let token = read_secret(streams.input, "bearer token")?;
-        if !token.expose_secret().bytes().all(|b| b.is_ascii_graphic()) {
-            return Err(EndpointCommandError::Unprintable("bearer token"));
-        }
-        Some(SealedAuth::Bearer(credential(&token)))
-    } else {
-        args.no_auth.then_some(SealedAuth::None)
-    };
+    let auth = new_auth(&args, streams.input, |secret| {
+        seal(secret, &endpoint::credential_aad(tenant.as_str(), name.as_str()))
+    })?;
     let change = Change {
         url: args.url,
         secret: secret
@@ -182,6 +167,39 @@ async fn set(
         before.and_then(|endpoint| endpoint.disabled_at),
         streams.remarks,
     )
+}
+
+/// A new signing secret, made or read.
+fn new_secret(args: &SetArgs, input: &mut dyn BufRead) -> Result<Option<SecretString>, EndpointCommandError> {
+    let secret = if args.generate_secret {
+        signature::generate()
+    } else if args.secret_stdin {
+        read_secret(input, "signing secret")?
+    } else {
+        return Ok(None);
+    };
+    SigningKey::parse(&secret)?;
+    Ok(Some(secret))
+}
+
+/// New credentials, read and sealed.
+fn new_auth(
+    args: &SetArgs,
+    input: &mut dyn BufRead,
+    seal: impl Fn(&SecretString) -> String,
+) -> Result<Option<SealedAuth>, EndpointCommandError> {
+    if let Some(username) = args.basic_user.clone() {
+        let password = seal(&read_secret(input, "password")?);
+        return Ok(Some(SealedAuth::Basic { username, password }));
+    }
+    if args.bearer_stdin {
+        let token = read_secret(input, "bearer token")?;
+        if !token.expose_secret().bytes().all(|b| b.is_ascii_graphic()) {
+            return Err(EndpointCommandError::Unprintable("bearer token"));
+        }
+        return Ok(Some(SealedAuth::Bearer(seal(&token))));
+    }
+    Ok(args.no_auth.then_some(SealedAuth::None))
 }
 
 /// What the operator should know about an endpoint just set.

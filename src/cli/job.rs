@@ -1,12 +1,14 @@
 //! `postroom job`: what the ledger knows of jobs; cancel and release.
 
+mod list;
+
 use std::io::Write;
 
 use clap::{Args, Subcommand};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::{CliError, table};
+use super::CliError;
 use crate::config;
 use crate::db::Database;
 use crate::id::{AccountKey, JobId, TenantId};
@@ -14,6 +16,8 @@ use crate::ledger::health;
 use crate::ledger::odd::{Cancel, Decision, ManualRelease, Resolved};
 use crate::ledger::{Ledger, WaitReason};
 use crate::telemetry::metrics::Metrics;
+
+pub use list::ListArgs;
 
 /// `postroom job …`
 #[derive(Debug, Subcommand)]
@@ -28,23 +32,6 @@ pub enum JobCommand {
     Release(NameArgs),
     /// Decide about a job that is held because nobody knows whether it was sent
     Resolve(ResolveArgs),
-}
-
-/// Which jobs.
-#[derive(Debug, Args)]
-pub struct ListArgs {
-    /// Only jobs of this tenant
-    #[arg(long)]
-    pub tenant: Option<TenantId>,
-    /// Only jobs in this state: open, sending, waiting, done, uncertain, dead
-    #[arg(long, value_parser = ["open", "sending", "waiting", "done", "uncertain", "dead"])]
-    pub state: Option<String>,
-    /// At most this many
-    #[arg(long, default_value_t = 50)]
-    pub limit: i64,
-    /// One JSON object per line
-    #[arg(long)]
-    pub json: bool,
 }
 
 /// One job.
@@ -109,7 +96,7 @@ pub async fn run(
 ) -> Result<(), CliError> {
     let database = Database::connect(config)?;
     match command {
-        JobCommand::List(args) => list(&database, &args, out).await,
+        JobCommand::List(args) => list::run(&database, &args, out).await,
         JobCommand::Show(args) => show(&database, &args, out).await,
         JobCommand::Cancel(name) => cancel(&ledger(database)?, &name, out).await,
         JobCommand::Release(name) => release(&ledger(database)?, &name, out).await,
@@ -119,71 +106,6 @@ pub async fn run(
 
 fn ledger(database: Database) -> Result<Ledger, CliError> {
     Ok(Ledger::new(database, std::sync::Arc::new(Metrics::new()?)))
-}
-
-async fn list(database: &Database, args: &ListArgs, out: &mut (dyn Write + Send)) -> Result<(), CliError> {
-    let state = args
-        .state
-        .as_ref()
-        .and_then(|s| STATES.iter().position(|name| name == s))
-        .map(|n| n as i16);
-    let sql = database.sql(&format!(
-        "{SELECT} WHERE ($1::text IS NULL OR tenant = $1) AND ($2::smallint IS NULL OR state = $2)
-         ORDER BY created_at DESC, tenant, id LIMIT $3"
-    ));
-    let tenant = args.tenant.as_ref().map(TenantId::as_str);
-    let rows = database
-        .client()
-        .await?
-        .query(&sql, &[&tenant, &state, &args.limit])
-        .await?;
-    let mut lines = Vec::with_capacity(rows.len());
-    for row in &rows {
-        let job = object(row)?;
-        if args.json {
-            writeln!(out, "{job}")?;
-        } else {
-            lines.push(line(&job));
-        }
-    }
-    if !args.json {
-        let header = [
-            "TENANT",
-            "JOB",
-            "LEVEL",
-            "STATE",
-            "ACCOUNT",
-            "ATTEMPTS",
-            "NEXT ATTEMPT",
-            "LAST ERROR",
-        ];
-        table::columns(out, &header, lines)?;
-    }
-    Ok(())
-}
-
-/// One line of the table.
-fn line(job: &Value) -> Vec<String> {
-    let text = |name: &str| match &job[name] {
-        Value::Null => String::new(),
-        Value::String(text) => text.clone(),
-        other => other.to_string(),
-    };
-    let state = match (text("outcome"), text("reason")) {
-        (outcome, _) if !outcome.is_empty() => outcome,
-        (_, reason) if !reason.is_empty() => format!("{} ({reason})", text("state")),
-        _ => text("state"),
-    };
-    vec![
-        text("tenant"),
-        text("job"),
-        text("level"),
-        state,
-        text("account"),
-        text("attempts"),
-        text("next_attempt_at"),
-        text("last_error"),
-    ]
 }
 
 async fn show(database: &Database, args: &OneArgs, out: &mut (dyn Write + Send)) -> Result<(), CliError> {

@@ -17,13 +17,18 @@ pub(crate) struct Scratch {
 
 impl Scratch {
     pub(crate) async fn new() -> Self {
+        Self::connected(4).await
+    }
+
+    /// The same, with at most so many connections.
+    pub(crate) async fn connected(pool_size: usize) -> Self {
         let url = std::env::var("POSTROOM_TEST_DATABASE_URL")
             .expect("POSTROOM_TEST_DATABASE_URL must name a Postgres server for tests: run `make test`");
         let config = config::Database {
             url: url.into(),
             schema: format!("t_dir_{}", uuid::Uuid::new_v4().simple()),
             ca_file: None,
-            pool_size: 4,
+            pool_size,
         };
         db::migrate(&config).await.unwrap();
         Self {

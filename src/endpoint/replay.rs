@@ -55,6 +55,25 @@ pub async fn replay(
     Ok(replayed)
 }
 
+/// Events that the endpoint wants, or the one that is named. Parameters: endpoint, the event before the first, the id of one
+/// event, since, until, at most how many.
+const WANTED: &str = "SELECT v.id FROM {s}.webhook_event v JOIN {s}.endpoint e ON e.id = $1 \
+     WHERE v.id > $2 AND ($3 IS NULL OR v.event_id = $3) \
+       AND ($4 IS NULL OR v.received_at >= $4) AND ($5 IS NULL OR v.received_at < $5) \
+       AND e.tenant IN (v.tenant, '-') \
+       AND ($3 IS NOT NULL OR {s}.endpoint_wants_v1(e, v.tenant, v.type, \
+            NOT EXISTS (SELECT FROM {s}.endpoint o WHERE o.tenant = v.tenant))) \
+     ORDER BY v.id LIMIT $6";
+
+/// Events that were given up at the endpoint, and no others, however many there are: the deliveries first, each with its event
+/// (OFFSET 0). Same parameters.
+const FAILED: &str = "SELECT d.event AS id \
+      FROM (SELECT f.event FROM {s}.webhook_delivery f \
+             WHERE f.endpoint = $1 AND f.state = 'failed' AND f.event > $2 ORDER BY f.event OFFSET 0) d \
+     CROSS JOIN LATERAL (SELECT v.received_at FROM {s}.webhook_event v WHERE v.id = d.event OFFSET 0) v \
+     WHERE ($4 IS NULL OR v.received_at >= $4) AND ($5 IS NULL OR v.received_at < $5) \
+     ORDER BY d.event LIMIT $6";
+
 struct Chunk {
     replayed: u64,
     /// The last event looked at; `None` when there is no more.
@@ -82,29 +101,20 @@ async fn chunk(
         .await?
         .ok_or_else(|| store::unknown(tenant, name))?;
     let endpoint: i64 = row.try_get(0)?;
-    let (event, failed, since, until) = match what {
-        Replay::Event(id) => (Some(id), false, None, None),
-        Replay::Received { since, until } => (None, false, Some(*since), *until),
-        Replay::Failed { since, until } => (None, true, *since, *until),
+    let (chosen, event, since, until) = match what {
+        Replay::Event(id) => (WANTED, Some(id), None, None),
+        Replay::Received { since, until } => (WANTED, None, Some(*since), *until),
+        Replay::Failed { since, until } => (FAILED, None, *since, *until),
     };
-    let sql = db.sql(
-        "WITH chosen AS ( \
-           SELECT v.id FROM {s}.webhook_event v JOIN {s}.endpoint e ON e.id = $1 \
-            WHERE v.id > $2 AND ($3 IS NULL OR v.event_id = $3) \
-              AND ($5 IS NULL OR v.received_at >= $5) AND ($6 IS NULL OR v.received_at < $6) \
-              AND CASE WHEN $4 THEN EXISTS (SELECT FROM {s}.webhook_delivery d \
-                         WHERE d.event = v.id AND d.endpoint = $1 AND d.state = 'failed') \
-                       WHEN $3 IS NOT NULL THEN e.tenant IN (v.tenant, '-') \
-                       ELSE e.tenant IN (v.tenant, '-') AND {s}.endpoint_wants_v1(e, v.tenant, v.type, \
-                         NOT EXISTS (SELECT FROM {s}.endpoint o WHERE o.tenant = v.tenant)) END \
-            ORDER BY v.id LIMIT $7), \
+    let sql = db.sql(&format!(
+        "WITH chosen AS ({chosen}), \
          made AS ( \
-           INSERT INTO {s}.webhook_delivery (event, endpoint) SELECT id, $1 FROM chosen ORDER BY id \
+           INSERT INTO {{s}}.webhook_delivery (event, endpoint) SELECT id, $1 FROM chosen ORDER BY id \
            ON CONFLICT (event, endpoint) DO UPDATE \
               SET state = 'pending', attempts = 0, next_at = clock_timestamp(), lease = NULL \
             WHERE webhook_delivery.state <> 'pending' RETURNING 1) \
-         SELECT (SELECT count(*) FROM made), (SELECT max(id) FROM chosen), {s}.endpoint_wake_v1(ARRAY[$1])::text",
-    );
+         SELECT (SELECT count(*) FROM made), (SELECT max(id) FROM chosen), {{s}}.endpoint_wake_v1(ARRAY[$1])::text"
+    ));
     let row = transaction
         .query_typed_one(
             &sql,
@@ -112,7 +122,6 @@ async fn chunk(
                 (&endpoint, Type::INT8),
                 (&after, Type::INT8),
                 (&event, Type::TEXT),
-                (&failed, Type::BOOL),
                 (&since, Type::TIMESTAMPTZ),
                 (&until, Type::TIMESTAMPTZ),
                 (&CHUNK, Type::INT8),

@@ -37,7 +37,7 @@ pub async fn set(
     // Whatever was wrong may be mended now: the pause ends, and the days of failing are counted anew.
     let sql = db.sql(
         "INSERT INTO {s}.endpoint_lane (endpoint) VALUES ($1) ON CONFLICT (endpoint) DO UPDATE \
-         SET due_at = clock_timestamp(), paused_until = NULL, failures = 0, failing_since = NULL",
+         SET due_at = clock_timestamp(), paused_until = NULL, rests_until = NULL, failures = 0, failing_since = NULL",
     );
     transaction.execute_typed(&sql, &[(&id, Type::INT8)]).await?;
     transaction.commit().await?;

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::fmt;
 
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::json::Name;
@@ -82,6 +83,49 @@ pub fn may_hold_secret(body: &[u8]) -> bool {
 #[must_use]
 pub fn may_hold_other_secret(body: &[u8]) -> bool {
     holds_word(body, &[WORDS, OTHER].concat())
+}
+
+/// A body as an operator may see it, whoever published it: in JSON, members whose names say that they are secrets are
+/// hidden at any depth, a plain override as a whole; anything else is shown only if it is text without such a name.
+#[must_use]
+pub fn without_secrets(body: &[u8]) -> Value {
+    match serde_json::from_slice(body) {
+        Ok(mut shown @ (Value::Object(_) | Value::Array(_))) => {
+            hide_secrets(&mut shown);
+            shown
+        }
+        // Other encodings, and compressions that we do not know, cannot be searched.
+        _ => match std::str::from_utf8(body) {
+            Ok(text) if !may_hold_secret(body) => Value::from(text),
+            _ => Value::from(format!("(hidden: {} bytes that may hold a secret)", body.len())),
+        },
+    }
+}
+
+/// The depth is bounded by `serde_json`, which read the value.
+fn hide_secrets(value: &mut Value) {
+    match value {
+        Value::Array(items) => items.iter_mut().for_each(hide_secrets),
+        Value::Object(members) => {
+            for (name, value) in members {
+                if is_secret(name, value) {
+                    *value = Value::from("(hidden)");
+                } else {
+                    hide_secrets(value);
+                }
+            }
+        }
+        _ => {}
+    }
+}
+
+fn is_secret(name: &str, value: &Value) -> bool {
+    if value.is_null() {
+        return false;
+    }
+    let name = name.as_bytes();
+    let is_sealed = || value.as_str().is_some_and(is_sealed);
+    holds_word(name, &[WORDS, OTHER].concat()) || holds_word(name, OVERRIDE) && !is_sealed()
 }
 
 /// What secrets are called.

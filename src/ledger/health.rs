@@ -319,22 +319,40 @@ impl Ledger {
 /// # Errors
 /// If the database cannot be asked.
 pub async fn read(db: &Database, account: &AccountKey) -> Result<Option<Health>, DbError> {
-    let sql = db.sql(
-        "SELECT state, opened_at, until, faults, reason, detail FROM {s}.account_health WHERE account = $1 AND state > 0",
-    );
+    let sql = db.sql(&format!("{SELECT} AND account = $1"));
     let client = db.client().await?;
-    let Some(row) = client.query_opt(&sql, &[&account.as_str()]).await? else {
-        return Ok(None);
+    let row = client.query_opt(&sql, &[&account.as_str()]).await?;
+    Ok(row.as_ref().map(health).transpose()?)
+}
+
+/// The state of all breakers that are not closed, by account.
+///
+/// # Errors
+/// If the database cannot be asked.
+pub async fn read_all(db: &Database) -> Result<HashMap<AccountKey, Health>, DbError> {
+    let rows = db.client().await?.query(&db.sql(SELECT), &[]).await?;
+    let health = |row| {
+        Ok((
+            AccountKey::from_stored(Row::try_get(row, "account")?),
+            health(row)?,
+        ))
     };
-    let state: i16 = row.try_get(0)?;
-    Ok(Some(Health {
+    rows.iter().map(health).collect()
+}
+
+const SELECT: &str =
+    "SELECT account, state, opened_at, until, faults, reason, detail FROM {s}.account_health WHERE state > 0";
+
+fn health(row: &Row) -> Result<Health, tokio_postgres::Error> {
+    let state: i16 = row.try_get("state")?;
+    Ok(Health {
         state: if state == 1 { "open" } else { "half_open" },
-        since: row.try_get(1)?,
-        until: row.try_get(2)?,
-        faults: row.try_get(3)?,
-        reason: row.try_get(4)?,
-        detail: row.try_get(5)?,
-    }))
+        since: row.try_get("opened_at")?,
+        until: row.try_get("until")?,
+        faults: row.try_get("faults")?,
+        reason: row.try_get("reason")?,
+        detail: row.try_get("detail")?,
+    })
 }
 
 /// A wait told by the database.

@@ -8,7 +8,9 @@ use super::{Input, is_one_line, mail};
 use crate::address::{masked, masked_in};
 use crate::config::JobLimits;
 use crate::job::bounds::MAX_ERRORS;
-use crate::job::decode::{Incoming, Rejection, decode, inflate, may_hold_secret, seal_override};
+use crate::job::decode::{
+    Incoming, Rejection, decode, inflate, may_hold_secret, seal_override, without_secrets,
+};
 use crate::job::{MailJob, SmtpOverride};
 
 /// Small, so that a fuzzer finds them.
@@ -39,7 +41,7 @@ pub fn job(data: &[u8]) {
         });
         assert_eq!(again.as_deref(), Ok(&*sealed));
     }
-    let _ = may_hold_secret(data);
+    let _ = (may_hold_secret(data), without_secrets(data));
 }
 
 const SEALED: &str = "v1:k:QUJD";

@@ -21,6 +21,8 @@ pub struct SealedColumn {
     pub column: &'static str,
     /// The additional data, from the values of `keys`.
     pub aad: fn(&[&str]) -> String,
+    /// Whether nothing works without the value. What is only kept for a while must not keep a process from starting.
+    pub is_needed: bool,
 }
 
 /// All of them.
@@ -30,24 +32,28 @@ pub const COLUMNS: &[SealedColumn] = &[
         keys: &["tenant", "id"],
         column: "password",
         aad: |keys| format!("account:{}:password", keys.join("/")),
+        is_needed: true,
     },
     SealedColumn {
         table: "endpoint",
         keys: ENDPOINT,
         column: "secret",
         aad: endpoint_secret,
+        is_needed: true,
     },
     SealedColumn {
         table: "endpoint",
         keys: ENDPOINT,
         column: "previous_secret",
         aad: endpoint_secret,
+        is_needed: false,
     },
     SealedColumn {
         table: "endpoint",
         keys: ENDPOINT,
         column: "credential",
         aad: |keys| format!("endpoint:{}:credential", keys.join("/")),
+        is_needed: true,
     },
 ];
 
@@ -101,11 +107,16 @@ pub async fn verify_keys(db: &Database, keys: &Keyring) -> Result<(), StoredErro
     within(async {
         let mut unknown = Vec::new();
         for column in COLUMNS {
-            for (kid, opened) in sample(db, keys, column).await? {
+            let samples = sample(db, keys, column).await?;
+            if !column.is_needed {
+                warn_of_unopened(column, &samples);
+                continue;
+            }
+            for (kid, opened) in best(&samples) {
                 match opened {
                     Opened::Yes => {}
-                    Opened::NoKey => unknown.push(kid),
-                    Opened::No => return Err(StoredError::WrongKey(kid)),
+                    Opened::NoKey => unknown.push(kid.to_owned()),
+                    Opened::No => return Err(StoredError::WrongKey(kid.to_owned())),
                 }
             }
         }
@@ -120,6 +131,39 @@ pub async fn verify_keys(db: &Database, keys: &Keyring) -> Result<(), StoredErro
     .await
 }
 
+/// Checks that what is sealed with the ring can be opened by the processes that need it. A ring whose active key opens
+/// something that is stored may seal, whatever else does not open: that is how a damaged secret is set anew.
+///
+/// # Errors
+/// If nothing that was sealed with a key of the active one's id opens; where nothing was, as [`verify_keys`].
+pub async fn verify_sealing(db: &Database, keys: &Keyring) -> Result<(), StoredError> {
+    let is_proven = within(async {
+        let mut is_proven = None;
+        for column in COLUMNS {
+            let samples = sample(db, keys, column).await?;
+            match best(&samples).get(keys.active()) {
+                Some(Opened::Yes) => return Ok(Some(true)),
+                Some(_) if column.is_needed => is_proven = Some(false),
+                _ => {}
+            }
+        }
+        Ok(is_proven)
+    })
+    .await?;
+    match is_proven {
+        Some(true) => Ok(()),
+        Some(false) => Err(StoredError::WrongKey(keys.active().to_owned())),
+        None => verify_keys(db, keys).await,
+    }
+}
+
+/// A stored value that was tried.
+struct Sample {
+    kid: String,
+    aad: String,
+    opened: Opened,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Opened {
     Yes,
@@ -128,11 +172,7 @@ enum Opened {
 }
 
 /// Tries some values of every key id found in the column.
-async fn sample(
-    db: &Database,
-    keys: &Keyring,
-    column: &SealedColumn,
-) -> Result<BTreeMap<String, Opened>, StoredError> {
+async fn sample(db: &Database, keys: &Keyring, column: &SealedColumn) -> Result<Vec<Sample>, StoredError> {
     let (key_list, name) = (column.keys.join(", "), column.column);
     let sql = db.sql(&format!(
         "SELECT {name}, {key_list} FROM (SELECT {name}, {key_list}, \
@@ -145,7 +185,7 @@ async fn sample(
         .await?
         .query_typed(&sql, &[(&SAMPLES, Type::INT8)])
         .await?;
-    let mut found = BTreeMap::new();
+    let mut samples = Vec::new();
     for row in &rows {
         let (sealed, aad) = sealed_and_aad(row, column)?;
         let Ok(kid) = Keyring::kid_of(sealed) else {
@@ -162,12 +202,34 @@ async fn sample(
             Err(SecretError::UnknownKey { .. }) => Opened::NoKey,
             Err(SecretError::Corrupt | SecretError::Format) => Opened::No,
         };
-        let best = found.entry(kid.to_owned()).or_insert(opened);
-        if opened == Opened::Yes {
-            *best = opened;
+        let kid = kid.to_owned();
+        samples.push(Sample { kid, aad, opened });
+    }
+    Ok(samples)
+}
+
+/// By key id: whether any of its values opened.
+fn best(samples: &[Sample]) -> BTreeMap<&str, Opened> {
+    let mut found = BTreeMap::new();
+    for sample in samples {
+        let best = found.entry(sample.kid.as_str()).or_insert(sample.opened);
+        if sample.opened == Opened::Yes {
+            *best = sample.opened;
         }
     }
-    Ok(found)
+    found
+}
+
+fn warn_of_unopened(column: &SealedColumn, samples: &[Sample]) {
+    for sample in samples.iter().filter(|sample| sample.opened != Opened::Yes) {
+        tracing::warn!(
+            table = column.table,
+            column = column.column,
+            aad = sample.aad,
+            key = sample.kid,
+            "a stored secret does not open: it is not used any more"
+        );
+    }
 }
 
 fn sealed_and_aad<'a>(row: &'a Row, column: &SealedColumn) -> Result<(&'a str, String), StoredError> {

@@ -9,7 +9,7 @@ from helm_python import HelmError
 from helm_python import lint
 
 import generate
-from chart import CHART, TOP, chart, objects, pods, render, required, value_sets
+from chart import CHART, TOP, chart, containers, env, objects, pods, render, required, value_sets
 
 
 def without_description(schema, path=""):
@@ -156,3 +156,35 @@ class Settings(unittest.TestCase):
             value = [sample] if form.endswith(",…") else sample
             with self.subTest(variable):
                 self.assertEqual(self.value_of(generate.camel(variable), value), [sample if isinstance(sample, str) else json.dumps(sample)])
+
+    def of_containers(self, name, **values):
+        """The variables of every container of this name."""
+        return [env(it) for pod in pods(objects(required(**values))) for it in containers(pod) if it["name"] == name]
+
+    def test_what_a_component_has_of_its_own_wins_whatever_it_is(self):
+        for variable, shared, own, text in [
+            ("OTEL_SDK_DISABLED", True, False, "false"),
+            ("OTEL_TRACES_SAMPLER_ARG", 1, 0, "0"),
+            ("POSTROOM_EGRESS_ALLOW", ["10.0.0.0/8"], [], ""),
+            ("POSTROOM_CONCURRENCY", 7, 8, "8"),
+        ]:
+            with self.subTest(variable, own=own):
+                name = generate.camel(variable)
+                values = {f"settings__{name}": shared, f"worker__settings__{name}": own}
+                ((worker,), (bridge,)) = (self.of_containers(it, **values) for it in ("worker", "bridge"))
+                self.assertEqual(worker[variable], text)
+                self.assertEqual(bridge[variable], self.value_of(name, shared)[0])
+
+    def test_setup_works_with_the_names_that_workers_have(self):
+        own = {"prefix": "own", "queues": ["high:own.q", "low:own.p"], "databaseSchema": "own"}
+        values = {"settings__prefix": "shared", "settings__queues": ["high:shared.q"], "setup__topology": True, "tests__enabled": True}
+        values |= {f"worker__settings__{name}": value for name, value in own.items()}
+        names = {"topology": ("POSTROOM_PREFIX", "POSTROOM_QUEUES"), "migrate": ("POSTROOM_DATABASE_SCHEMA",), "database": ("POSTROOM_DATABASE_SCHEMA",)}
+        for mode in ("hook", "init"):
+            (worker,) = self.of_containers("worker", setup__mode=mode, **values)
+            for name, variables in names.items():
+                found = self.of_containers(name, setup__mode=mode, **values)
+                self.assertTrue(found)
+                for variable in variables:
+                    with self.subTest(mode=mode, container=name, variable=variable):
+                        self.assertEqual({it[variable] for it in found}, {worker[variable]})

@@ -423,7 +423,7 @@ async fn ask(world: &World, hay: &mut Haystack) {
         "endpoint show acme --json",
         "endpoint show acme basic --json",
         "endpoint list acme",
-        "job list --json",
+        "job list --tenant acme --json",
         "job show acme sent --json",
         "tenant show acme --json",
         "topology print",
@@ -568,6 +568,35 @@ async fn no_password_is_in_logs_database_queues_reports_or_metrics() {
         .unwrap();
 }
 
+#[tokio::test]
+async fn no_password_is_shown_of_dead_letters_that_no_worker_made() {
+    let world = World::ready().await;
+    let server = SmtpServer::builder().start().await;
+    let plain = job("plain", "acme", &server_of(&server, OVERRIDE)).to_string();
+    let cut = &plain[..plain.len() - 1];
+    let amqp = world.amqp().await;
+    // A misspelt level; and what RabbitMQ gave up lies as it was published too.
+    for (exchange, key) in [("mail.jobs", "hihg.acme"), ("", "mail.jobs.dead")] {
+        for body in [&plain, cut] {
+            amqp.publish(exchange, key, BasicProperties::default(), body.as_bytes())
+                .await;
+        }
+    }
+    world.wait_depth("mail.unroutable", 2).await;
+    world.wait_depth("mail.jobs.dead", 2).await;
+    let mut hay = Haystack(Vec::new());
+    for queue in ["unroutable", "jobs"] {
+        let shown = world.postroom(&["dead", "show", "--all", "--queue", queue]).await;
+        hay.add(queue, shown.success());
+        hay.assert_holds(queue, "ann@example.org");
+        hay.assert_holds(queue, &format!("(hidden: {} bytes", cut.len()));
+    }
+    hay.assert_without(&[OVERRIDE]);
+    // Replayed, they are what they were.
+    let replayed = world.postroom(&["dead", "replay", "--id", "plain"]).await;
+    assert!(replayed.success().contains("1 replayed"));
+}
+
 /// URLs of the database that cannot work, and the command that is to tell so.
 fn broken_databases(world: &World) -> Vec<(String, &'static str)> {
     let database = url::Url::parse(world.database_url()).unwrap();
@@ -585,7 +614,7 @@ fn broken_databases(world: &World) -> Vec<(String, &'static str)> {
         ),
         (format!("postgres://u:{CANARY}@h:port/x"), "migrate"),
         (format!("postgres://u:{CANARY}@[::1/x"), "migrate"),
-        (format!("postgres//u:{CANARY}@h/x"), "job list"),
+        (format!("postgres//u:{CANARY}@h/x"), "job list --state done"),
         (format!("host=127.0.0.1 password={CANARY}"), "worker"),
         (format!("postgres://u:{CANARY}@h/x?sslmode=maybe"), "bridge"),
     ]

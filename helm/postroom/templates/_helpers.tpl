@@ -74,9 +74,16 @@ annotations:
 
 {{/* Settings */}}
 
-{{/* The settings of a component, its own before the shared ones, as JSON. Arguments: root, component. */}}
+{{/* The settings of a component, its own before the shared ones, as JSON; null is none. Not with `merge`, for which false, 0 and an
+     empty list are none too. Arguments: root, component. */}}
 {{- define "postroom.settingsOf" -}}
-{{- merge (dict) (index .root.Values .component).settings .root.Values.settings | toJson -}}
+{{- $merged := dict -}}
+{{- range $settings := list .root.Values.settings (index .root.Values .component).settings -}}
+{{- range $name, $value := $settings -}}
+{{- if not (kindIs "invalid" $value) -}}{{- $_ := set $merged $name $value -}}{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $merged -}}
 {{- end -}}
 
 {{/* Numbers come as floating point: 1e+07 is not what the binary reads. */}}

@@ -12,6 +12,16 @@
 {{- .Values.setup.rabbitmq.secret | default (include "postroom.rabbitmqSecret" .) -}}
 {{- end -}}
 
+{{/* Some settings as variables: those of workers, which setup is for. Arguments: root, names. */}}
+{{- define "postroom.setupSettings" -}}
+{{- $settings := include "postroom.settingsOf" (dict "root" .root "component" "worker") | fromJson -}}
+{{- $some := dict -}}
+{{- range .names -}}
+{{- if hasKey $settings . -}}{{- $_ := set $some . (index $settings .) -}}{{- end -}}
+{{- end -}}
+{{- include "postroom.settings" $some -}}
+{{- end -}}
+
 {{/* `postroom migrate`. Arguments: root, postgresVolume. */}}
 {{- define "postroom.migrateContainer" -}}
 {{- $args := list "migrate" -}}
@@ -19,7 +29,7 @@
 {{ include "postroom.container" (dict "root" .root "name" "migrate" "args" $args) }}
   env:
     {{- include "postroom.postgresEnv" .root | nindent 4 }}
-    {{- include "postroom.block" (list 4 (include "postroom.settings" (pick .root.Values.settings "databaseSchema" "log" "logFormat"))) }}
+    {{- include "postroom.block" (list 4 (include "postroom.setupSettings" (dict "root" .root "names" (list "databaseSchema" "log" "logFormat")))) }}
   resources:
     {{- toYaml .root.Values.setup.resources | nindent 4 }}
   volumeMounts:
@@ -36,7 +46,7 @@
 {{ include "postroom.container" (dict "root" .root "name" "topology" "args" (list "topology" "apply")) }}
   env:
     {{- include "postroom.block" (list 4 (include "postroom.rabbitmqEnv" (dict "root" .root "secret" (include "postroom.setupRabbitmqSecret" .root)))) }}
-    {{- include "postroom.block" (list 4 (include "postroom.settings" (pick .root.Values.settings "prefix" "queues" "log" "logFormat"))) }}
+    {{- include "postroom.block" (list 4 (include "postroom.setupSettings" (dict "root" .root "names" (list "prefix" "queues" "log" "logFormat")))) }}
   resources:
     {{- toYaml .root.Values.setup.resources | nindent 4 }}
   {{- $url := .root.Values.rabbitmq.urlKey }}

@@ -6,6 +6,7 @@ use postroom_testkit::webhook::{Reply, WebhookReceiver};
 
 use super::world::{PATIENCE, World, ids, keyring, report, until};
 use crate::bridge::queue::{Leased, Outcome, Settled};
+use crate::secret::stored::verify_keys;
 
 fn settled(leased: &Leased, outcome: Outcome) -> Settled {
     Settled {
@@ -75,6 +76,70 @@ async fn an_endpoint_in_trouble_is_probed_with_one_request_at_a_time() {
         .await
         .unwrap();
     assert_eq!(bridge.lease(16, 4).await.unwrap().len(), 4);
+}
+
+#[tokio::test]
+async fn a_rest_that_the_endpoint_asked_for_is_not_ended_by_what_was_in_flight_beside_it() {
+    let world = World::new(&["acme"]).await;
+    let hook = WebhookReceiver::start().await.unwrap();
+    world.set("acme", "default", &hook, &[]).await;
+    let batch: Vec<_> = (0..9)
+        .map(|n| report(&format!("evt_{n}"), "acme", "mail.sent"))
+        .collect();
+    let bridge = world.bridge();
+    bridge.record(&batch).await.unwrap();
+    let leased = bridge.lease(16, 4).await.unwrap();
+    assert_eq!(leased.len(), 4);
+    let asked = Settled {
+        pause: 3600.0,
+        ..settled(&leased[0], Outcome::Retry(3600.0))
+    };
+    bridge.settle(&[asked]).await.unwrap();
+    for (leased, outcome) in leased[1..].iter().zip([Outcome::Retry(5.0), Outcome::Delivered]) {
+        bridge.settle(&[settled(leased, outcome)]).await.unwrap();
+        assert!(bridge.lease(16, 4).await.unwrap().is_empty(), "{outcome:?}");
+    }
+    world.record(&[("evt_new", "acme", "mail.sent")]).await;
+    assert!(bridge.lease(16, 4).await.unwrap().is_empty());
+
+    world.endpoint(&["set", "acme", "--enable"], "").await.unwrap();
+    // One of the first four is still in flight.
+    let leased = bridge.lease(16, 4).await.unwrap();
+    assert_eq!(leased.len(), 3);
+    bridge
+        .settle(&[settled(&leased[0], Outcome::Delivered)])
+        .await
+        .unwrap();
+    assert_eq!(
+        bridge.lease(16, 4).await.unwrap().len(),
+        1,
+        "the rest is over for good"
+    );
+}
+
+#[tokio::test]
+async fn a_wait_for_a_key_ends_with_the_next_success() {
+    let world = World::new(&["acme"]).await;
+    let hook = WebhookReceiver::start().await.unwrap();
+    world.set("acme", "default", &hook, &[]).await;
+    let batch: Vec<_> = (0..9)
+        .map(|n| report(&format!("evt_{n}"), "acme", "mail.sent"))
+        .collect();
+    let bridge = world.bridge();
+    bridge.record(&batch).await.unwrap();
+    let leased = bridge.lease(16, 4).await.unwrap();
+    let no_key = Settled {
+        pause: 3600.0,
+        blame: false,
+        ..settled(&leased[0], Outcome::Release(3600.0))
+    };
+    bridge.settle(&[no_key]).await.unwrap();
+    assert!(bridge.lease(16, 4).await.unwrap().is_empty());
+    bridge
+        .settle(&[settled(&leased[1], Outcome::Delivered)])
+        .await
+        .unwrap();
+    assert_eq!(bridge.lease(16, 4).await.unwrap().len(), 2);
 }
 
 #[tokio::test]
@@ -217,6 +282,28 @@ async fn without_the_key_webhooks_wait_and_no_attempt_is_counted() {
         .await;
     let running = world.start();
     world.until_deliveries("delivered", 1).await;
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn an_endpoint_whose_secret_is_unreadable_is_mended_by_a_new_one() {
+    let world = World::new(&["acme", "umbrella"]).await;
+    let hook = WebhookReceiver::start().await.unwrap();
+    world.set("umbrella", "default", &hook, &[]).await;
+    world.set("acme", "default", &hook, &[]).await;
+    let lost = keyring("k1", 9).seal(b"whsec_AAAA", "endpoint:acme/default:secret");
+    world
+        .sql(&format!(
+            "UPDATE {{s}}.endpoint SET secret = '{lost}' WHERE tenant = 'acme'"
+        ))
+        .await;
+    let secret = world.set("acme", "default", &hook, &[]).await;
+    assert!(world.show("acme", "default").await["previous_secret_until"].is_string());
+    verify_keys(&world.database, &world.keyring).await.unwrap();
+    world.record(&[("evt_1", "acme", "mail.sent")]).await;
+    let running = world.start();
+    let received = hook.wait_for(1, PATIENCE).await.unwrap();
+    received[0].verify(&secret).unwrap();
     running.stop().await;
 }
 

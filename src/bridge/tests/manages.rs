@@ -2,7 +2,7 @@
 
 use postroom_testkit::webhook::WebhookReceiver;
 
-use super::world::{PATIENCE, World, ids, report};
+use super::world::{PATIENCE, World, ids, keyring, report};
 
 #[tokio::test]
 async fn secrets_are_write_only() {
@@ -39,6 +39,42 @@ async fn secrets_are_write_only() {
             "{place}"
         );
     }
+}
+
+#[tokio::test]
+async fn secrets_are_not_sealed_with_another_key_of_the_same_name() {
+    let mut world = World::new(&["acme"]).await;
+    let url = "https://example.com/hook";
+    world
+        .endpoint(&["set", "acme", "--url", url, "--generate-secret"], "")
+        .await
+        .unwrap();
+    world.keyring = keyring("k1", 9);
+    let sealed = "SELECT count(*) FROM {s}.endpoint WHERE secret IS NOT NULL OR credential IS NOT NULL";
+    for (arguments, input) in [
+        (&["set", "acme", "new", "--url", url, "--generate-secret"][..], ""),
+        (&["set", "acme", "new", "--url", url, "--bearer-stdin"], "token\n"),
+        (
+            &[
+                "set",
+                "acme",
+                "new",
+                "--url",
+                url,
+                "--basic-user",
+                "u",
+                "--password-stdin",
+            ],
+            "p\n",
+        ),
+    ] {
+        let error = world.endpoint(arguments, input).await.unwrap_err();
+        assert!(error.contains("key `k1` is not the key"), "{error}");
+        assert!(!error.contains("whsec_"), "{error}");
+    }
+    assert_eq!(world.count(sealed).await, 1);
+    // What needs no key works.
+    world.endpoint(&["set", "acme", "--disable"], "").await.unwrap();
 }
 
 #[tokio::test]

@@ -111,3 +111,39 @@ async fn a_delivery_does_not_read_thousands_of_others() {
     dear.extend(world.delivers_one("analyzed").await);
     assert!(dear.is_empty(), "{dear:#?}");
 }
+
+#[tokio::test]
+async fn replaying_what_failed_reads_only_that() {
+    let world = World::connected(&["acme"], 1).await;
+    never_analyzed(&world.database).await;
+    world.one_endpoint().await;
+    world.crowd("many", MANY).await;
+    world
+        .sql(
+            "INSERT INTO {s}.endpoint (tenant, name, url) VALUES ('acme', 'few', 'https://acme.example/few')",
+        )
+        .await;
+    world
+        .sql(
+            "INSERT INTO {s}.endpoint_lane (endpoint) SELECT id FROM {s}.endpoint WHERE name = 'few' AND tenant = 'acme'",
+        )
+        .await;
+    let give_up = "INSERT INTO {s}.webhook_delivery (event, endpoint, state) \
+                   SELECT v.id, e.id, 'failed' FROM {s}.webhook_event v, {s}.endpoint e \
+                    WHERE e.name = 'few' AND v.id IN (7, 1500, 2900) \
+                   ON CONFLICT (event, endpoint) DO UPDATE SET state = 'failed'";
+    for time in ["never analyzed", "analyzed"] {
+        for arguments in [
+            &["replay", "acme", "few", "--failed"][..],
+            &["replay", "acme", "few", "--failed", "--since", "1h"],
+        ] {
+            world.sql(give_up).await;
+            let before = rows_read(&world.database).await;
+            let (output, _) = world.endpoint(arguments, "").await.unwrap();
+            let read = rows_read(&world.database).await - before;
+            assert_eq!(output, "3 events will be sent again\n");
+            assert!(read <= MOST, "{time}: {arguments:?}: {read} rows");
+        }
+        analyze(&world.database).await;
+    }
+}

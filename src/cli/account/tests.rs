@@ -167,12 +167,57 @@ async fn an_operator_changes_and_removes_accounts() {
     assert_eq!(defaults, [json!(false), json!(true)]);
     let table = ok(&store, "account list acme").await;
     assert!(
-        table.starts_with("ACCOUNT") && table.contains("smtp.example.com:587"),
+        table.starts_with("TENANT") && table.contains("smtp.example.com:587"),
         "{table}"
     );
     assert!(!format!("{table}{}", ok(&store, "account show acme main").await).contains("hunter2"));
     ok(&store, "account set - relay --host relay --port 25 --tls none").await;
     ok(&store, "account remove acme two").await;
+    scratch.end().await;
+}
+
+#[tokio::test]
+async fn an_operator_finds_the_unhealthy_accounts_of_all_tenants() {
+    let scratch = Scratch::new().await;
+    let store = scratch.store();
+    for tenant in ["acme", "umbrella"] {
+        ok(&store, &format!("tenant set {tenant}")).await;
+        for account in ["good", "ill"] {
+            ok(
+                &store,
+                &format!("account set {tenant} {account} --host h --port 25 --tls none"),
+            )
+            .await;
+        }
+    }
+    scratch
+        .execute(
+            "INSERT INTO {s}.account_health (account, state, faults, reason) \
+             VALUES ('acme/ill', 1, 5, 'connect'), ('umbrella/ill', 2, 5, 'connect'), ('umbrella/good', 0, 1, 'connect')",
+        )
+        .await;
+    let all = json(&store, "account list --json").await;
+    let states: Vec<_> = all
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|account| (account["tenant"].clone(), account["health"]["state"].clone()))
+        .collect();
+    let expected = [
+        ("acme", Value::Null),
+        ("acme", json!("open")),
+        ("umbrella", Value::Null),
+        ("umbrella", json!("half_open")),
+    ];
+    assert_eq!(states, expected.map(|(tenant, state)| (json!(tenant), state)));
+    let table = ok(&store, "account list --unhealthy").await;
+    assert!(
+        !table.contains("good") && table.contains("being probed"),
+        "{table}"
+    );
+    assert_eq!(table.lines().count(), 3, "{table}");
+    let table = ok(&store, "account list acme --unhealthy").await;
+    assert_eq!(table.lines().count(), 2, "{table}");
     scratch.end().await;
 }
 

@@ -8,6 +8,7 @@ use super::DeadQueue;
 use crate::broker::consumer::header_text;
 use crate::broker::dead_letter::{AT, DETAIL, REASON, REPLAY, SEALED, SOURCE, own_headers, republishable};
 use crate::broker::{Properties, Topology};
+use crate::job::decode::without_secrets;
 use crate::level::Level;
 
 /// Longest detail in a table, in characters.
@@ -133,13 +134,10 @@ impl Letter {
         })
     }
 
-    /// What `show` prints: the summary with headers and body. A sealed body is not opened here: it holds a secret.
+    /// What `show` prints: the summary with headers and body. A sealed body is not opened here, and what RabbitMQ moved by
+    /// itself is as it was published: either may hold a secret.
     pub(super) fn full(&self) -> Value {
         let mut shown = self.summary();
-        let body = match std::str::from_utf8(self.body()) {
-            Ok(text) => serde_json::from_str(text).unwrap_or_else(|_| Value::from(text)),
-            Err(_) => json!({"base64": base64(self.body())}),
-        };
         let headers: Map<_, _> = self
             .headers()
             .iter()
@@ -153,7 +151,7 @@ impl Letter {
         shown["content_type"] = json!(text(properties.content_type()));
         shown["content_encoding"] = json!(text(properties.content_encoding()));
         shown["headers"] = Value::Object(headers);
-        shown["body"] = body;
+        shown["body"] = without_secrets(self.body());
         shown
     }
 
@@ -184,11 +182,6 @@ impl Letter {
         headers.insert(REPLAY.into(), AMQPValue::LongLongInt(self.replays() + 1));
         republishable(&self.delivery.properties, headers)
     }
-}
-
-fn base64(bytes: &[u8]) -> String {
-    use base64::Engine as _;
-    base64::engine::general_purpose::STANDARD.encode(bytes)
 }
 
 fn header_json(value: &AMQPValue) -> Value {

@@ -1,5 +1,7 @@
 //! Accounts: set, show, list, remove.
 
+use std::collections::HashMap;
+
 use deadpool_postgres::Transaction;
 use secrecy::ExposeSecret;
 use tokio_postgres::types::Type;
@@ -9,7 +11,7 @@ use super::{Store, StoredAccount, limits, within};
 use crate::directory::{DirectoryError, row};
 use crate::id::{AccountId, AccountKey, TenantId};
 use crate::ledger::health;
-use crate::secret::stored::{account_password_aad, verify_keys};
+use crate::secret::stored::{account_password_aad, verify_sealing};
 
 impl Store {
     /// Creates the account if it is missing and changes what is named. The first account of a tenant becomes its
@@ -27,7 +29,7 @@ impl Store {
         if change.password.is_some() {
             let keys = self.keys.as_ref().ok_or(DirectoryError::NoKeys)?;
             // A password sealed with a wrong key would be lost to every worker.
-            verify_keys(&self.db, keys).await?;
+            verify_sealing(&self.db, keys).await?;
         }
         within(self.set_account_now(tenant, id, change)).await
     }
@@ -169,7 +171,7 @@ impl Store {
         Ok(())
     }
 
-    async fn forget_health(&self, tx: &Transaction<'_>, key: &str) -> Result<(), DirectoryError> {
+    pub(super) async fn forget_health(&self, tx: &Transaction<'_>, key: &str) -> Result<(), DirectoryError> {
         let sql = self.db.sql("DELETE FROM {s}.account_health WHERE account = $1");
         tx.execute_typed(&sql, &[(&key, Type::TEXT)]).await?;
         Ok(())
@@ -208,6 +210,24 @@ impl Store {
         .await
     }
 
+    /// The accounts of all tenants, by tenant and name.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn all_accounts(&self) -> Result<Vec<StoredAccount>, DirectoryError> {
+        within(async {
+            let columns = row::ACCOUNT_COLUMNS;
+            let sql = self.db.sql(&format!(
+                "SELECT {columns} FROM {{s}}.account a ORDER BY tenant, id"
+            ));
+            let rows = self.db.client().await?.query_typed(&sql, &[]).await?;
+            rows.iter()
+                .filter_map(|row| row::account(row, 0).transpose())
+                .collect()
+        })
+        .await
+    }
+
     /// One account.
     ///
     /// # Errors
@@ -229,6 +249,21 @@ impl Store {
         within(async {
             let health = health::read(&self.db, key).await?;
             Ok(health.map(|health| health.to_json()))
+        })
+        .await
+    }
+
+    /// [`Self::health`] of all accounts whose breaker is not closed.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn unhealthy(&self) -> Result<HashMap<AccountKey, serde_json::Value>, DirectoryError> {
+        within(async {
+            let all = health::read_all(&self.db).await?;
+            Ok(all
+                .into_iter()
+                .map(|(key, health)| (key, health.to_json()))
+                .collect())
         })
         .await
     }

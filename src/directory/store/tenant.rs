@@ -147,7 +147,7 @@ impl Store {
         .await
     }
 
-    /// Removes a tenant with its accounts and limits.
+    /// Removes a tenant with its accounts, their limits, and what is known of their health.
     ///
     /// # Errors
     /// [`DirectoryError::NoTenant`], [`DirectoryError::Platform`], or if the database fails.
@@ -159,28 +159,46 @@ impl Store {
             let mut client = self.db.client().await?;
             let tx = client.transaction().await?;
             self.lock_tenant(&tx, id).await?;
-            let (tenant, sql) = (
-                id.as_str(),
-                self.db
-                    .sql("DELETE FROM {s}.account WHERE tenant = $1 RETURNING id"),
-            );
-            let rows = tx.query_typed(&sql, &[(&tenant, Type::TEXT)]).await?;
-            let mut accounts: Vec<&str> = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
-            accounts.sort_unstable();
-            let delete = self.db.sql("DELETE FROM {s}.tenant WHERE id = $1");
-            tx.execute_typed(&delete, &[(&tenant, Type::TEXT)]).await?;
-            // In key order, as everywhere: the tenant's own key sorts first.
-            self.set_limits(&tx, &limits_key(id), &[]).await?;
-            for account in &accounts {
-                self.set_limits(&tx, &format!("{tenant}/{account}"), &[]).await?;
+            let accounts = self.remove_rows(&tx, id).await?;
+            self.lock_limits(&tx, id).await?;
+            for key in &accounts {
+                self.set_cap(&tx, key, None).await?;
             }
-            for account in &accounts {
-                self.set_cap(&tx, &format!("{tenant}/{account}"), None).await?;
+            self.set_limits(&tx, &limits_key(id), &[]).await?;
+            for key in &accounts {
+                self.set_limits(&tx, key, &[]).await?;
+            }
+            for key in &accounts {
+                self.forget_health(&tx, key).await?;
             }
             tx.commit().await?;
             Ok(())
         })
         .await
+    }
+
+    /// Deletes the tenant and its accounts; gives the accounts' keys in their order.
+    async fn remove_rows(&self, tx: &Transaction<'_>, id: &TenantId) -> Result<Vec<String>, DirectoryError> {
+        let accounts = self
+            .db
+            .sql("DELETE FROM {s}.account WHERE tenant = $1 RETURNING tenant || '/' || id");
+        let rows = tx.query_typed(&accounts, &[(&id.as_str(), Type::TEXT)]).await?;
+        let mut keys: Vec<String> = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
+        keys.sort_unstable();
+        let tenant = self.db.sql("DELETE FROM {s}.tenant WHERE id = $1");
+        tx.execute_typed(&tenant, &[(&id.as_str(), Type::TEXT)]).await?;
+        Ok(keys)
+    }
+
+    /// Locks the limiter's rows of a tenant and its accounts, by key. A changed limit wakes lanes, and no row of the limiter
+    /// is locked behind a lane: see the lock order in `V2__ledger.sql`.
+    async fn lock_limits(&self, tx: &Transaction<'_>, id: &TenantId) -> Result<(), DirectoryError> {
+        // '0' comes after '/'.
+        let sql = self
+            .db
+            .sql("SELECT FROM {s}.rate WHERE key >= $1 || '/' AND key < $1 || '0' ORDER BY key FOR UPDATE");
+        tx.query_typed(&sql, &[(&id.as_str(), Type::TEXT)]).await?;
+        Ok(())
     }
 }
 

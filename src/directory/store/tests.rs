@@ -430,10 +430,18 @@ async fn removing_a_tenant_removes_accounts_and_limits() {
         .set_account(&acme(), &account("main"), &change)
         .await
         .unwrap();
+    scratch
+        .execute(
+            "INSERT INTO {s}.account_health (account, state, until) \
+             VALUES ('acme/main', 1, now()), ('acme-2/main', 1, now())",
+        )
+        .await;
     store.remove_tenant(&acme()).await.unwrap();
     let left = "SELECT (SELECT count(*) FROM {s}.rate) + (SELECT count(*) FROM {s}.connection_cap) \
                 + (SELECT count(*) FROM {s}.account) || ''";
     assert_eq!(scratch.text(left).await, "0");
+    let ill = "SELECT string_agg(account, ',') FROM {s}.account_health";
+    assert_eq!(scratch.text(ill).await, "acme-2/main");
     assert!(matches!(
         store.remove_tenant(&acme()).await,
         Err(DirectoryError::NoTenant(_))
@@ -447,6 +455,41 @@ async fn removing_a_tenant_removes_accounts_and_limits() {
         .await
         .unwrap_err();
     assert!(matches!(error, DirectoryError::NoAccount(_)), "{error}");
+    scratch.end().await;
+}
+
+/// A settlement locks limits, then lanes.
+#[tokio::test]
+async fn removing_a_tenant_holds_no_lane_while_it_waits_for_a_limit() {
+    let (scratch, store) = with_acme().await;
+    let change = AccountChange {
+        limits: exact(&["1/1h"]),
+        ..new_account()
+    };
+    store
+        .set_account(&acme(), &account("main"), &change)
+        .await
+        .unwrap();
+    scratch
+        .execute("INSERT INTO {s}.lane (account, level, tenant, next_at) VALUES ('acme/main', 1, 'acme', 'infinity')")
+        .await;
+    let mut client = scratch.db.client().await.unwrap();
+    let settling = client.transaction().await.unwrap();
+    let lock = async |table: &str| {
+        let sql = format!("SELECT FROM {{s}}.{table} FOR UPDATE NOWAIT");
+        settling.execute(&scratch.db.sql(&sql), &[]).await
+    };
+    lock("rate").await.unwrap();
+    let removing = tokio::spawn(async move { store.remove_tenant(&acme()).await });
+    let waiting = "SELECT count(*)::text FROM pg_locks l JOIN pg_class c ON c.oid = l.relation \
+                   WHERE c.oid = '{s}.rate'::regclass AND l.locktype = 'tuple'";
+    while scratch.text(waiting).await == "0" {
+        assert!(!removing.is_finished());
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    lock("lane").await.unwrap();
+    settling.commit().await.unwrap();
+    removing.await.unwrap().unwrap();
     scratch.end().await;
 }
 

@@ -5,7 +5,8 @@ use serde_json::{Value, json};
 use super::{read, read_value, with};
 use crate::id::TenantId;
 use crate::job::decode::{
-    OverrideError, SealError, SealedBy, may_hold_other_secret, may_hold_secret, parse_override, seal_override,
+    OverrideError, SealError, SealedBy, may_hold_other_secret, may_hold_secret, parse_override,
+    seal_override, without_secrets,
 };
 use crate::job::{OverrideServer, SmtpOverride};
 
@@ -103,6 +104,52 @@ fn bodies_that_may_hold_a_secret_are_noticed() {
         b"\xff\xfe",
     ] {
         assert!(!may_hold_secret(body), "{}", String::from_utf8_lossy(body));
+    }
+}
+
+#[test]
+fn a_body_is_shown_without_its_secrets() {
+    let shown = |body: &[u8]| without_secrets(body).to_string();
+    for (body, expected) in [
+        (
+            r#"{"id":"1","smtp_override":{"host":"h","pass":"canary"}}"#,
+            r#"{"id":"1","smtp_override":"(hidden)"}"#,
+        ),
+        (r#"{"smtp_override":"canary"}"#, r#"{"smtp_override":"(hidden)"}"#),
+        (r#"{"smtp_overide":["canary"]}"#, r#"{"smtp_overide":"(hidden)"}"#),
+        (
+            r#"{"data":[{"x":{"PassWord":"canary","n":1}}]}"#,
+            r#"{"data":[{"x":{"PassWord":"(hidden)","n":1}}]}"#,
+        ),
+        (r#"{"pass\u0077ord":"canary"}"#, r#"{"password":"(hidden)"}"#),
+        (
+            r#"{"api_token":7,"client-secret":{"a":1}}"#,
+            r#"{"api_token":"(hidden)","client-secret":"(hidden)"}"#,
+        ),
+        (
+            r#"{"smtp_override":null,"text":"your password"}"#,
+            r#"{"smtp_override":null,"text":"your password"}"#,
+        ),
+        ("no job", r#""no job""#),
+        ("7", r#""7""#),
+    ] {
+        assert_eq!(shown(body.as_bytes()), expected);
+    }
+    let sealed = format!(r#"{{"smtp_override":"{JWE}"}}"#);
+    assert_eq!(shown(sealed.as_bytes()), sealed);
+
+    let deep = format!("{}{{\"password\":1}}", r#"{"a":"#.repeat(200));
+    let utf16: Vec<u8> = r#"{"password":1}"#.encode_utf16().flat_map(u16::to_le_bytes).collect();
+    for body in [
+        &br#"{"smtp_override":{"password":"canary""#[..],
+        br#""{\"password\":\"canary\"}""#,
+        b"\x1f\x8b\x08\x00",
+        b"\x28\xb5\x2f\xfd",
+        deep.as_bytes(),
+        &utf16,
+    ] {
+        let expected = format!("(hidden: {} bytes that may hold a secret)", body.len());
+        assert_eq!(without_secrets(body), Value::from(expected));
     }
 }
 

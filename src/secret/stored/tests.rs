@@ -112,3 +112,56 @@ async fn rotation_reseals_everything_and_says_what_it_could_not_open() {
     verify_keys(&scratch.db, &keys(OTHER_KEY)).await.unwrap();
     scratch.end().await;
 }
+
+/// `acme/hook` with these sealed signing secrets, the present one and the one before.
+async fn endpoint(scratch: &Scratch, secret: Option<&str>, previous: Option<&str>) {
+    let sealed = |key: Option<&str>| {
+        key.map_or("NULL".to_owned(), |key| {
+            format!("'{}'", keys(key).seal(b"s", "endpoint:acme/hook:secret"))
+        })
+    };
+    scratch
+        .execute(&format!(
+            "INSERT INTO {{s}}.tenant (id) VALUES ('acme') ON CONFLICT DO NOTHING; \
+             INSERT INTO {{s}}.endpoint (tenant, name, url, secret, previous_secret) \
+             VALUES ('acme', 'hook', 'https://example.com', {}, {})",
+            sealed(secret),
+            sealed(previous)
+        ))
+        .await;
+}
+
+#[tokio::test]
+async fn a_previous_secret_that_does_not_open_stops_nothing() {
+    for previous in [OTHER_KEY.to_owned(), OTHER_KEY.replace("k2", "k1")] {
+        let scratch = Scratch::new().await;
+        endpoint(&scratch, Some(KEY), Some(&previous)).await;
+        verify_keys(&scratch.db, &keys(KEY)).await.unwrap();
+        verify_sealing(&scratch.db, &keys(KEY)).await.unwrap();
+        scratch.end().await;
+    }
+}
+
+#[tokio::test]
+async fn a_ring_seals_once_its_active_key_has_opened_something() {
+    let scratch = Scratch::new().await;
+    let impostor = OTHER_KEY.replace("k2", "k1");
+    let is_wrong = |checked: Result<(), StoredError>| matches!(checked, Err(StoredError::WrongKey(_)));
+    verify_sealing(&scratch.db, &keys(KEY)).await.unwrap();
+
+    endpoint(&scratch, Some(&impostor), None).await;
+    assert!(is_wrong(verify_sealing(&scratch.db, &keys(KEY)).await));
+
+    accounts(&scratch, KEY, 0, 1).await;
+    verify_sealing(&scratch.db, &keys(KEY)).await.unwrap();
+    assert!(is_wrong(verify_keys(&scratch.db, &keys(KEY)).await));
+
+    // A new active key has sealed nothing yet: the ring must open all there is.
+    let rotated = keys(&format!("{OTHER_KEY},{KEY}"));
+    assert!(is_wrong(verify_sealing(&scratch.db, &rotated).await));
+    let alone = verify_sealing(&scratch.db, &keys(OTHER_KEY)).await;
+    assert!(matches!(alone, Err(StoredError::UnknownKeys(_))), "{alone:?}");
+    scratch.execute("DELETE FROM {s}.endpoint").await;
+    verify_sealing(&scratch.db, &rotated).await.unwrap();
+    scratch.end().await;
+}
