@@ -40,7 +40,7 @@ pub use caps::{CapsError, ConnectionCaps};
 pub use envelope::{Envelope, RcptResult, Results};
 pub use extensions::Extensions;
 pub use open::{Mail, OpenError};
-pub use pool::{Capacity, CheckoutError, Lease, NotAtOnce, Pools};
+pub use pool::{Capacity, CheckoutError, Lease, NotBegun, Pools};
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use reply::ReplyText;
 pub use server::{Credentials, Refusal, Resolver, Server, Submission};

@@ -14,7 +14,7 @@ use crate::job::OnUncertain;
 use crate::ledger::WaitReason;
 use crate::ledger::slots::Slot;
 use crate::report::RecipientStatus;
-use crate::smtp::{self, Envelope, NotAtOnce, Outcome};
+use crate::smtp::{self, Envelope, NotBegun, Outcome};
 
 impl Pipeline {
     /// One transaction: in one flight where the server takes that, else MAIL, RCPT and DATA, the last look at the lease,
@@ -48,16 +48,22 @@ impl Pipeline {
             attempt.started = true;
             match lease.deliver_at_once(&envelope, mail, &email.message).await {
                 Ok(outcome) => return conclude(attempt, outcome, email, part),
-                Err(NotAtOnce::Failed(error)) => return not_opened(attempt, error, part),
-                Err(NotAtOnce::Fresh(fresh)) => lease = *fresh,
+                Err(NotBegun::Failed(error)) => return not_opened(attempt, error, part),
+                Err(NotBegun::Fresh(fresh)) => lease = *fresh,
             }
             // Connecting took its time.
             in_time(slot)?;
         }
         attempt.started = true;
-        let transaction = match lease.open(&envelope, mail, &email.message).await {
-            Ok(transaction) => transaction,
-            Err(error) => return not_opened(attempt, error, part),
+        let transaction = loop {
+            match lease.open(&envelope, mail, &email.message).await {
+                Ok(transaction) => break transaction,
+                Err(NotBegun::Failed(error)) => return not_opened(attempt, error, part),
+                Err(NotBegun::Fresh(fresh)) => lease = *fresh,
+            }
+            // The provider may have heard MAIL, and connecting took its time.
+            attempt.reached_mail_from = true;
+            in_time(slot)?;
         };
         attempt.reached_mail_from = true;
         if !self.may_write(task, attempt.on_uncertain).await {

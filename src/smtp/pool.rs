@@ -24,7 +24,7 @@ pub use account::Capacity;
 use account::{AccountPool, Bound};
 use core::{Core, Entry};
 use lease::Home;
-pub use lease::{Lease, NotAtOnce};
+pub use lease::{Lease, NotBegun};
 
 /// Times that are no settings; tests shorten them.
 #[derive(Debug, Clone, Copy)]

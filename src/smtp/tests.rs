@@ -206,7 +206,23 @@ fn of(size: usize, utf8: bool, eightbit: bool) -> Mail {
 }
 
 async fn open(lease: Lease, envelope: &Envelope) -> Result<Transaction, OpenError> {
-    lease.open(envelope, of(MAIL.len(), false, false), MAIL).await
+    open_mail(lease, envelope, of(MAIL.len(), false, false), MAIL).await
+}
+
+/// Opens a transaction, on a fresh connection where the first one does not do.
+async fn open_mail(
+    mut lease: Lease,
+    envelope: &Envelope,
+    mail: Mail,
+    message: &[u8],
+) -> Result<Transaction, OpenError> {
+    loop {
+        match lease.open(envelope, mail, message).await {
+            Ok(transaction) => return Ok(transaction),
+            Err(NotBegun::Failed(error)) => return Err(error),
+            Err(NotBegun::Fresh(fresh)) => lease = *fresh,
+        }
+    }
 }
 
 /// Sends one mail to one recipient; how it ended.

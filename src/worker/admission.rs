@@ -113,6 +113,9 @@ impl Admission {
                     self.passed = [0; 4];
                     self.short = [false; 4];
                     self.goes_behind = true;
+                    if !self.may_begin() {
+                        self.forget_stale();
+                    }
                 }
             }
             while let Ok(arrival) = arrivals.try_recv() {
@@ -147,8 +150,7 @@ impl Admission {
     }
 
     async fn admit_what_can_run(&mut self) {
-        // Under a lease that may be taken over, every job would come back from its last look before the mail.
-        while !self.worker.reporter.is_full() && self.worker.epoch().is_fresh() {
+        while self.may_begin() {
             // The batch is picked when it can be sent, so that it is as full as the load makes it.
             let Ok(statement) = Arc::clone(&self.statements).acquire_owned().await else {
                 return;
@@ -162,6 +164,19 @@ impl Admission {
                 admit(&worker, batch).await;
                 drop(statement);
             });
+        }
+    }
+
+    /// Each mail adds a report; and under a lease that may be taken over, every job would come back from its last look before
+    /// the mail.
+    fn may_begin(&self) -> bool {
+        !self.worker.reporter.is_full() && self.worker.epoch().is_fresh()
+    }
+
+    /// What the broker has taken back is passed over when its turn comes; while none has, sessions may come and go.
+    fn forget_stale(&mut self) {
+        for level in &mut self.levels {
+            level.retain(|arrival| !arrival.is_stale());
         }
     }
 

@@ -10,6 +10,8 @@ use tokio_postgres::NoTls;
 
 /// Time limit of one request to a server.
 const LIMIT: Duration = Duration::from_secs(30);
+/// How often a connection is asked to close.
+const CLOSINGS: usize = 5;
 
 /// Servers on which vhosts and databases may be created.
 #[derive(Debug, Clone)]
@@ -202,7 +204,15 @@ impl Scratch {
     pub async fn close_connections(&self, names: &[String]) -> Result<(), String> {
         for name in names {
             let path = format!("connections/{}", percent_encoded(name));
-            self.servers.management(Method::DELETE, &path, None).await?;
+            let mut tries = 1;
+            // A broker with much to do gives up waiting for the connection's process (500), which then ends all the same.
+            while let Err(error) = self.servers.management(Method::DELETE, &path, None).await {
+                if tries == CLOSINGS {
+                    return Err(error);
+                }
+                tries += 1;
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            }
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use postroom::level::Level;
-use postroom_testkit::smtp::SmtpServer;
+use postroom_testkit::smtp::{Action, Phase, Script, SmtpServer};
 use serde_json::{Value, json};
 
 use crate::sends::account;
@@ -216,4 +216,26 @@ async fn a_limit_raised_or_removed_while_jobs_wait_takes_effect_at_once() {
     assert_eq!(finals.iter().filter(|r| r.kind() == "mail.sent").count(), 39);
     assert_eq!(taken(&server).len(), 39);
     world.assert_settled().await;
+}
+
+#[tokio::test]
+async fn a_mail_whose_connection_took_long_to_replace_takes_another_slot() {
+    let world = World::ready().await;
+    // The second mail finds the connection dead, and a new one takes longer than a slot is good for.
+    let script = Script::new()
+        .delay(Phase::Greeting, Duration::from_secs(1))
+        .once_after(1, Phase::Mail, Action::Close);
+    let server = SmtpServer::builder().script(script).start().await;
+    account(&world, "acme", &server, &["--limit", "10/10s"]).await;
+    let mut reports = world.reports().await;
+    let _worker = world.start_worker().await;
+    for id in ["first", "second"] {
+        world.publish_mail(Level::High, "acme", id).await;
+        assert_eq!(reports.final_of(id).await.kind(), "mail.sent");
+    }
+    let counters = server.counters();
+    assert_eq!((counters.command("MAIL"), counters.connections), (3, 2));
+    let sql = world.sql().await;
+    let used = sql.query_one("SELECT used[1] FROM rate", &[]).await.unwrap();
+    assert_eq!(used.get::<_, i32>(0), 3, "one for each MAIL");
 }

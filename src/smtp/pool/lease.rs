@@ -39,10 +39,11 @@ pub struct Lease {
     deadline: Instant,
 }
 
-/// A flight that came to nothing; the server has taken nothing.
+/// A transaction that came to nothing so far; the server has taken nothing.
 #[derive(Debug)]
-pub enum NotAtOnce {
-    /// The connection was dead, or knows nothing of BDAT after all: here is a fresh one. No attempt yet.
+pub enum NotBegun {
+    /// The connection was dead, or knows nothing of BDAT after all: here is a fresh one, to begin anew if there is time. No
+    /// attempt yet, though MAIL may have been heard. Comes twice at most.
     Fresh(Box<Lease>),
     /// No recipient can be sent to.
     Failed(OpenError),
@@ -113,32 +114,31 @@ impl Lease {
     /// Announces a mail. Its first line may go out at once; without its end the server does not take it.
     ///
     /// A connection that was used before and turns out to be dead is replaced by a fresh one, once, and so is one on which
-    /// BDAT does not work although it is offered; that is no attempt.
+    /// BDAT does not work although it is offered.
     ///
     /// # Errors
-    /// When no recipient was accepted; the connection is back in its pool, or closed.
+    /// [`NotBegun::Fresh`] has the replacement; [`NotBegun::Failed`] when no recipient was accepted, and the connection is back
+    /// in its pool, or closed.
     pub async fn open(
         mut self,
         envelope: &Envelope,
         mail: Mail,
         message: &[u8],
-    ) -> Result<Transaction, OpenError> {
+    ) -> Result<Transaction, NotBegun> {
         let begun = Instant::now();
-        loop {
-            let announcement = self.announcement(envelope, mail, message);
-            let Some(entry) = &mut self.entry else {
-                return Err(closed(envelope));
-            };
-            entry.connection.hurry(self.deadline);
-            let opened = open::open(&mut entry.connection, announcement).await;
-            self.heed_bdat();
-            match opened {
-                Ok(opened) => {
-                    self.core.envelope_time.observe(begun.elapsed().as_secs_f64());
-                    return Ok(Transaction::new(self, opened.results, opened.form));
-                }
-                Err(error) => self.begin_anew(envelope, error).await?,
+        let announcement = self.announcement(envelope, mail, message);
+        let Some(entry) = &mut self.entry else {
+            return Err(NotBegun::Failed(closed(envelope)));
+        };
+        entry.connection.hurry(self.deadline);
+        let opened = open::open(&mut entry.connection, announcement).await;
+        self.heed_bdat();
+        match opened {
+            Ok(opened) => {
+                self.core.envelope_time.observe(begun.elapsed().as_secs_f64());
+                Ok(Transaction::new(self, opened.results, opened.form))
             }
+            Err(error) => Err(self.begin_anew(envelope, error).await),
         }
     }
 
@@ -157,16 +157,16 @@ impl Lease {
     /// before. Only after [`Lease::may_deliver_at_once`].
     ///
     /// # Errors
-    /// [`NotAtOnce`]; the server has taken nothing.
+    /// [`NotBegun`]; the server has taken nothing.
     pub async fn deliver_at_once(
         mut self,
         envelope: &Envelope,
         mail: Mail,
         message: &[u8],
-    ) -> Result<Outcome, NotAtOnce> {
+    ) -> Result<Outcome, NotBegun> {
         let announcement = self.announcement(envelope, mail, message);
         let Some(entry) = &mut self.entry else {
-            return Err(NotAtOnce::Failed(closed(envelope)));
+            return Err(NotBegun::Failed(closed(envelope)));
         };
         let begun = Instant::now();
         entry.connection.hurry(self.deadline);
@@ -177,11 +177,7 @@ impl Lease {
                 self.observe_data(begun.elapsed());
                 Ok(outcome)
             }
-            Err(error) => {
-                let anew = self.begin_anew(envelope, error).await;
-                anew.map_err(NotAtOnce::Failed)?;
-                Err(NotAtOnce::Fresh(Box::new(self)))
-            }
+            Err(error) => Err(self.begin_anew(envelope, error).await),
         }
     }
 
@@ -214,8 +210,8 @@ impl Lease {
     }
 
     /// Prepares for another try with a fresh connection, where there is hope: once for a dead one, once by DATA.
-    async fn begin_anew(&mut self, envelope: &Envelope, error: NotOpen) -> Result<(), OpenError> {
-        match error {
+    async fn begin_anew(mut self, envelope: &Envelope, error: NotOpen) -> NotBegun {
+        let replaced = match error {
             NotOpen::Stale(_) if self.reused => self.replace(envelope).await,
             NotOpen::Mistrusted(error) if self.chunking => {
                 self.chunking = false;
@@ -223,6 +219,10 @@ impl Lease {
                 self.replace(envelope).await.map_err(|_| error)
             }
             NotOpen::Stale(error) | NotOpen::Mistrusted(error) | NotOpen::Failed(error) => Err(error),
+        };
+        match replaced {
+            Ok(()) => NotBegun::Fresh(Box::new(self)),
+            Err(error) => NotBegun::Failed(error),
         }
     }
 

@@ -186,8 +186,7 @@ async fn a_mail_larger_than_size_fails_for_good_before_mail() {
     let envelope = to(&["a@example.org"]);
     let lease_ = lease(&pools, &account).await;
     assert_eq!(lease_.extensions().unwrap().size_limit(), Some(1000));
-    let error = lease_
-        .open(&envelope, of(1001, false, false), MAIL)
+    let error = open_mail(lease_, &envelope, of(1001, false, false), MAIL)
         .await
         .unwrap_err();
     assert_eq!(
@@ -236,9 +235,8 @@ async fn smtputf8_and_8bitmime_are_announced_where_needed_and_required() {
         (&plain, true, false, "smtputf8_not_supported"),
         (&plain, false, true, "8bitmime_not_supported"),
     ] {
-        let error = lease(&pools, &bare)
-            .await
-            .open(envelope, of(9, utf8, eightbit), MAIL)
+        let lease = lease(&pools, &bare).await;
+        let error = open_mail(lease, envelope, of(9, utf8, eightbit), MAIL)
             .await
             .unwrap_err();
         assert_eq!(error.failure.reason, reason);

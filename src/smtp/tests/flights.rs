@@ -49,11 +49,11 @@ impl Scene {
         if lease.may_deliver_at_once(&envelope, mail) {
             match lease.deliver_at_once(&envelope, mail, message).await {
                 Ok(outcome) => return outcome,
-                Err(NotAtOnce::Failed(error)) => return Outcome::Done(error.results),
-                Err(NotAtOnce::Fresh(fresh)) => lease = *fresh,
+                Err(NotBegun::Failed(error)) => return Outcome::Done(error.results),
+                Err(NotBegun::Fresh(fresh)) => lease = *fresh,
             }
         }
-        match lease.open(&envelope, mail, message).await {
+        match open_mail(lease, &envelope, mail, message).await {
             Ok(transaction) => transaction.finish(message).await,
             Err(error) => Outcome::Done(error.results),
         }
@@ -562,7 +562,7 @@ async fn a_flight_that_breaks_off_before_its_last_octet_is_no_uncertain_outcome(
             assert_eq!(failure.reason, "connection_lost");
         }
         // A reset may overtake the replies: then nobody has heard anything, and a fresh connection is tried.
-        Err(NotAtOnce::Failed(error)) => assert!(error.failure.is_transient()),
+        Err(NotBegun::Failed(error)) => assert!(error.failure.is_transient()),
         other => panic!("{other:?}"),
     }
     serving.await.unwrap();
@@ -597,7 +597,7 @@ async fn under_tls_and_with_all_its_parameters_a_flight_is_the_same() {
         .deliver_at_once(&envelope, of(1001, false, false), MAIL)
         .await;
     match error {
-        Err(NotAtOnce::Failed(error)) => {
+        Err(NotBegun::Failed(error)) => {
             assert_eq!(error.failure.reason, "message_too_large");
             assert!(!error.mail_sent);
         }
