@@ -178,76 +178,79 @@ async fn every_connection_has_a_time_limit_and_a_name() {
     );
 }
 
+/// A statement; whether it may work later, whether a row is to blame, and how that is called.
+const SQLSTATES: &[(&str, bool, bool, &str)] = &[
+    ("SELECT 1/0", false, true, "data"),
+    ("SELECT 'x'::int4", false, true, "data"),
+    (
+        "DO $$ BEGIN RAISE unique_violation; END $$",
+        false,
+        true,
+        "constraint",
+    ),
+    (
+        "DO $$ BEGIN RAISE serialization_failure; END $$",
+        true,
+        false,
+        "conflict",
+    ),
+    (
+        "DO $$ BEGIN RAISE deadlock_detected; END $$",
+        true,
+        false,
+        "conflict",
+    ),
+    (
+        "DO $$ BEGIN RAISE lock_not_available; END $$",
+        true,
+        false,
+        "conflict",
+    ),
+    ("DO $$ BEGIN RAISE disk_full; END $$", true, false, "resources"),
+    (
+        "DO $$ BEGIN RAISE program_limit_exceeded; END $$",
+        false,
+        true,
+        "resources",
+    ),
+    ("DO $$ BEGIN RAISE internal_error; END $$", false, true, "other"),
+    (
+        "DO $$ BEGIN RAISE insufficient_privilege; END $$",
+        false,
+        false,
+        "schema",
+    ),
+    (
+        "DO $$ BEGIN RAISE read_only_sql_transaction; END $$",
+        true,
+        false,
+        "other",
+    ),
+    (
+        "SET statement_timeout = 1; SELECT pg_sleep(5)",
+        true,
+        false,
+        "timeout",
+    ),
+    (
+        "SET statement_timeout = 0; SELECT * FROM no_such_table",
+        false,
+        false,
+        "schema",
+    ),
+    (
+        "SELECT pg_terminate_backend(pg_backend_pid())",
+        true,
+        false,
+        "server",
+    ),
+];
+
 #[tokio::test]
 async fn sqlstates_say_who_is_to_blame() {
     let scratch = Scratch::new();
     let client = scratch.database().client().await.unwrap();
-    for (sql, retryable, row_fault, class) in [
-        ("SELECT 1/0", false, true, "data"),
-        ("SELECT 'x'::int4", false, true, "data"),
-        (
-            "DO $$ BEGIN RAISE unique_violation; END $$",
-            false,
-            true,
-            "constraint",
-        ),
-        (
-            "DO $$ BEGIN RAISE serialization_failure; END $$",
-            true,
-            false,
-            "conflict",
-        ),
-        (
-            "DO $$ BEGIN RAISE deadlock_detected; END $$",
-            true,
-            false,
-            "conflict",
-        ),
-        (
-            "DO $$ BEGIN RAISE lock_not_available; END $$",
-            true,
-            false,
-            "conflict",
-        ),
-        ("DO $$ BEGIN RAISE disk_full; END $$", true, false, "resources"),
-        (
-            "DO $$ BEGIN RAISE program_limit_exceeded; END $$",
-            false,
-            true,
-            "resources",
-        ),
-        ("DO $$ BEGIN RAISE internal_error; END $$", false, true, "other"),
-        (
-            "DO $$ BEGIN RAISE insufficient_privilege; END $$",
-            false,
-            false,
-            "schema",
-        ),
-        (
-            "DO $$ BEGIN RAISE read_only_sql_transaction; END $$",
-            true,
-            false,
-            "other",
-        ),
-        (
-            "SET statement_timeout = 1; SELECT pg_sleep(5)",
-            true,
-            false,
-            "timeout",
-        ),
-        (
-            "SET statement_timeout = 0; SELECT * FROM no_such_table",
-            false,
-            false,
-            "schema",
-        ),
-        (
-            "SELECT pg_terminate_backend(pg_backend_pid())",
-            true,
-            false,
-            "server",
-        ),
-    ] {
+    for &(sql, retryable, row_fault, class) in SQLSTATES {
         let error = DbError::from(client.batch_execute(sql).await.unwrap_err());
         let found = (error.is_retryable(), error.is_row_fault(), error.class());
         assert_eq!(found, (retryable, row_fault, class), "{sql}: {error}");

@@ -8,6 +8,7 @@ use lettre::Address;
 
 use super::resolve::{Entries, account_name};
 use super::task::{SharedClock, Task};
+use super::transact::Covered;
 use super::{Attempt, Verdict, evidence};
 use crate::attachment::{Attachments, Part, Prepared};
 use crate::compose::{self, Composition, Email};
@@ -237,7 +238,11 @@ impl Pipeline {
                 return Err(Verdict::Expired);
             }
             let begun = Instant::now();
-            let result = self.transact(task, attempt, lease, &granted, &email, &open).await;
+            let part = Covered {
+                recipients: &open,
+                slot: &granted,
+            };
+            let result = self.transact(task, attempt, lease, &email, part).await;
             attempt.smtp = Some(attempt.smtp.unwrap_or_default() + begun.elapsed());
             self.observe("send", begun);
             result?;

@@ -16,6 +16,12 @@ use crate::ledger::slots::Slot;
 use crate::report::RecipientStatus;
 use crate::smtp::{self, Envelope, NotBegun, Outcome};
 
+/// Some of a job's recipients, and the slot that covers them.
+pub(super) struct Covered<'a> {
+    pub(super) recipients: &'a [Address],
+    pub(super) slot: &'a Slot,
+}
+
 impl Pipeline {
     /// One transaction: in one flight where the server takes that, else MAIL, RCPT and DATA, the last look at the lease,
     /// the mail.
@@ -24,9 +30,11 @@ impl Pipeline {
         task: &Task,
         attempt: &mut Attempt,
         lease: smtp::Lease,
-        slot: &Slot,
         email: &Email,
-        part: &[Address],
+        Covered {
+            recipients: part,
+            slot,
+        }: Covered<'_>,
     ) -> Result<(), Verdict> {
         let envelope = Envelope {
             from: email.envelope_from.clone(),

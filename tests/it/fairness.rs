@@ -163,7 +163,7 @@ async fn jobs_that_lack_a_permit_go_in_the_order_in_which_they_came() {
     world.publish_all(Level::Medium, &jobs).await;
     let _worker = world.start_worker().await;
     let taken = || servers.iter().flat_map(SmtpServer::received).collect::<Vec<_>>();
-    eventually(Duration::from_secs(60), || async { taken().len() == COUNT }).await;
+    eventually(Duration::from_mins(1), || async { taken().len() == COUNT }).await;
     let mut mails = taken();
     mails.sort_by_key(|mail| mail.at);
     let overtaken_by = |(place, mail): (usize, &Received)| {
