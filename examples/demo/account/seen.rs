@@ -55,10 +55,14 @@ impl Seen {
             let key = (!job.is_empty()).then_some((tenant, job));
             finals.entry(key).or_default().push(index);
         }
-        let listed = world
-            .postroom
-            .run(&["job", "list", "--limit", "5000", "--json"], "")
-            .await?;
+        let tenants = world.postroom.run(&["tenant", "list", "--json"], "").await?;
+        let tenants: Vec<Value> = serde_json::from_str(&tenants).map_err(|error| error.to_string())?;
+        let mut listed = String::new();
+        for tenant in &tenants {
+            let tenant = tenant["tenant"].as_str().unwrap_or_default();
+            let list = ["job", "list", "--tenant", tenant, "--limit", "5000", "--json"];
+            listed += &world.postroom.run(&list, "").await?;
+        }
         let ledger = lines(&listed)?.into_iter().map(|job| {
             let text = |name: &str| job[name].as_str().unwrap_or_default().to_owned();
             ((text("tenant"), text("job")), job)
