@@ -1445,9 +1445,11 @@ BEGIN
                         FROM job y
                         WHERE y.account = u.a AND y.level = u.l AND y.tenant = u.t AND y.state = 2
                           AND y.due_at BETWEEN u.since AND coalesce(u.before, v_now) AND NOT y.cancel
-                        -- No more at a time than there can be connections: the rest would hold permits, and come back.
-                        ORDER BY y.due_at LIMIT CASE WHEN u.probe THEN 1 ELSE least(v_quantum,
-                            (SELECT c.cap FROM connection_cap c WHERE c.account = u.a)) END FOR UPDATE SKIP LOCKED) x
+                        -- No more at a time than there can be connections: the rest would hold permits, and come back. But as
+                        -- many as new jobs of one account make way for: those would overtake the others.
+                        ORDER BY y.due_at LIMIT CASE WHEN u.probe THEN 1 WHEN p_account IS NOT NULL THEN v_quantum
+                            ELSE least(v_quantum, (SELECT c.cap FROM connection_cap c WHERE c.account = u.a)) END
+                        FOR UPDATE SKIP LOCKED) x
                     WHERE u.what >= 3) w
               WINDOW turns AS (ORDER BY CASE WHEN p_account IS NULL THEN 0 ELSE w.l END, w.place, w.o)) q
         WHERE q.n <= p_max AND (q.before < p_max_bytes);

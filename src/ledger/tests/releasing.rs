@@ -245,6 +245,33 @@ async fn tenants_take_turns_at_a_limited_shared_account() {
 }
 
 #[tokio::test]
+async fn no_more_leave_at_a_time_than_may_have_connections_but_all_that_new_ones_make_way_for() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        world
+            .run("SELECT {s}.set_connection_cap_v1('acme/main', 2)")
+            .await;
+        fill(&world, "acme", "acme/main", Level::Low, 20, 1).await;
+        fill(&world, "free", "free/main", Level::Low, 3, 1).await;
+        let released = world.release(&epoch, Level::Low, 20).await;
+        let caps: HashMap<_, _> = released
+            .iter()
+            .map(|r| (r.row.tenant.to_string(), r.cap))
+            .collect();
+        assert_eq!(caps["acme"], 2);
+        assert_eq!(caps["free"], usize::MAX);
+        assert_eq!(released.iter().filter(|r| r.cap == 2).count(), 2);
+        // New jobs that stand aside for these would overtake the rest.
+        let behind = ReleaseRequest {
+            only: Some(account("acme/main")),
+            ..all(Level::Low, 5)
+        };
+        assert_eq!(world.ledger.release(&epoch, &behind).await.unwrap().len(), 5);
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn shut_lanes_do_not_hide_the_open_one_behind_them() {
     in_world(|world| async move {
         let epoch = world.epoch().await;
