@@ -212,6 +212,7 @@ struct Picking<'a> {
     full: HashSet<AccountKey>,
     /// An arrival of the level just looked at found no permit.
     lacks_permits: bool,
+    /// As [`Admission::goes_behind`].
     goes_behind: bool,
 }
 
@@ -243,13 +244,13 @@ enum Turn {
 impl<'a> Picking<'a> {
     fn new(worker: &'a Worker, goes_behind: bool) -> Self {
         Self {
-            goes_behind,
             worker,
             now: Instant::now(),
             batch: Vec::new(),
             picked: HashSet::new(),
             full: HashSet::new(),
             lacks_permits: false,
+            goes_behind,
         }
     }
 

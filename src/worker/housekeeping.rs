@@ -64,7 +64,13 @@ async fn beat(worker: Arc<Worker>, end: CancellationToken) {
         }
         let epoch = worker.epoch();
         match worker.ledger.heartbeat(&epoch).await {
-            Ok(Beat::Alive { .. }) => worker.database_works(),
+            Ok(Beat::Alive { .. }) => {
+                worker.database_works();
+                // Only now: asking a server that does not answer would put off the next heartbeat.
+                if let Err(error) = worker.correct_clock().await {
+                    worker.database_trouble("clock", &error);
+                }
+            }
             Ok(Beat::Dead) => {
                 tracing::error!(
                     epoch = epoch.number(),
@@ -73,9 +79,6 @@ async fn beat(worker: Arc<Worker>, end: CancellationToken) {
                 worker.renew_epoch().await;
             }
             Err(error) => worker.database_trouble("heartbeat", &error),
-        }
-        if let Err(error) = worker.correct_clock().await {
-            worker.database_trouble("clock", &error);
         }
     }
 }
