@@ -53,7 +53,6 @@ impl Pipeline {
             if !self.may_write(task, attempt.on_uncertain).await {
                 return Err(Verdict::GiveBack);
             }
-            attempt.started = true;
             match lease.deliver_at_once(&envelope, mail, &email.message).await {
                 Ok(outcome) => return conclude(attempt, outcome, email, part),
                 Err(NotBegun::Failed(error)) => return not_opened(attempt, error, part),
@@ -62,7 +61,6 @@ impl Pipeline {
             // Connecting took its time.
             in_time(slot)?;
         }
-        attempt.started = true;
         let transaction = loop {
             match lease.open(&envelope, mail, &email.message).await {
                 Ok(transaction) => break transaction,
@@ -73,6 +71,7 @@ impl Pipeline {
             attempt.reached_mail_from = true;
             in_time(slot)?;
         };
+        attempt.started = true;
         attempt.reached_mail_from = true;
         if !self.may_write(task, attempt.on_uncertain).await {
             transaction.abandon();
@@ -110,6 +109,7 @@ fn in_time(slot: &Slot) -> Result<(), Verdict> {
 
 /// No recipient can be sent to: what the server said to each, or why it was not asked.
 fn not_opened(attempt: &mut Attempt, error: smtp::OpenError, part: &[Address]) -> Result<(), Verdict> {
+    attempt.started = true;
     if !error.mail_sent {
         return Err(Verdict::Failed(error.failure));
     }
@@ -120,6 +120,7 @@ fn not_opened(attempt: &mut Attempt, error: smtp::OpenError, part: &[Address]) -
 
 /// What became of the mail.
 fn conclude(attempt: &mut Attempt, outcome: Outcome, email: &Email, part: &[Address]) -> Result<(), Verdict> {
+    attempt.started = true;
     attempt.reached_mail_from = true;
     match outcome {
         Outcome::Done(results) => {

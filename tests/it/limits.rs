@@ -231,7 +231,11 @@ async fn a_mail_whose_connection_took_long_to_replace_takes_another_slot() {
     let _worker = world.start_worker().await;
     for id in ["first", "second"] {
         world.publish_mail(Level::High, "acme", id).await;
-        assert_eq!(reports.final_of(id).await.kind(), "mail.sent");
+        let sent = reports.final_of(id).await;
+        assert_eq!(
+            (sent.kind(), &sent.json["data"]["attempt"]),
+            ("mail.sent", &json!(1))
+        );
     }
     let counters = server.counters();
     assert_eq!((counters.command("MAIL"), counters.connections), (3, 2));
