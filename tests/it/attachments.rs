@@ -44,6 +44,11 @@ fn job(id: &str, attachments: &Value) -> Value {
     })
 }
 
+/// One file that tenants want uploaded who are set up by [`rewriting`].
+fn large_file() -> Value {
+    json!([{"filename": "large.bin", "base64": base64(&bytes(200_000, 9))}])
+}
+
 fn parsed(mail: &Received) -> Message<'_> {
     MessageParser::new().parse(&mail.data[..]).unwrap()
 }
@@ -299,9 +304,8 @@ async fn while_the_object_store_fails_the_mail_waits_and_is_not_sent_with_the_fi
     let mut reports = world.reports().await;
     let worker = world.start_worker().await;
     s3.fail(true);
-    let attachments = json!([{"filename": "large.bin", "base64": base64(&bytes(200_000, 9))}]);
     world
-        .publish(Level::High, "acme", &job("large", &attachments))
+        .publish(Level::High, "acme", &job("large", &large_file()))
         .await;
     reports.until(|all| !all.is_empty()).await;
     let deferred = &reports.all()[0];
@@ -336,9 +340,8 @@ async fn attempts_that_fail_before_the_mail_use_nothing_of_the_limit() {
     let worker = world.start_worker().await;
     s3.fail(true);
     // Small enough to be admitted with its slot, and yet one that this tenant wants uploaded.
-    let attachments = json!([{"filename": "large.bin", "base64": base64(&bytes(200_000, 9))}]);
     world
-        .publish(Level::High, "acme", &job("large", &attachments))
+        .publish(Level::High, "acme", &job("large", &large_file()))
         .await;
     eventually(Duration::from_secs(30), || async {
         worker.count("postroom_uploads_total{result=\"failed\"}").await >= 3

@@ -83,11 +83,8 @@ async fn a_rest_that_the_endpoint_asked_for_is_not_ended_by_what_was_in_flight_b
     let world = World::new(&["acme"]).await;
     let hook = WebhookReceiver::start().await.unwrap();
     world.set("acme", "default", &hook, &[]).await;
-    let batch: Vec<_> = (0..9)
-        .map(|n| report(&format!("evt_{n}"), "acme", "mail.sent"))
-        .collect();
+    world.backlog("acme", 9).await;
     let bridge = world.bridge();
-    bridge.record(&batch).await.unwrap();
     let leased = bridge.lease(16, 4).await.unwrap();
     assert_eq!(leased.len(), 4);
     let asked = Settled {
@@ -122,11 +119,8 @@ async fn a_wait_for_a_key_ends_with_the_next_success() {
     let world = World::new(&["acme"]).await;
     let hook = WebhookReceiver::start().await.unwrap();
     world.set("acme", "default", &hook, &[]).await;
-    let batch: Vec<_> = (0..9)
-        .map(|n| report(&format!("evt_{n}"), "acme", "mail.sent"))
-        .collect();
+    world.backlog("acme", 9).await;
     let bridge = world.bridge();
-    bridge.record(&batch).await.unwrap();
     let leased = bridge.lease(16, 4).await.unwrap();
     let no_key = Settled {
         pause: 3600.0,
@@ -149,10 +143,7 @@ async fn an_endpoint_gets_only_so_many_requests_at_a_time_from_all_bridges_toget
     let hook = WebhookReceiver::start().await.unwrap();
     hook.always(Reply::Slow(Duration::from_millis(30), 200));
     world.set("acme", "default", &hook, &[]).await;
-    let batch: Vec<_> = (0..60)
-        .map(|n| report(&format!("evt_{n}"), "acme", "mail.sent"))
-        .collect();
-    world.bridge().record(&batch).await.unwrap();
+    world.backlog("acme", 60).await;
     let running = [world.start(), world.start(), world.start()];
     world.until_deliveries("delivered", 60).await;
     assert_eq!(hook.received().len(), 60);
@@ -168,10 +159,7 @@ async fn a_recovered_endpoint_gets_its_backlog() {
     let hook = WebhookReceiver::start().await.unwrap();
     hook.script(vec![Reply::Status(500); 12]);
     world.set("acme", "default", &hook, &[]).await;
-    let batch: Vec<_> = (0..40)
-        .map(|n| report(&format!("evt_{n}"), "acme", "mail.sent"))
-        .collect();
-    world.bridge().record(&batch).await.unwrap();
+    world.backlog("acme", 40).await;
     let running = world.start();
     world.until_deliveries("delivered", 40).await;
     assert_eq!(hook.received().len(), 52);

@@ -217,10 +217,7 @@ async fn events_are_replayed_by_time_and_by_id() {
     let world = World::new(&["acme"]).await;
     let hook = WebhookReceiver::start().await.unwrap();
     world.set("acme", "default", &hook, &[]).await;
-    let batch: Vec<_> = (0..1100)
-        .map(|n| report(&format!("evt_{n}"), "acme", "mail.sent"))
-        .collect();
-    world.bridge().record(&batch).await.unwrap();
+    world.backlog("acme", 1100).await;
     world
         .sql("UPDATE {s}.webhook_delivery SET state = 'delivered'")
         .await;
@@ -282,10 +279,7 @@ async fn old_events_are_forgotten_unless_an_enabled_endpoint_waits_for_them() {
     let hook = WebhookReceiver::start().await.unwrap();
     world.set("acme", "default", &hook, &[]).await;
     world.set("off", "default", &hook, &[]).await;
-    let batch: Vec<_> = (0..2500)
-        .map(|n| report(&format!("evt_{n}"), "acme", "mail.sent"))
-        .collect();
-    world.bridge().record(&batch).await.unwrap();
+    world.backlog("acme", 2500).await;
     world.record(&[("evt_off", "off", "mail.sent")]).await;
     world.endpoint(&["set", "off", "--disable"], "").await.unwrap();
     world

@@ -177,6 +177,14 @@ impl World {
         client.execute_typed(&self.database.sql(text), &[]).await.unwrap()
     }
 
+    /// Records so many reports of sent mails of this tenant.
+    pub(super) async fn backlog(&self, tenant: &str, count: usize) {
+        let batch: Vec<_> = (0..count)
+            .map(|n| report(&format!("evt_{n}"), tenant, "mail.sent"))
+            .collect();
+        self.bridge().record(&batch).await.unwrap();
+    }
+
     /// The one number that a query gives.
     pub(super) async fn count(&self, text: &str) -> i64 {
         let client = self.database.client().await.unwrap();

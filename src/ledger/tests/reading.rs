@@ -221,6 +221,12 @@ impl<'a> Calls<'a> {
         )
         .await
         .unwrap();
+        self.of(
+            "restate connections",
+            ledger.restate_connections(&epoch, &[(capped, 1)]),
+        )
+        .await
+        .unwrap();
         self.of("wanted connections", ledger.wanted_connections(&epoch))
             .await
             .unwrap();
