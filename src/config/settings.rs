@@ -220,7 +220,7 @@ pub const SETTINGS: &[Setting] = &[
         "POSTROOM_ENCRYPTION_KEYS",
         "KID:BASE64,…",
         &[Keys],
-        "Keys of stored credentials, 32 bytes each; the first is active. `postroom key generate` makes one.",
+        "Keys of stored credentials, 32 bytes each; the first is active. `postroom key generate` makes one. `KID:lost` names one that is gone for good.",
     ),
     secret(
         "POSTROOM_OVERRIDE_KEYS",

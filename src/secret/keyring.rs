@@ -1,5 +1,6 @@
 //! Named AES-256-GCM keys, one of them active, and the form in which values sealed with them are stored.
 
+use std::collections::HashSet;
 use std::fmt;
 
 use aes_gcm::aead::{Aead, Generate, Nonce, Payload};
@@ -23,6 +24,8 @@ const NONCE_BYTES: usize = 12;
 const TAG_BYTES: usize = 16;
 const VERSION: &str = "v1";
 const MAX_KEYS: usize = 32;
+/// Stands in place of a key that is gone for good.
+const LOST: &str = "lost";
 /// Longest sealed value that is looked at, in bytes.
 const MAX_SEALED: usize = 64 << 10;
 
@@ -75,6 +78,14 @@ pub enum KeyError {
         /// The repeated key id.
         kid: String,
     },
+    /// The active key cannot be one that is gone.
+    #[error(
+        "entry 1 (`{kid}`): the first key seals and cannot be `{LOST}`; put a new one before it (`postroom key generate`)"
+    )]
+    ActiveLost {
+        /// Its key id.
+        kid: String,
+    },
     /// More keys than rotation can need.
     #[error("more than {MAX_KEYS} keys; remove those that `postroom key rotate` has made unnecessary")]
     TooMany,
@@ -116,6 +127,8 @@ struct Key {
 pub struct Keyring {
     active: Key,
     others: Vec<Key>,
+    /// Ids of keys that are gone for good.
+    lost: Vec<String>,
 }
 
 impl fmt::Debug for Keyring {
@@ -126,7 +139,7 @@ impl fmt::Debug for Keyring {
 }
 
 impl Keyring {
-    /// Reads `kid:base64,kid2:base64`; the first key is the active one.
+    /// Reads `kid:base64,kid2:base64,kid3:lost`; the first key is the active one, and a `lost` one is known to be gone.
     ///
     /// # Errors
     /// Says which entry is wrong and what is allowed, never what stands there.
@@ -135,21 +148,28 @@ impl Keyring {
         if text.is_empty() {
             return Err(KeyError::Empty);
         }
-        let mut keys: Vec<Key> = Vec::new();
+        let (mut keys, mut lost) = (Vec::new(), Vec::new());
+        let mut kids = HashSet::new();
         for (index, part) in text.split(',').enumerate() {
             if index == MAX_KEYS {
                 return Err(KeyError::TooMany);
             }
-            let key = parse_entry(index + 1, part.trim())?;
-            if keys.iter().any(|known| known.kid == key.kid) {
-                let (entry, kid) = (index + 1, key.kid);
-                return Err(KeyError::Duplicate { entry, kid });
+            let (kid, key) = parse_entry(index + 1, part.trim())?;
+            if !kids.insert(kid.clone()) {
+                return Err(KeyError::Duplicate {
+                    entry: index + 1,
+                    kid,
+                });
             }
-            keys.push(key);
+            match key {
+                Some(key) => keys.push(key),
+                None if index == 0 => return Err(KeyError::ActiveLost { kid }),
+                None => lost.push(kid),
+            }
         }
         let others = keys.split_off(1);
         let active = keys.pop().ok_or(KeyError::Empty)?;
-        Ok(Self { active, others })
+        Ok(Self { active, others, lost })
     }
 
     /// A fresh random key as one `kid:base64` entry.
@@ -175,6 +195,12 @@ impl Keyring {
     #[must_use]
     pub fn knows(&self, kid: &str) -> bool {
         self.cipher(kid).is_some()
+    }
+
+    /// Whether the key of this id is said to be gone for good.
+    #[must_use]
+    pub fn has_lost(&self, kid: &str) -> bool {
+        self.lost.iter().any(|lost| lost == kid)
     }
 
     fn iter(&self) -> impl Iterator<Item = &Key> {
@@ -278,10 +304,14 @@ pub(super) fn decrypt(
         .map_err(|_| SecretError::Corrupt)
 }
 
-fn parse_entry(entry: usize, text: &str) -> Result<Key, KeyError> {
+/// The key id, and the key unless it is gone.
+fn parse_entry(entry: usize, text: &str) -> Result<(String, Option<Key>), KeyError> {
     let (kid, encoded) = text.split_once(':').ok_or(KeyError::Shape { entry })?;
     if !is_kid(kid) {
         return Err(KeyError::Kid { entry });
+    }
+    if encoded.trim() == LOST {
+        return Ok((kid.to_owned(), None));
     }
     let bytes = BASE64
         .decode(encoded.trim())
@@ -295,10 +325,11 @@ fn parse_entry(entry: usize, text: &str) -> Result<Key, KeyError> {
         kid: kid.to_owned(),
         bytes: bytes.len(),
     })?;
-    Ok(Key {
+    let key = Key {
         kid: kid.to_owned(),
         cipher: Box::new(cipher),
-    })
+    };
+    Ok((kid.to_owned(), Some(key)))
 }
 
 fn split(sealed: &str) -> Result<(&str, &str), SecretError> {

@@ -82,7 +82,8 @@ pub enum StoredError {
     Database(#[from] DbError),
     /// Secrets were sealed with keys that are not configured.
     #[error(
-        "POSTROOM_ENCRYPTION_KEYS lacks keys that stored secrets were sealed with: {}; add them after the active one",
+        "POSTROOM_ENCRYPTION_KEYS lacks keys that stored secrets were sealed with: {}; add them after the active one, \
+         or `KID:lost` for one that is gone for good",
         .0.join(", ")
     )]
     UnknownKeys(Vec<String>),
@@ -115,6 +116,13 @@ pub async fn verify_keys(db: &Database, keys: &Keyring) -> Result<(), StoredErro
             for (kid, opened) in best(&samples) {
                 match opened {
                     Opened::Yes => {}
+                    Opened::NoKey if keys.has_lost(kid) => {
+                        tracing::warn!(
+                            table = column.table,
+                            key = kid,
+                            "secrets sealed with a key that is lost must be set anew: `postroom key rotate` lists them"
+                        );
+                    }
                     Opened::NoKey => unknown.push(kid.to_owned()),
                     Opened::No => return Err(StoredError::WrongKey(kid.to_owned())),
                 }
@@ -306,7 +314,7 @@ async fn rotate_batch(
         if let Ok(resealed) = keys.reseal(sealed, &aad) {
             old.push(sealed);
             new.push(resealed);
-        } else {
+        } else if column.is_needed {
             rotated.failed += 1;
             if rotated.unopened.len() < NAMED {
                 rotated.unopened.push(aad);

@@ -2,7 +2,7 @@
 
 use postroom_testkit::webhook::WebhookReceiver;
 
-use super::world::{PATIENCE, World, ids, keyring, report};
+use super::world::{PATIENCE, World, ids, keyring};
 
 #[tokio::test]
 async fn secrets_are_write_only() {

@@ -47,6 +47,26 @@ fn an_unknown_key_is_named() {
 }
 
 #[test]
+fn a_lost_key_is_known_by_its_name_only() {
+    let ring = ring(&format!("k2:{OTHER}, k1:lost"));
+    assert!(ring.has_lost("k1") && !ring.knows("k1"));
+    assert!(ring.knows("k2") && !ring.has_lost("k2"));
+    let error = ring.open(VECTOR, AAD).unwrap_err();
+    assert_eq!(error, SecretError::UnknownKey { kid: "k1".to_owned() });
+}
+
+#[test]
+fn a_lost_key_cannot_seal_nor_be_there_as_well() {
+    let kid = "k1".to_owned();
+    assert_eq!(
+        refused(&format!("k1:lost,k2:{OTHER}")),
+        KeyError::ActiveLost { kid: kid.clone() }
+    );
+    let duplicate = KeyError::Duplicate { entry: 3, kid };
+    assert_eq!(refused(&format!("k2:{OTHER},k1:{KEY},k1:lost")), duplicate);
+}
+
+#[test]
 fn every_changed_character_is_noticed() {
     let ring = ring(&format!("k1:{KEY}"));
     for position in 6..VECTOR.len() - 1 {

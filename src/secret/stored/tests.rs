@@ -65,6 +65,25 @@ async fn a_missing_or_wrong_key_is_noticed_at_start() {
 }
 
 #[tokio::test]
+async fn with_a_key_that_is_lost_the_installation_goes_on_and_rotation_lists_what_to_set_anew() {
+    let scratch = Scratch::new().await;
+    accounts(&scratch, KEY, 0, 2).await;
+    accounts(&scratch, OTHER_KEY, 2, 2).await;
+    assert!(verify_keys(&scratch.db, &keys(OTHER_KEY)).await.is_err());
+    let others = keys(&format!("{OTHER_KEY},k1:lost"));
+    verify_keys(&scratch.db, &others).await.unwrap();
+    // A previous secret cannot be set anew.
+    endpoint(&scratch, Some(OTHER_KEY), Some(KEY)).await;
+    let new = keys(&format!("k3:{},{OTHER_KEY},k1:lost", &KEY[3..]));
+    verify_sealing(&scratch.db, &new).await.unwrap();
+    let rotated = rotate(&scratch.db, &new).await.unwrap();
+    assert_eq!((rotated.resealed, rotated.failed), (3, 2));
+    let places = ["account:acme/a0:password", "account:acme/a1:password"];
+    assert_eq!(rotated.unopened, places);
+    scratch.end().await;
+}
+
+#[tokio::test]
 async fn one_damaged_row_does_not_stop_an_installation() {
     let scratch = Scratch::new().await;
     accounts(&scratch, KEY, 0, 4).await;
