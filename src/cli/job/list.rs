@@ -14,10 +14,11 @@ use crate::id::TenantId;
 /// Which jobs.
 #[derive(Debug, Args)]
 pub struct ListArgs {
-    /// Only jobs of this tenant; without it, --state must be one of sending, waiting, done, uncertain
+    /// Only jobs of this tenant; without it, only jobs that are sending, waiting, uncertain or done
     #[arg(long)]
     pub tenant: Option<TenantId>,
-    /// Only jobs in this state; those that are over (done, cancelled, dead) come by the time of their end
+    /// Only jobs in this state (without it and --tenant: sending, waiting and uncertain); those that are over
+    /// (done, cancelled, dead) come by the time of their end
     #[arg(long, value_parser = STATES)]
     pub state: Option<String>,
     /// At most this many
@@ -34,14 +35,17 @@ impl ListArgs {
         let state = self.state.as_ref();
         let state = state.and_then(|state| STATES.iter().position(|name| name == state));
         // Nothing finds the others among millions that are over.
-        if self.tenant.is_none() && !matches!(state, Some(1..=4)) {
+        if self.tenant.is_none() && !matches!(state, None | Some(1..=4)) {
             return Err(CliError::Usage(
-                "say whose jobs: --tenant; without it, only those with --state sending, waiting, done or uncertain \
-                 can be listed"
+                "say whose jobs: --tenant; without it, only those that are sending, waiting, uncertain or done can be \
+                 listed"
                     .to_owned(),
             ));
         }
         Ok(match state {
+            None if self.tenant.is_none() => {
+                ("(state = 1 OR state = 2 OR state = 4)".to_owned(), "created_at")
+            }
             None => ("true".to_owned(), "created_at"),
             Some(state @ (3 | 5 | 6)) => (format!("state = {state}"), "finished_at"),
             Some(state) => (format!("state = {state}"), "created_at"),
@@ -175,6 +179,7 @@ mod tests {
         jobs(&scratch, 5000).await;
         analyze(&scratch.db).await;
         for (words, first, number) in [
+            ("", "s4-1", 9),
             ("--state uncertain", "s4-1", 3),
             ("--state sending", "s1-1", 3),
             ("--state waiting", "s2-1", 3),
@@ -200,7 +205,7 @@ mod tests {
     #[tokio::test]
     async fn what_nothing_finds_among_all_jobs_is_listed_by_tenant_only() {
         let scratch = Scratch::new().await;
-        for words in ["", "--state open", "--state cancelled", "--state dead"] {
+        for words in ["--state open", "--state cancelled", "--state dead"] {
             let error = list(&scratch.db, words).await.unwrap_err();
             assert_eq!(error.exit_code(), 2, "{words}");
             assert!(error.to_string().contains("--tenant"), "{error}");
