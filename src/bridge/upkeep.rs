@@ -2,8 +2,9 @@
 
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use tokio::time::{MissedTickBehavior, interval};
-use tokio_postgres::types::Type;
+use tokio_postgres::types::{ToSql, Type};
 use tokio_util::sync::CancellationToken;
 
 use super::source::ReportSink;
@@ -18,39 +19,47 @@ const REST: u32 = 50;
 const SELDOM: Duration = Duration::from_mins(5);
 /// Events per deletion: short transactions, which block nobody.
 const CHUNK: i64 = 1000;
-/// Deletions in a row, so that one round has an end.
-const CHUNKS: usize = 200;
+/// Between two of them, so that webhooks come first.
+const PAUSE: Duration = Duration::from_millis(50);
 
 impl Bridge {
     /// Works until shutdown. Trouble with the database is told and tried again at the next round.
     pub(super) async fn upkeep<K: ReportSink>(&self, sink: &K, shutdown: &CancellationToken) {
-        let (mut often, mut seldom) = (interval(OFTEN), interval(SELDOM));
-        often.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        seldom.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut measured_until = Instant::now();
-        let work = async {
-            loop {
-                let (round, done) = tokio::select! {
-                    () = self.owed.notified() => ("publish", self.publish_owed(sink).await),
-                    _ = often.tick() => ("measure", async {
-                        self.publish_owed(sink).await?;
-                        let begun = Instant::now();
-                        if begun >= measured_until {
-                            self.measure().await?;
-                            measured_until = begun + begun.elapsed() * REST;
-                        }
-                        Ok(())
-                    }.await),
-                    _ = seldom.tick() => ("forget", self.forget().await.map(|_| ())),
-                };
-                if let Err(error) = done {
-                    tracing::warn!(%error, round, "upkeep of the bridge failed, will try again");
-                }
-            }
-        };
         tokio::select! {
             () = shutdown.cancelled() => {}
-            () = work => {}
+            () = self.watch(sink) => {}
+            // By itself: after a shorter retention it takes hours.
+            () = self.keep_forgetting() => {}
+        }
+    }
+
+    async fn watch<K: ReportSink>(&self, sink: &K) {
+        let mut often = interval(OFTEN);
+        often.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut measured_until = Instant::now();
+        loop {
+            let (round, done) = tokio::select! {
+                () = self.owed.notified() => ("publish", self.publish_owed(sink).await),
+                _ = often.tick() => ("measure", async {
+                    self.publish_owed(sink).await?;
+                    let begun = Instant::now();
+                    if begun >= measured_until {
+                        self.measure().await?;
+                        measured_until = begun + begun.elapsed() * REST;
+                    }
+                    Ok(())
+                }.await),
+            };
+            told(round, done);
+        }
+    }
+
+    async fn keep_forgetting(&self) {
+        let mut seldom = interval(SELDOM);
+        seldom.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            seldom.tick().await;
+            told("forget", self.forget().await.map(|_| ()));
         }
     }
 
@@ -62,33 +71,45 @@ impl Bridge {
     pub async fn forget(&self) -> Result<u64, BridgeError> {
         // The time of the statement, not that of the clock, which no index is used for.
         let sql = self.database.sql(
-            "DELETE FROM {s}.webhook_event WHERE id = ANY (ARRAY( \
-               SELECT v.id FROM {s}.webhook_event v \
-                WHERE v.received_at < statement_timestamp() - make_interval(secs => $1) \
-                  AND (SELECT true FROM {s}.webhook_delivery d JOIN {s}.endpoint e ON e.id = d.endpoint \
-                        WHERE d.event = v.id AND d.state = 'pending' AND e.enabled LIMIT 1) IS NULL \
-                ORDER BY v.received_at LIMIT $2 FOR UPDATE SKIP LOCKED))",
+            "WITH gone AS ( \
+               DELETE FROM {s}.webhook_event WHERE id = ANY (ARRAY( \
+                 SELECT v.id FROM {s}.webhook_event v \
+                  WHERE v.received_at < statement_timestamp() - make_interval(secs => $1) \
+                    AND v.received_at >= coalesce($3, '-infinity') \
+                    AND (SELECT true FROM {s}.webhook_delivery d JOIN {s}.endpoint e ON e.id = d.endpoint \
+                          WHERE d.event = v.id AND d.state = 'pending' AND e.enabled LIMIT 1) IS NULL \
+                  ORDER BY v.received_at LIMIT $2 FOR UPDATE SKIP LOCKED)) \
+               RETURNING received_at) \
+             SELECT count(*), max(received_at) FROM gone",
         );
         let retention = self.config.retention.as_secs_f64();
         self.forget_previous_secrets().await?;
-        let mut gone = 0;
-        for _ in 0..CHUNKS {
-            let chunk = within(async {
+        let mut forgotten = 0;
+        // The next search begins where this one ended, and not among those just gone and those that stay.
+        let mut since: Option<Timestamp> = None;
+        loop {
+            let row = within(async {
                 let client = self.database.client().await?;
-                Ok(client
-                    .execute_typed(&sql, &[(&retention, Type::FLOAT8), (&CHUNK, Type::INT8)])
-                    .await?)
+                let arguments: [(&(dyn ToSql + Sync), Type); 3] = [
+                    (&retention, Type::FLOAT8),
+                    (&CHUNK, Type::INT8),
+                    (&since, Type::TIMESTAMPTZ),
+                ];
+                Ok(client.query_typed_one(&sql, &arguments).await?)
             })
             .await?;
-            gone += chunk;
-            if chunk < CHUNK.unsigned_abs() {
+            let gone: i64 = row.try_get(0)?;
+            forgotten += gone.unsigned_abs();
+            if gone < CHUNK {
                 break;
             }
+            since = row.try_get(1)?;
+            tokio::time::sleep(PAUSE).await;
         }
-        if gone > 0 {
-            tracing::info!(events = gone, "forgot old webhook events");
+        if forgotten > 0 {
+            tracing::info!(events = forgotten, "forgot old webhook events");
         }
-        Ok(gone)
+        Ok(forgotten)
     }
 
     /// What no longer signs need not be kept.
@@ -122,5 +143,11 @@ impl Bridge {
         self.metrics.webhook_pending.set(row.try_get(0)?);
         self.metrics.webhook_oldest.set(row.try_get(1)?);
         Ok(())
+    }
+}
+
+fn told(round: &str, done: Result<(), BridgeError>) {
+    if let Err(error) = done {
+        tracing::warn!(%error, round, "upkeep of the bridge failed, will try again");
     }
 }

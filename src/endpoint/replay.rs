@@ -1,14 +1,17 @@
 //! Sends remembered events to an endpoint again.
 
 use jiff::Timestamp;
-use tokio_postgres::types::Type;
+use tokio_postgres::Row;
+use tokio_postgres::types::{ToSql, Type};
 
 use super::{EndpointError, store};
 use crate::db::Database;
 use crate::id::{AccountId, TenantId};
 
 /// Events per transaction: the endpoint's lane is locked meanwhile.
-const CHUNK: i64 = 1000;
+const CHUNK: usize = 1000;
+/// Events looked at by one statement.
+const LOOK: i64 = 5000;
 
 /// Which events.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,96 +45,170 @@ pub async fn replay(
     name: &AccountId,
     what: &Replay,
 ) -> Result<u64, EndpointError> {
-    let (mut after, mut replayed) = (0, 0);
-    loop {
-        let chunk = chunk(db, (tenant, name), what, after).await?;
-        replayed += chunk.replayed;
-        let Some(last) = chunk.last else { break };
-        after = last;
-    }
-    if let (Replay::Event(id), 0) = (what, after) {
-        return Err(EndpointError::UnknownEvent(id.clone()));
+    let endpoint = find(db, tenant, name).await?;
+    let mut replayed = 0;
+    match what {
+        Replay::Event(id) => {
+            let event = named(db, endpoint, id).await?;
+            replayed += make_due(db, endpoint, &[event]).await?;
+        }
+        Replay::Received { since, until } => {
+            let mut after = (*since, 0);
+            while let Some(looked) = received(db, endpoint, after, *until).await? {
+                for chunk in looked.wanted.chunks(CHUNK) {
+                    replayed += make_due(db, endpoint, chunk).await?;
+                }
+                after = looked.last;
+            }
+        }
+        Replay::Failed { since, until } => {
+            let mut after = 0;
+            while let Some(looked) = failed(db, endpoint, after, (*since, *until)).await? {
+                for chunk in looked.wanted.chunks(CHUNK) {
+                    replayed += make_due(db, endpoint, chunk).await?;
+                }
+                after = looked.last;
+            }
+        }
     }
     Ok(replayed)
 }
 
-/// Events that the endpoint wants, or the one that is named. Parameters: endpoint, the event before the first, the id of one
-/// event, since, until, at most how many.
-const WANTED: &str = "SELECT v.id FROM {s}.webhook_event v JOIN {s}.endpoint e ON e.id = $1 \
-     WHERE v.id > $2 AND ($3 IS NULL OR v.event_id = $3) \
-       AND ($4 IS NULL OR v.received_at >= $4) AND ($5 IS NULL OR v.received_at < $5) \
-       AND e.tenant IN (v.tenant, '-') \
-       AND ($3 IS NOT NULL OR {s}.endpoint_wants_v1(e, v.tenant, v.type, \
-            NOT EXISTS (SELECT FROM {s}.endpoint o WHERE o.tenant = v.tenant))) \
-     ORDER BY v.id LIMIT $6";
-
-/// Events that were given up at the endpoint, and no others, however many there are: the deliveries first, each with its event
-/// (OFFSET 0). Same parameters.
-const FAILED: &str = "SELECT d.event AS id \
-      FROM (SELECT f.event FROM {s}.webhook_delivery f \
-             WHERE f.endpoint = $1 AND f.state = 'failed' AND f.event > $2 ORDER BY f.event OFFSET 0) d \
-     CROSS JOIN LATERAL (SELECT v.received_at FROM {s}.webhook_event v WHERE v.id = d.event OFFSET 0) v \
-     WHERE ($4 IS NULL OR v.received_at >= $4) AND ($5 IS NULL OR v.received_at < $5) \
-     ORDER BY d.event LIMIT $6";
-
-struct Chunk {
-    replayed: u64,
-    /// The last event looked at; `None` when there is no more.
-    last: Option<i64>,
+/// Some events in the order in which they are looked at.
+struct Looked<C> {
+    wanted: Vec<i64>,
+    /// Where the next look begins.
+    last: C,
 }
 
-async fn chunk(
-    db: &Database,
-    (tenant, name): (&TenantId, &AccountId),
-    what: &Replay,
-    after: i64,
-) -> Result<Chunk, EndpointError> {
-    let mut client = db.client().await?;
-    let transaction = client.transaction().await?;
-    // The lane first, as everywhere.
+async fn find(db: &Database, tenant: &TenantId, name: &AccountId) -> Result<i64, EndpointError> {
+    let sql = db.sql("SELECT id FROM {s}.endpoint WHERE tenant = $1 AND name = $2");
+    let key: [(&(dyn ToSql + Sync), Type); 2] =
+        [(&tenant.as_str(), Type::TEXT), (&name.as_str(), Type::TEXT)];
+    let row = db.client().await?.query_typed_opt(&sql, &key).await?;
+    Ok(row.ok_or_else(|| store::unknown(tenant, name))?.try_get(0)?)
+}
+
+/// The event of this id, if it is the endpoint's to see.
+async fn named(db: &Database, endpoint: i64, id: &str) -> Result<i64, EndpointError> {
     let sql = db.sql(
-        "SELECT l.endpoint FROM {s}.endpoint_lane l JOIN {s}.endpoint e ON e.id = l.endpoint \
-         WHERE e.tenant = $1 AND e.name = $2 FOR UPDATE OF l",
+        "SELECT v.id FROM {s}.webhook_event v JOIN {s}.endpoint e ON e.id = $1 \
+         WHERE v.event_id = $2 AND e.tenant IN (v.tenant, '-')",
     );
-    let row = transaction
-        .query_typed_opt(
-            &sql,
-            &[(&tenant.as_str(), Type::TEXT), (&name.as_str(), Type::TEXT)],
-        )
+    let row = db
+        .client()
         .await?
-        .ok_or_else(|| store::unknown(tenant, name))?;
-    let endpoint: i64 = row.try_get(0)?;
-    let (chosen, event, since, until) = match what {
-        Replay::Event(id) => (WANTED, Some(id), None, None),
-        Replay::Received { since, until } => (WANTED, None, Some(*since), *until),
-        Replay::Failed { since, until } => (FAILED, None, *since, *until),
-    };
-    let sql = db.sql(&format!(
-        "WITH chosen AS ({chosen}), \
-         made AS ( \
-           INSERT INTO {{s}}.webhook_delivery (event, endpoint) SELECT id, $1 FROM chosen ORDER BY id \
-           ON CONFLICT (event, endpoint) DO UPDATE \
-              SET state = 'pending', attempts = 0, next_at = clock_timestamp(), lease = NULL \
-            WHERE webhook_delivery.state <> 'pending' RETURNING 1) \
-         SELECT (SELECT count(*) FROM made), (SELECT max(id) FROM chosen), {{s}}.endpoint_wake_v1(ARRAY[$1])::text"
-    ));
-    let row = transaction
-        .query_typed_one(
+        .query_typed_opt(&sql, &[(&endpoint, Type::INT8), (&id, Type::TEXT)])
+        .await?;
+    let row = row.ok_or_else(|| EndpointError::UnknownEvent(id.to_owned()))?;
+    Ok(row.try_get(0)?)
+}
+
+/// Looks at the next events of all tenants, by the time they came: however few are the endpoint's, a statement reads no more
+/// than these.
+async fn received(
+    db: &Database,
+    endpoint: i64,
+    after: (Timestamp, i64),
+    until: Option<Timestamp>,
+) -> Result<Option<Looked<(Timestamp, i64)>>, EndpointError> {
+    let sql = db.sql(
+        "SELECT v.received_at, v.id, e.tenant IN (v.tenant, '-') AND {s}.endpoint_wants_v1(e, v.tenant, v.type, \
+                NOT EXISTS (SELECT FROM {s}.endpoint o WHERE o.tenant = v.tenant)) \
+         FROM (SELECT received_at, id, tenant, type FROM {s}.webhook_event \
+                WHERE received_at >= $2 AND (received_at, id) > ($2, $3) AND ($4 IS NULL OR received_at < $4) \
+                ORDER BY received_at, id LIMIT $5) v \
+         JOIN {s}.endpoint e ON e.id = $1 ORDER BY v.received_at, v.id",
+    );
+    let client = db.client().await?;
+    let rows = client
+        .query_typed(
+            &sql,
+            &[
+                (&endpoint, Type::INT8),
+                (&after.0, Type::TIMESTAMPTZ),
+                (&after.1, Type::INT8),
+                (&until, Type::TIMESTAMPTZ),
+                (&LOOK, Type::INT8),
+            ],
+        )
+        .await?;
+    let Some(last) = rows.last() else { return Ok(None) };
+    Ok(Some(Looked {
+        wanted: chosen(&rows, 1, 2)?,
+        last: (last.try_get(0)?, last.try_get(1)?),
+    }))
+}
+
+/// Looks at the next events that were given up at the endpoint, and at no others.
+async fn failed(
+    db: &Database,
+    endpoint: i64,
+    after: i64,
+    (since, until): (Option<Timestamp>, Option<Timestamp>),
+) -> Result<Option<Looked<i64>>, EndpointError> {
+    let sql = db.sql(
+        "SELECT d.event, ($3 IS NULL OR v.received_at >= $3) AND ($4 IS NULL OR v.received_at < $4) \
+         FROM (SELECT event FROM {s}.webhook_delivery \
+                WHERE endpoint = $1 AND state = 'failed' AND event > $2 ORDER BY event LIMIT $5) d \
+         CROSS JOIN LATERAL (SELECT received_at FROM {s}.webhook_event WHERE id = d.event OFFSET 0) v \
+         ORDER BY d.event",
+    );
+    let client = db.client().await?;
+    let rows = client
+        .query_typed(
             &sql,
             &[
                 (&endpoint, Type::INT8),
                 (&after, Type::INT8),
-                (&event, Type::TEXT),
                 (&since, Type::TIMESTAMPTZ),
                 (&until, Type::TIMESTAMPTZ),
-                (&CHUNK, Type::INT8),
+                (&LOOK, Type::INT8),
             ],
         )
         .await?;
-    let (replayed, last): (i64, Option<i64>) = (row.try_get(0)?, row.try_get(1)?);
+    let Some(last) = rows.last() else { return Ok(None) };
+    Ok(Some(Looked {
+        wanted: chosen(&rows, 0, 1)?,
+        last: last.try_get(0)?,
+    }))
+}
+
+/// Ids of the rows that say so.
+fn chosen(rows: &[Row], id: usize, is_wanted: usize) -> Result<Vec<i64>, tokio_postgres::Error> {
+    let mut ids = Vec::new();
+    for row in rows {
+        if row.try_get::<_, bool>(is_wanted)? {
+            ids.push(row.try_get(id)?);
+        }
+    }
+    Ok(ids)
+}
+
+/// Makes these events due at the endpoint, and wakes it. Only for this is its lane locked: whoever takes reports in for it
+/// waits meanwhile.
+async fn make_due(db: &Database, endpoint: i64, events: &[i64]) -> Result<u64, EndpointError> {
+    let mut client = db.client().await?;
+    let transaction = client.transaction().await?;
+    // The lane first, as everywhere.
+    let lane = db.sql("SELECT FROM {s}.endpoint_lane WHERE endpoint = $1 FOR UPDATE");
+    transaction
+        .execute_typed(&lane, &[(&endpoint, Type::INT8)])
+        .await?;
+    // Some may have been forgotten since they were looked at.
+    let sql = db.sql(
+        "WITH chosen AS (SELECT id FROM {s}.webhook_event WHERE id = ANY ($2) ORDER BY id FOR KEY SHARE), \
+         made AS ( \
+           INSERT INTO {s}.webhook_delivery (event, endpoint) SELECT id, $1 FROM chosen ORDER BY id \
+           ON CONFLICT (event, endpoint) DO UPDATE \
+              SET state = 'pending', attempts = 0, next_at = clock_timestamp(), lease = NULL \
+            WHERE webhook_delivery.state <> 'pending' RETURNING 1) \
+         SELECT (SELECT count(*) FROM made), {s}.endpoint_wake_v1(ARRAY[$1])::text",
+    );
+    let row = transaction
+        .query_typed_one(&sql, &[(&endpoint, Type::INT8), (&events, Type::INT8_ARRAY)])
+        .await?;
+    let made: i64 = row.try_get(0)?;
     transaction.commit().await?;
-    Ok(Chunk {
-        replayed: replayed.unsigned_abs(),
-        last,
-    })
+    Ok(made.unsigned_abs())
 }

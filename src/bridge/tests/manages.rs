@@ -254,6 +254,26 @@ async fn events_are_replayed_by_time_and_by_id() {
 }
 
 #[tokio::test]
+async fn a_replay_holds_up_nobody_while_it_looks_through_the_events_of_others() {
+    let world = World::new(&["acme", "umbrella"]).await;
+    let hook = WebhookReceiver::start().await.unwrap();
+    world.set("acme", "default", &hook, &[]).await;
+    world.set("umbrella", "default", &hook, &[]).await;
+    world.backlog("umbrella", 20).await;
+    let mut client = world.database.client().await.unwrap();
+    let taking_in = client.transaction().await.unwrap();
+    let lanes = world.database.sql("SELECT FROM {s}.endpoint_lane FOR UPDATE");
+    taking_in.execute_typed(&lanes, &[]).await.unwrap();
+    // It would wait for the lane, as those who take reports in would for a replay that has it.
+    let (output, _) = world
+        .endpoint(&["replay", "acme", "--since", "1h"], "")
+        .await
+        .unwrap();
+    assert_eq!(output, "0 events will be sent again\n");
+    taking_in.rollback().await.unwrap();
+}
+
+#[tokio::test]
 async fn an_event_of_another_tenant_is_not_replayed() {
     let world = World::new(&["acme", "umbrella"]).await;
     let hook = WebhookReceiver::start().await.unwrap();
