@@ -13,7 +13,9 @@
 -- are in plpgsql, however small, because it keeps plans: a function in SQL that cannot be inlined is planned at every call.
 
 CREATE TABLE worker (
-    epoch        bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    -- A time in microseconds, and not a sequence: after a database is restored or fails over, a sequence would give numbers
+    -- again that workers who outlived that still have.
+    epoch        bigint PRIMARY KEY DEFAULT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint,
     name         text NOT NULL,
     version      text NOT NULL,
     started_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -1508,6 +1510,16 @@ BEGIN
                (SELECT c.cap FROM connection_cap c WHERE c.account = x.account)
         FROM unnest(j_t, j_id, j_granted, j_valid, j_o) u(t, id, g, v, o) JOIN job x ON x.tenant = u.t AND x.id = u.id
         WHERE u.g > 0;
+END $$;
+
+-- Waiting jobs for operators to look at, up to p_max of them by account: a full waiting room takes long to read.
+CREATE FUNCTION waiting_jobs_v1(p_tenant text, p_max integer) RETURNS TABLE (tenant text, id text, created_at timestamptz)
+LANGUAGE plpgsql STABLE SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off
+SET jit = off AS $$
+BEGIN
+    RETURN QUERY SELECT x.tenant, x.id, x.created_at FROM job x
+        WHERE x.state = 2 AND (p_tenant IS NULL OR x.tenant = p_tenant)
+        ORDER BY x.account, x.level, x.tenant, x.due_at LIMIT p_max;
 END $$;
 
 -- ── Outbox ───────────────────────────────────────────────────────────────────────────────────────────────────────

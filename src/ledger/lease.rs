@@ -191,15 +191,20 @@ impl Ledger {
     /// # Errors
     /// If the database cannot be asked.
     pub async fn register(&self, name: &str, lease: Duration) -> Result<Arc<Epoch>, DbError> {
-        let sql = self
-            .db
-            .sql("INSERT INTO {s}.worker (name, version) VALUES ($1, $2) RETURNING epoch");
+        let sql = self.db.sql(
+            "INSERT INTO {s}.worker (name, version) VALUES ($1, $2) ON CONFLICT (epoch) DO NOTHING RETURNING epoch",
+        );
         let client = self.vital.client().await?;
-        let sent = boot_nanos();
-        let row = client
-            .query_one(&sql, &[&name, &env!("CARGO_PKG_VERSION")])
-            .await?;
-        Ok(Arc::new(Epoch::new(row.try_get(0)?, lease, sent)))
+        loop {
+            let sent = boot_nanos();
+            let row = client
+                .query_opt(&sql, &[&name, &env!("CARGO_PKG_VERSION")])
+                .await?;
+            // None: another one began in the same microsecond.
+            if let Some(row) = row {
+                return Ok(Arc::new(Epoch::new(row.try_get(0)?, lease, sent)));
+            }
+        }
     }
 
     /// Says that this worker lives.

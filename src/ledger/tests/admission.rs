@@ -172,7 +172,10 @@ async fn a_known_job_is_answered_by_its_state() {
             Admitted::InFlight
         ));
         world
-            .run("UPDATE {s}.worker SET dead = true WHERE epoch = 1")
+            .run(&format!(
+                "UPDATE {{s}}.worker SET dead = true WHERE epoch = {}",
+                epoch.number()
+            ))
             .await;
         assert!(
             matches!(world.admit_one(again("leased")).await, Admitted::InFlight),

@@ -1,5 +1,6 @@
 //! Lives of workers: heartbeats, takeovers, and what ends with them.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -159,6 +160,34 @@ async fn epochs_without_a_row_are_found_wherever_they_lie_between_the_living() {
         assert_eq!(takeover.opened, 4);
         for living in ["1", "4"] {
             assert_eq!(world.state("acme", living).await, 1);
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_worker_that_outlives_a_restore_does_not_take_another_ones_epoch_for_its_own() {
+    in_world(|world| async move {
+        let old = world.epoch().await;
+        // As a dump from before its life leaves it: neither the row nor the counters behind it.
+        world.run("TRUNCATE {s}.worker RESTART IDENTITY").await;
+        let new = world.epoch().await;
+        assert_ne!(old.number(), new.number());
+        assert_eq!(world.ledger.heartbeat(&old).await.unwrap(), Beat::Dead);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn workers_that_begin_at_once_get_epochs_of_their_own() {
+    in_world(|world| async move {
+        // Twenty numbers a second make sure that they meet.
+        world
+            .run("ALTER TABLE {s}.worker ALTER epoch SET DEFAULT (extract(epoch FROM clock_timestamp()) * 20)::bigint")
+            .await;
+        let mut numbers = HashSet::new();
+        for _ in 0..4 {
+            assert!(numbers.insert(world.epoch().await.number()));
         }
     })
     .await;
