@@ -30,8 +30,10 @@ pub fn refusal(stage: Stage, reply: Reply) -> Failure {
     );
     failure.severity = match (verdict.severity, verdict.class) {
         (Some(severity), _) => severity,
-        // What is wrong with the account says nothing about the mail: it waits for somebody to mend the account.
+        // What is wrong with the account, or with our address, says nothing about the mail, which the server has not heard
+        // of: it waits for somebody to mend that.
         (None, Class::Auth) => Severity::Transient,
+        (None, _) if stage == Stage::Connect => Severity::Transient,
         (None, _) => reply.severity(),
     };
     if failure.is_transient() {

@@ -65,8 +65,8 @@ const POLICY: &[Row] = &[
     (Data, 554, "5.2.252 SendAsDenied; a not allowed to send as b", Policy, Fault::Sender, Permanent, "sender_refused"),
     (Data, 550, "5.7.26 unauthenticated", Policy, Fault::Sender, Permanent, "sender_not_authenticated"),
     (Data, 550, "DMARC check failed", Policy, Fault::Sender, Permanent, "sender_not_authenticated"),
-    (Connect, 554, "5.7.1 Service unavailable; Client host [192.0.2.1] blocked using zen.spamhaus.org", Policy, Fault::Us, Permanent, "client_blocked"),
-    (Connect, 554, "No SMTP service here", Policy, Fault::Us, Permanent, "client_blocked"),
+    (Connect, 554, "5.7.1 Service unavailable; Client host [192.0.2.1] blocked using zen.spamhaus.org", Policy, Fault::Us, Transient, "client_blocked"),
+    (Connect, 554, "No SMTP service here", Policy, Fault::Us, Transient, "client_blocked"),
     (RcptTo, 451, "4.7.1 Greylisted, try again in 5 minutes", Policy, Fault::Recipient, Transient, "greylisted"),
     (RcptTo, 450, "Greylisting in effect", Policy, Fault::Recipient, Transient, "greylisted"),
 ];
@@ -127,7 +127,7 @@ const INFRASTRUCTURE: &[Row] = &[
     (RcptTo, 451, "4.4.3 Temporary lookup failure", Infrastructure, Fault::Provider, Transient, "routing_failed"),
     (MailFrom, 503, "5.5.1 Bad sequence of commands", Infrastructure, Fault::Provider, Transient, "protocol_error"),
     (MailFrom, 555, "parameters not recognized", Infrastructure, Fault::Provider, Permanent, "protocol_error"),
-    (Connect, 502, "5.5.1 EHLO not implemented", Infrastructure, Fault::Provider, Permanent, "protocol_error"),
+    (Connect, 502, "5.5.1 EHLO not implemented", Infrastructure, Fault::Provider, Transient, "protocol_error"),
 ];
 
 #[test]
@@ -175,10 +175,10 @@ fn short_words_must_stand_alone() {
 
 proptest::proptest! {
     #[test]
-    fn every_reply_has_a_class_and_only_the_code_a_limit_or_the_account_makes_it_pass(code in 400u16..600, text in ".{0,80}") {
+    fn every_reply_has_a_class_and_only_the_code_a_limit_the_account_or_connecting_makes_it_pass(code in 400u16..600, text in ".{0,80}") {
         for stage in [Stage::Connect, Stage::Auth, Stage::MailFrom, Stage::RcptTo, Stage::Data] {
             let failure = refusal(stage, Reply::new(code, &text));
-            let passes = code < 500 || code == 503 || matches!(failure.class, Rate | Auth);
+            let passes = code < 500 || code == 503 || matches!(failure.class, Rate | Auth) || stage == Stage::Connect;
             proptest::prop_assert_eq!(failure.is_transient(), passes);
         }
     }
