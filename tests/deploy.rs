@@ -369,6 +369,29 @@ fn whoever_stops_a_worker_waits_longer_than_its_grace_period() {
     );
 }
 
+/// The new program is what migrates, so a restart by the package would come before anybody could have done it.
+#[test]
+fn an_upgrade_of_the_package_restarts_nothing_before_the_schema_is_migrated() {
+    let build = read("packaging/build-deb");
+    let (_, script) = build.split_once("DEBIAN/postinst\" <<'SCRIPT'\n").unwrap();
+    let (script, _) = script.split_once("\nSCRIPT\n").unwrap();
+    let done: Vec<_> = script
+        .lines()
+        .map(str::trim)
+        .filter(|line| line.starts_with("systemctl"))
+        .collect();
+    assert_eq!(done, ["systemctl --system daemon-reload || true"]);
+    let said: Vec<_> = script.split("echo ").skip(1).collect();
+    assert!(said[0].contains("postroom migrate") && said[1].contains("systemctl try-restart"));
+    let needrestart = read("packaging/needrestart.conf");
+    assert!(needrestart.contains("{qr(^postroom-(worker|bridge))} = 0;"));
+
+    let page = read("docs/upgrading.md");
+    let steps = ["apt install ./postroom_", "postroom migrate --grant", "systemctl try-restart postroom-worker"];
+    let places = steps.map(|step| page.find(step).unwrap_or_else(|| panic!("docs/upgrading.md: {step}")));
+    assert!(places.is_sorted(), "{places:?}");
+}
+
 #[test]
 fn the_image_is_built_from_the_toolchain_and_version_of_the_manifest() {
     let (docker, manifest) = (read("Dockerfile"), read("Cargo.toml"));
