@@ -412,6 +412,77 @@ fn the_image_is_built_from_the_toolchain_and_version_of_the_manifest() {
     assert!(last.contains("\nUSER 65532:65532\n"), "numeric and not root");
 }
 
+/// The jobs of a workflow: names and texts.
+fn workflow_jobs(path: &str) -> Vec<(String, String)> {
+    let file = read(path);
+    let (_, jobs) = file.split_once("\njobs:\n").unwrap();
+    let mut found: Vec<(String, String)> = Vec::new();
+    for line in jobs.lines() {
+        let name = line.strip_prefix("  ").and_then(|line| line.strip_suffix(':'));
+        match name.filter(|name| !name.starts_with([' ', '#'])) {
+            Some(name) => found.push((name.to_owned(), String::new())),
+            None => found.last_mut().unwrap().1.extend([line, "\n"]),
+        }
+    }
+    assert!(found.len() > 5, "{path}");
+    found
+}
+
+const WORKFLOWS: [&str; 2] = [".github/workflows/ci.yml", ".github/workflows/release.yml"];
+
+/// Elsewhere it is bash; in a container it is sh, to which half of bash is a syntax error.
+#[test]
+fn a_job_in_a_container_names_the_shell_of_its_steps() {
+    let jobs: Vec<_> = WORKFLOWS.into_iter().flat_map(workflow_jobs).collect();
+    let mut in_containers = 0;
+    for (name, text) in jobs.iter().filter(|(_, text)| text.contains("\n    container: ")) {
+        in_containers += 1;
+        assert!(
+            text.contains("\n    defaults: { run: { shell: bash } }\n"),
+            "{name}: `{text}`"
+        );
+    }
+    assert_eq!(in_containers, 1);
+}
+
+#[test]
+fn nothing_of_a_release_gets_a_name_before_all_that_proves_it_has_worked() {
+    let jobs: BTreeMap<_, _> = workflow_jobs(".github/workflows/release.yml").into_iter().collect();
+    let needs = |job: &str| -> BTreeSet<String> {
+        let (_, rest) = jobs[job].split_once("needs: ").unwrap();
+        let names = rest.lines().next().unwrap().trim_matches(['[', ']']);
+        names.split(", ").map(str::to_owned).collect()
+    };
+    let naming: Vec<_> = jobs
+        .iter()
+        .filter(|(_, text)| ["imagetools create", "helm push", "gh release create"].iter().any(|it| text.contains(it)))
+        .map(|(name, _)| name.as_str())
+        .collect();
+    assert_eq!(naming, ["manifest", "release"]);
+    assert!(needs("release").contains("manifest"));
+    for proof in ["version", "checks", "packages", "components", "image"] {
+        assert!(needs("manifest").contains(proof), "{proof}");
+    }
+    assert!(jobs["checks"].contains("uses: ./.github/workflows/ci.yml"));
+    assert!(jobs["image"].contains("push-by-digest=true"));
+}
+
+/// Without values the chart fails: it needs the names of three secrets.
+#[test]
+fn workflows_render_the_chart_with_values() {
+    let mut rendered = 0;
+    for path in WORKFLOWS {
+        for line in read(path).lines().map(str::trim) {
+            if line.contains("helm template ") || line.contains("helm lint ") {
+                rendered += 1;
+                assert!(line.contains("helm/postroom --values \"$values\""), "{path}: {line}");
+            }
+        }
+    }
+    assert_eq!(rendered, 2);
+    assert!(read(WORKFLOWS[0]).contains("for values in helm/postroom/ci/*-values.yaml; do\n"));
+}
+
 #[test]
 fn linters_and_promtool_are_content() {
     let output = Command::new(top().join("dev/check-deployment")).output().unwrap();
