@@ -104,7 +104,7 @@ class Pods(unittest.TestCase):
                 self.assertNotEqual(spec["securityContext"]["runAsUser"], 0)
                 self.assertIn(spec["securityContext"]["seccompProfile"]["type"], ("RuntimeDefault", "Localhost"))
                 self.assertFalse({"hostNetwork", "hostPID", "hostIPC"} & set(spec))
-                for volume in spec["volumes"]:
+                for volume in spec.get("volumes", []):
                     self.assertLessEqual(set(volume) - {"name"}, allowed)
                 for container in containers(pod):
                     context = container["securityContext"]
@@ -129,14 +129,14 @@ class Pods(unittest.TestCase):
     def test_what_is_mounted_is_there_and_what_is_there_is_mounted(self):
         for name, pod in self.each():
             with self.subTest(name):
-                volumes = [it["name"] for it in pod["spec"]["volumes"]]
+                volumes = [it["name"] for it in pod["spec"].get("volumes", [])]
                 mounted = {it["name"] for c in containers(pod) for it in c.get("volumeMounts", [])}
                 self.assertEqual(len(volumes), len(set(volumes)))
                 self.assertEqual(set(volumes), mounted)
 
     def test_every_file_that_a_variable_names_is_mounted(self):
         for name, pod in self.each():
-            volumes = {it["name"]: it for it in pod["spec"]["volumes"]}
+            volumes = {it["name"]: it for it in pod["spec"].get("volumes", [])}
             for container in containers(pod):
                 files = set()
                 for mount in container.get("volumeMounts", []):
@@ -214,7 +214,27 @@ class Consistency(unittest.TestCase):
         self.assertEqual(ports["worker"], servers | {25, 465, 587, 2525, 80, 443})
         self.assertEqual(ports["bridge"], servers | {80, 443})
         self.assertEqual(ports["setup"], servers)
-        self.assertEqual(ports["test"], servers)
+        self.assertEqual(ports["test-topology"], servers)
+        self.assertEqual(ports["test-database"], servers)
+
+    def test_helm_can_show_the_logs_of_its_tests(self):
+        for name, values in value_sets().items():
+            tests = [it for it in objects(values) if it["metadata"].get("annotations", {}).get("helm.sh/hook") == "test"]
+            wanted = [["topology", "check"], ["tenant", "list"]] if values.get("tests", {}).get("enabled", True) else []
+            self.assertEqual([it["spec"]["containers"][0]["args"] for it in tests], wanted, name)
+            for it in tests:
+                self.assertEqual(len(containers(it)), 1, f"{name}: Helm asks for the log of a pod without naming a container")
+
+    def test_who_may_not_configure_need_not_check_the_topology(self):
+        for settings, expected in [({}, "check"), ({"topology": "off"}, "off")]:
+            worker = one(objects(required(setup__topology=True, settings=settings)), "Deployment", "-worker")
+            variables = env(worker["spec"]["template"]["spec"]["containers"][0])
+            self.assertEqual(variables["POSTROOM_TOPOLOGY"], expected)
+
+    def test_the_topology_is_tested_by_who_may_configure(self):
+        pod = one(objects(required(setup__rabbitmq__secret="admin")), "Pod", "-test-topology")
+        refs = {it["secretKeyRef"]["name"] for it in env(pod["spec"]["containers"][0]).values() if isinstance(it, dict)}
+        self.assertEqual(refs, {"admin"})
 
     def test_monitors_find_what_they_scrape(self):
         found = objects(value_sets()["everything"])
@@ -239,7 +259,7 @@ class Consistency(unittest.TestCase):
     def test_an_upgrade_of_the_chart_alone_does_not_roll_pods(self):
         for name, values in value_sets().items():
             for pod in pods(objects(values)):
-                if not pod["metadata"]["name"].endswith("-test"):
+                if "-test-" not in pod["metadata"]["name"]:
                     self.assertFalse({"helm.sh/chart", "app.kubernetes.io/version"} & set(pod["metadata"]["labels"]), name)
 
     def test_the_setup_job_comes_first_and_needs_nothing_of_the_chart(self):
