@@ -51,7 +51,10 @@ pub(super) fn examples(command: &str) -> &'static str {
             "Examples:\n  postroom endpoint set acme --url https://example.com/mail-events --generate-secret"
         }
         "job" => "Examples:\n  postroom job list --state waiting --json\n  postroom job show acme order-4711",
-        "dead" => "Examples:\n  postroom dead list --reason invalid\n  postroom dead replay --id order-4711",
+        "dead" => {
+            "Examples:\n  postroom dead list --reason invalid\n  postroom dead replay --id order-4711\n  \
+             postroom dead replay --queue unroutable --level low --tenant acme"
+        }
         "send" => {
             "Examples:\n  postroom send --level immediate mail.json\n  postroom send --level low - < mail.json"
         }

@@ -3,7 +3,7 @@
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable};
 use postroom::broker::{self, BrokerError};
-use postroom::cli::dead::{self, DeadCommand, DeadError, DeadQueue, Filter};
+use postroom::cli::dead::{self, DeadCommand, DeadError, DeadQueue, Filter, Replay};
 use postroom::cli::send::{self, SendArgs};
 use postroom::cli::topology::{self, TopologyCommand};
 use postroom::level::Level;
@@ -20,6 +20,19 @@ async fn dead(world: &World, command: DeadCommand) -> Result<String, DeadError> 
     let mut out = Vec::new();
     dead::run(&command, &world.broker_config(), &sealed, &mut out).await?;
     Ok(String::from_utf8(out).unwrap())
+}
+
+fn replay(filter: Filter) -> DeadCommand {
+    DeadCommand::Replay(Replay { filter, level: None })
+}
+
+fn replay_unroutable(level: Option<Level>) -> DeadCommand {
+    let filter = Filter {
+        queue: DeadQueue::Unroutable,
+        all: true,
+        ..Filter::default()
+    };
+    DeadCommand::Replay(Replay { filter, level })
 }
 
 async fn put_dead(world: &World, key: &str, headers: &[(&str, &str)], body: &str) {
@@ -182,18 +195,13 @@ async fn a_replayed_job_goes_through_the_front_door_again() {
     .await;
     world.wait_depth("mail.jobs.dead", 2).await;
 
-    let error = dead(&world, DeadCommand::Replay(Filter::default()))
-        .await
-        .unwrap_err();
+    let error = dead(&world, replay(Filter::default())).await.unwrap_err();
     assert!(error.is_usage(), "{error}");
     let one = Filter {
         id: Some("a".to_owned()),
         ..Filter::default()
     };
-    assert_eq!(
-        dead(&world, DeadCommand::Replay(one)).await.unwrap(),
-        "1 replayed\n"
-    );
+    assert_eq!(dead(&world, replay(one)).await.unwrap(), "1 replayed\n");
     world.wait_depth("mail.jobs.low", 1).await;
     let message = world.amqp().await.get("mail.jobs.low").await.unwrap();
     assert_eq!(message.data, br#"{"id": "a"}"#);
@@ -209,11 +217,111 @@ async fn a_replayed_job_goes_through_the_front_door_again() {
     };
     let shown = dead(&world, DeadCommand::Show(all.clone())).await.unwrap();
     assert!(shown.contains("sealed:"), "{shown}");
-    dead(&world, DeadCommand::Replay(all)).await.unwrap();
+    dead(&world, replay(all)).await.unwrap();
     world.wait_depth("mail.jobs.low", 1).await;
     let message = world.amqp().await.get("mail.jobs.low").await.unwrap();
     assert_eq!(message.data, br#"{"id": "b"}"#);
     world.wait_depth("mail.jobs.dead", 0).await;
+}
+
+#[tokio::test]
+async fn a_job_with_a_misspelt_level_goes_to_the_level_that_its_replay_names() {
+    let world = World::new().await;
+    world.apply_topology().await;
+    let amqp = world.amqp().await;
+    for (key, body) in [
+        ("hihg.acme", r#"{"id": "a"}"#),
+        ("acme", r#"{"tenant": "acme", "id": "b"}"#),
+        ("nothing", "{}"),
+    ] {
+        amqp.publish("mail.jobs", key, BasicProperties::default(), body.as_bytes())
+            .await;
+    }
+    amqp.publish("mail.reports", "strange", BasicProperties::default(), b"{}")
+        .await;
+    world.wait_depth("mail.unroutable", 4).await;
+
+    let mut out = Vec::new();
+    let said = dead::run(
+        &replay_unroutable(None),
+        &world.broker_config(),
+        &sealed,
+        &mut out,
+    )
+    .await;
+    assert!(matches!(said.unwrap_err(), DeadError::Left { left: 3 }));
+    let out = String::from_utf8(out).unwrap();
+    assert!(out.contains("a (key hihg.acme): its key names no level"), "{out}");
+    // What is no job goes back to where it came from, once, and nobody wants it there either.
+    assert!(out.ends_with("1 replayed\n"), "{out}");
+    world.wait_depth("mail.unroutable", 4).await;
+
+    let mut out = Vec::new();
+    let command = replay_unroutable(Some(Level::High));
+    let said = dead::run(&command, &world.broker_config(), &sealed, &mut out).await;
+    assert!(matches!(said.unwrap_err(), DeadError::Left { left: 1 }));
+    let out = String::from_utf8(out).unwrap();
+    assert!(
+        out.contains("(key nothing): neither its key nor its body"),
+        "{out}"
+    );
+    assert!(out.ends_with("3 replayed\n"), "{out}");
+    world.wait_depth("mail.jobs.high", 2).await;
+    for _ in 0..2 {
+        let message = amqp.get("mail.jobs.high").await.unwrap();
+        assert_eq!(message.routing_key.as_str(), "high.acme");
+        assert_eq!(message.exchange.as_str(), "mail.jobs");
+    }
+
+    let command = DeadCommand::Replay(Replay {
+        filter: Filter {
+            all: true,
+            ..Filter::default()
+        },
+        level: Some(Level::Low),
+    });
+    assert!(dead(&world, command).await.unwrap_err().is_usage());
+}
+
+#[tokio::test]
+async fn a_dead_letter_that_cannot_be_opened_does_not_keep_others_from_being_replayed() {
+    let world = World::new().await;
+    world.apply_topology().await;
+    let sealed_with_a_lost_key = [("x-dead-reason", "id_conflict"), ("x-dead-sealed", "true")];
+    put_dead(&world, "low.acme", &sealed_with_a_lost_key, "v1:lost").await;
+    // To its own queue again, which is gone.
+    let from_elsewhere = [("x-dead-reason", "invalid"), ("x-dead-source", "mail.jobs.gone")];
+    put_dead(&world, "low", &from_elsewhere, "{}").await;
+    put_dead(
+        &world,
+        "low.acme",
+        &[("x-dead-reason", "invalid")],
+        r#"{"id": "c"}"#,
+    )
+    .await;
+    world.wait_depth("mail.jobs.dead", 3).await;
+
+    let all = Filter {
+        all: true,
+        ..Filter::default()
+    };
+    let mut out = Vec::new();
+    let result = dead::run(&replay(all), &world.broker_config(), &sealed, &mut out).await;
+    let error = result.unwrap_err();
+    assert!(
+        matches!(error, DeadError::Left { left: 2 }) && !error.is_usage(),
+        "{error}"
+    );
+    let out = String::from_utf8(out).unwrap();
+    let lines: Vec<_> = out.lines().collect();
+    assert!(
+        lines[0].contains("(key low.acme): cannot be opened: not sealed"),
+        "{out}"
+    );
+    assert!(lines[1].contains("(key low): no queue for exchange"), "{out}");
+    assert_eq!(lines[2..], ["1 replayed"], "{out}");
+    world.wait_depth("mail.jobs.low", 1).await;
+    world.wait_depth("mail.jobs.dead", 2).await;
 }
 
 #[tokio::test]
@@ -275,7 +383,7 @@ async fn a_poisonous_message_ends_among_the_dead_by_the_brokers_own_hand_and_can
         all: true,
         ..Filter::default()
     };
-    dead(&world, DeadCommand::Replay(all)).await.unwrap();
+    dead(&world, replay(all)).await.unwrap();
     world.wait_depth("mail.jobs.low", 1).await;
 }
 

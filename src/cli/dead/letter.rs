@@ -5,6 +5,7 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use serde_json::{Map, Value, json};
 
 use super::DeadQueue;
+use super::walk::Stays;
 use crate::broker::consumer::header_text;
 use crate::broker::dead_letter::{AT, DETAIL, REASON, REPLAY, SEALED, SOURCE, own_headers, republishable};
 use crate::broker::{Properties, Topology};
@@ -52,7 +53,7 @@ impl Letter {
         id.map(ShortString::as_str)
     }
 
-    fn key(&self) -> &str {
+    pub(super) fn key(&self) -> &str {
         self.delivery.routing_key.as_str()
     }
 
@@ -157,17 +158,38 @@ impl Letter {
 
     /// Exchange and key to replay to. Jobs go through the front door again; reports only to the queue they died in, since
     /// others have had theirs.
-    pub(super) fn destination(&self, queue: DeadQueue, topology: &Topology) -> (String, String) {
+    pub(super) fn destination(
+        &self,
+        queue: DeadQueue,
+        topology: &Topology,
+        level: Option<Level>,
+    ) -> Result<(String, String), Stays> {
         let source = || (String::new(), self.source().to_owned());
         let key = self.key().to_owned();
-        match queue {
-            DeadQueue::Unroutable => (self.delivery.exchange.to_string(), key),
+        Ok(match queue {
+            DeadQueue::Unroutable => return self.way_on(topology, level),
             DeadQueue::Reports if self.source().is_empty() => (String::new(), topology.reports_queue()),
             DeadQueue::Reports => source(),
             // A key that names no tenant belongs to a message that was published to its queue directly.
             DeadQueue::Jobs if !self.key_is_a_jobs() && !self.source().is_empty() => source(),
             DeadQueue::Jobs => (topology.jobs_exchange(), key),
+        })
+    }
+
+    /// Of what no queue wanted. Under a key without a level it would only be back at once.
+    fn way_on(&self, topology: &Topology, level: Option<Level>) -> Result<(String, String), Stays> {
+        let exchange = self.delivery.exchange.as_str();
+        let is_no_job = exchange == topology.reports_exchange() || exchange == topology.dead_exchange();
+        if is_no_job || self.key_is_a_jobs() {
+            return Ok((exchange.to_owned(), self.key().to_owned()));
         }
+        let level = level.ok_or(Stays::NoLevel)?;
+        let of_key = self.key().split_once('.').map(|(_, tenant)| tenant);
+        let tenant = of_key.or(self.tenant.as_deref()).unwrap_or_default();
+        if tenant.is_empty() {
+            return Err(Stays::NoTenant);
+        }
+        Ok((topology.jobs_exchange(), format!("{level}.{tenant}")))
     }
 
     fn key_is_a_jobs(&self) -> bool {
