@@ -51,8 +51,14 @@ pub async fn migrate(config: &config::Database) -> Result<Migrated, DbError> {
 /// # Errors
 /// If the server cannot be reached, or there is no such role, or the caller may not grant.
 pub async fn grant(config: &config::Database, role: &str) -> Result<(), DbError> {
-    let client = connect(config).await?;
-    let (schema, role) = (quote(&config.schema), quote(role));
+    let mut client = connect(config).await?;
+    super::within(LIMIT, run_grant(&mut client, &config.schema, role)).await?
+}
+
+async fn run_grant(client: &mut Client, schema: &str, role: &str) -> Result<(), DbError> {
+    // Grants on one object at once fail (`tuple concurrently updated`).
+    let transaction = alone(client, schema).await?;
+    let (schema, role) = (quote(schema), quote(role));
     let statements = format!(
         "GRANT USAGE ON SCHEMA {schema} TO {role};
          GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO {role};
@@ -60,9 +66,8 @@ pub async fn grant(config: &config::Database, role: &str) -> Result<(), DbError>
          GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA {schema} TO {role};
          REVOKE INSERT, UPDATE, DELETE ON {schema}.refinery_schema_history FROM {role};"
     );
-    super::within(super::CREATE, client.batch_execute(&statements))
-        .await?
-        .map_err(DbError::from)
+    transaction.batch_execute(&statements).await?;
+    Ok(transaction.commit().await?)
 }
 
 /// A connection of its own, outside any pool.
@@ -90,8 +95,8 @@ pub(super) async fn version(client: &Client, quoted: &str) -> Result<Option<i32>
     Ok(row.try_get(0)?)
 }
 
-async fn run(client: &mut Client, schema: &str) -> Result<Migrated, DbError> {
-    let quoted = quote(schema);
+/// A transaction beside which nobody else migrates this schema or grants on it. It may have to wait for one who does.
+async fn alone<'a>(client: &'a mut Client, schema: &str) -> Result<Transaction<'a>, DbError> {
     let transaction = client.transaction().await?;
     transaction
         .batch_execute("SET LOCAL statement_timeout = 0")
@@ -102,10 +107,13 @@ async fn run(client: &mut Client, schema: &str) -> Result<Migrated, DbError> {
             &[&schema],
         )
         .await?;
-    create_schema(&transaction, schema, &quoted).await?;
-    transaction
-        .batch_execute(&format!("SET LOCAL search_path TO {quoted}"))
-        .await?;
+    Ok(transaction)
+}
+
+async fn run(client: &mut Client, schema: &str) -> Result<Migrated, DbError> {
+    let transaction = alone(client, schema).await?;
+    create_schema(&transaction, schema).await?;
+    set_search_path(&transaction, schema).await?;
     let done = history(&transaction).await?;
     let missing = missing(schema, &done, migrations())?;
     let from = done.iter().map(|done| done.version).max().unwrap_or(0);
@@ -124,16 +132,23 @@ async fn run(client: &mut Client, schema: &str) -> Result<Migrated, DbError> {
 }
 
 /// `CREATE SCHEMA IF NOT EXISTS` wants the right to create schemas even if it exists; so look first.
-async fn create_schema(transaction: &Transaction<'_>, schema: &str, quoted: &str) -> Result<(), DbError> {
+async fn create_schema(transaction: &Transaction<'_>, schema: &str) -> Result<(), DbError> {
     let found = transaction
         .query_opt("SELECT FROM pg_namespace WHERE nspname = $1", &[&schema])
         .await?;
     if found.is_none() {
         transaction
-            .batch_execute(&format!("CREATE SCHEMA {quoted}"))
+            .batch_execute(&format!("CREATE SCHEMA {}", quote(schema)))
             .await?;
     }
     Ok(())
+}
+
+/// Functions keep it. Without the second name a caller's temporary tables would come before ours, also where a function has
+/// more rights than its caller.
+async fn set_search_path(transaction: &Transaction<'_>, schema: &str) -> Result<(), DbError> {
+    let path = format!("SET LOCAL search_path TO {}, pg_temp", quote(schema));
+    Ok(transaction.batch_execute(&path).await?)
 }
 
 /// A migration the schema has had, with the checksum of its text then.
@@ -204,9 +219,7 @@ async fn apply(transaction: &Transaction<'_>, schema: &str, migration: &Migratio
             ),
         })?;
     // A migration may have changed it; the next one relies on it.
-    transaction
-        .batch_execute(&format!("SET LOCAL search_path TO {}", quote(schema)))
-        .await?;
+    set_search_path(transaction, schema).await?;
     transaction
         .execute(
             "INSERT INTO refinery_schema_history (version, name, applied_on, checksum)

@@ -307,6 +307,26 @@ async fn a_role_without_rights_on_the_schema_works_once_it_is_granted() {
     admin.batch_execute(&end).await.unwrap();
 }
 
+/// Init containers of several pods do.
+#[tokio::test]
+async fn two_migrations_that_grant_at_once_both_succeed() {
+    let scratch = Scratch::new();
+    let admin = scratch.database().client().await.unwrap();
+    let role = format!("r{}", scratch.config.schema);
+    admin.batch_execute(&format!("CREATE ROLE {role}")).await.unwrap();
+    let both = || async {
+        migrate(&scratch.config).await.unwrap();
+        for _ in 0..5 {
+            grant(&scratch.config, &role).await.unwrap();
+        }
+    };
+    tokio::join!(both(), both());
+    let end = scratch
+        .database()
+        .sql(&format!("DROP SCHEMA {{s}} CASCADE; DROP ROLE {role}"));
+    admin.batch_execute(&end).await.unwrap();
+}
+
 #[tokio::test]
 async fn a_database_that_is_away_is_waited_for_and_an_old_schema_is_not() {
     let readiness = crate::health::Readiness::default();

@@ -78,3 +78,33 @@ async fn a_role_that_works_with_the_schema_may_look_at_runnable_jobs() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn a_role_that_may_only_read_the_view_sees_the_runnable_jobs() {
+    in_world(|world| async move {
+        fill(&world, "a", "a/main", Level::Low, 3, 1).await;
+        let role = format!("r_{}", uuid::Uuid::new_v4().simple());
+        world
+            .run(&format!(
+                "CREATE ROLE {role}; GRANT USAGE ON SCHEMA {{s}} TO {role}; GRANT SELECT ON {{s}}.runnable_jobs TO {role}"
+            ))
+            .await;
+        let client = world.db.client().await.unwrap();
+        // Tables of its own under the ledger's names are not what is read with the owner's rights.
+        let become_it = format!(
+            "BEGIN; SET LOCAL ROLE {role}; CREATE TEMP TABLE rate ();
+             CREATE TEMP TABLE lane (account text, level int2, tenant text, next_at timestamptz, oldest_at timestamptz)"
+        );
+        client.batch_execute(&become_it).await.unwrap();
+        let sum = world.db.sql("SELECT sum(jobs)::bigint FROM {s}.runnable_jobs");
+        assert_eq!(client.query_one(&sum, &[]).await.unwrap().get::<_, i64>(0), 3);
+        let table = world.db.sql("SELECT count(*) FROM {s}.lane");
+        let error = client.query_one(&table, &[]).await.unwrap_err();
+        assert_eq!(error.code().unwrap().code(), "42501", "{error}");
+        client
+            .batch_execute(&format!("ROLLBACK; DROP OWNED BY {role}; DROP ROLE {role}"))
+            .await
+            .unwrap();
+    })
+    .await;
+}
