@@ -216,7 +216,6 @@ fn what_every_process_shows_for_the_whole_installation_is_never_summed() {
         {
             asked += 1;
             let (before, _) = query.split_once(name.as_str()).unwrap();
-            let before = before.trim_end_matches("min_over_time(");
             let aggregation = before.trim_end_matches('(').trim_end();
             let aggregation = aggregation
                 .rsplit_once(" by ")
@@ -225,6 +224,28 @@ fn what_every_process_shows_for_the_whole_installation_is_never_summed() {
         }
     }
     assert!(asked > 8, "{asked}");
+}
+
+/// Without it the largest of the reasons would pass for all of them.
+#[test]
+fn what_a_metric_is_divided_by_is_chosen_or_kept() {
+    let mut asked = 0;
+    let mut all: Vec<_> = dashboards().iter().flat_map(|(_, it)| queries(it)).collect();
+    all.extend(rules().into_iter().map(|rule| rule.expr));
+    for query in all.iter().filter(|query| query.contains("max")) {
+        for part in query
+            .split("postroom_waiting_jobs")
+            .collect::<Vec<_>>()
+            .windows(2)
+        {
+            asked += 1;
+            let chosen = part[1].split('}').next().unwrap().contains("reason=\"");
+            let (_, by) = part[0].rsplit_once("max by (").unwrap();
+            let kept = by.split(')').next().unwrap().contains("reason");
+            assert!(chosen || kept, "{query}");
+        }
+    }
+    assert!(asked > 4, "{asked}");
 }
 
 /// One alert, as far as it is looked at here; `promtool` sees to the rest.
@@ -302,6 +323,35 @@ fn every_alert_has_a_runbook_a_test_and_says_what_is_wrong() {
             names.contains(&format!("Postroom{section}")),
             "no alert Postroom{section}"
         );
+    }
+}
+
+#[test]
+fn the_runbook_explains_every_class_of_errors_that_the_metric_has() {
+    let code = read("src/db/error.rs");
+    let (_, labels) = code.split_once("pub fn class(&self)").unwrap();
+    let classes: BTreeSet<_> = labels
+        .split("=> \"")
+        .skip(1)
+        .filter_map(|rest| rest.split('"').next())
+        .filter(|class| !["closed", "configuration"].contains(class))
+        .chain(["timeout"])
+        .collect();
+    assert!(classes.len() >= 10, "{classes:?}");
+    let runbooks = read("docs/runbooks.md");
+    let (_, section) = runbooks.split_once("\n## PostroomDatabaseErrors\n").unwrap();
+    let (section, _) = section.split_once("\n## ").unwrap();
+    let metrics = read("docs/operations.md");
+    let row = metrics
+        .lines()
+        .find(|line| line.contains("`postroom_sql_errors_total`"))
+        .unwrap();
+    for class in classes {
+        assert!(
+            section.contains(&format!("`{class}`")),
+            "docs/runbooks.md: {class}"
+        );
+        assert!(row.contains(class), "docs/operations.md: {class}");
     }
 }
 

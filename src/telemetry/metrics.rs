@@ -105,7 +105,8 @@ metrics! {
     database_connections: IntGaugeVec "postroom_database_connections" ["state"];
     /// Statements that wait for a connection to the database; looked at every 5 s.
     database_waiting: IntGauge "postroom_database_waiting";
-    /// SQL statements that failed and were repeated, by SQLSTATE class.
+    /// SQL statements that failed and were repeated, by class: connection, pool (none was free), timeout, conflict, resources,
+    /// server, schema, data, constraint, other.
     sql_errors: IntCounterVec "postroom_sql_errors_total" ["class"];
     /// Leases lost to another worker before the outcome was written.
     leases_lost: IntCounter "postroom_leases_lost_total";
