@@ -214,7 +214,7 @@ pub const SETTINGS: &[Setting] = &[
         "NUMBER",
         Some("8"),
         &[Database],
-        "Connections to the database per process.",
+        "Connections to the database per process; a worker has one more, for its heartbeats.",
     ),
     secret(
         "POSTROOM_ENCRYPTION_KEYS",

@@ -311,11 +311,11 @@ class Consistency(unittest.TestCase):
 
     def test_notes_compare_connections_with_the_servers(self):
         few = notes(required(postgres__maxConnections=200))
-        self.assertIn("together 32", few)
+        self.assertIn("workers: at most 2 x 9, bridges: at most 2 x 8; together 34", few, "a worker's heartbeats have a connection of their own")
         self.assertNotIn("WARNING", few)
         self.assertIn("not for a rollout", notes(required(postgres__maxConnections=60)))
         scaled = required(postgres__maxConnections=100, worker__autoscaling__type="keda", worker__settings__databasePoolSize=16)
-        self.assertIn("at most 10 x 16", notes(scaled))
+        self.assertIn("at most 10 x 17", notes(scaled))
         self.assertIn("not enough", notes(scaled))
 
     def test_notes_warn_of_links_that_die_with_the_session(self):

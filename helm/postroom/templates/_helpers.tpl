@@ -131,10 +131,10 @@ annotations:
 {{- end -}}
 {{- end -}}
 
-{{/* Connections to Postgres of one pod. Arguments: root, component. */}}
-{{- define "postroom.poolSize" -}}
+{{/* Most connections to Postgres of one pod: a worker's heartbeats have one of their own. Arguments: root, component. */}}
+{{- define "postroom.connections" -}}
 {{- $settings := include "postroom.settingsOf" . | fromJson -}}
-{{- default 8 $settings.databasePoolSize | int -}}
+{{- add (default 8 $settings.databasePoolSize | int) (ternary 1 0 (eq .component "worker")) -}}
 {{- end -}}
 
 {{- define "postroom.prefix" -}}
