@@ -437,9 +437,63 @@ fn an_upgrade_of_the_package_restarts_nothing_before_the_schema_is_migrated() {
     assert!(needrestart.contains("{qr(^postroom-(worker|bridge))} = 0;"));
 
     let page = read("docs/upgrading.md");
-    let steps = ["apt install ./postroom_", "postroom migrate --grant", "systemctl try-restart postroom-worker"];
-    let places = steps.map(|step| page.find(step).unwrap_or_else(|| panic!("docs/upgrading.md: {step}")));
+    let steps = [
+        "apt install ./postroom_",
+        "postroom migrate --grant",
+        "systemctl try-restart postroom-worker",
+    ];
+    let places = steps.map(|step| {
+        page.find(step)
+            .unwrap_or_else(|| panic!("docs/upgrading.md: {step}"))
+    });
     assert!(places.is_sorted(), "{places:?}");
+}
+
+/// A setting in the common file wins over the line of the unit: an address there would be that of both.
+#[test]
+fn each_unit_has_a_file_of_settings_of_its_own_after_the_common_one() {
+    for service in ["worker", "bridge"] {
+        let unit = read(&format!("packaging/postroom-{service}.service"));
+        let files: Vec<_> = unit
+            .lines()
+            .filter(|line| line.starts_with("EnvironmentFile="))
+            .collect();
+        let own = format!("EnvironmentFile=-/etc/postroom/{service}.env");
+        assert_eq!(
+            files,
+            ["EnvironmentFile=-/etc/postroom/postroom.env", own.as_str()]
+        );
+    }
+    assert!(!variables(&read("packaging/postroom.env")).contains("POSTROOM_HTTP_ADDR"));
+}
+
+#[test]
+fn the_steps_of_an_installation_migrate_before_they_start() {
+    let page = read("docs/installing.md");
+    let steps = [
+        "apt install",
+        "> amqp-url",
+        "> owner-database-url",
+        "postroom migrate --grant",
+        "systemctl enable --now",
+    ];
+    let places = steps.map(|step| {
+        page.find(step)
+            .unwrap_or_else(|| panic!("docs/installing.md: {step}"))
+    });
+    assert!(places.is_sorted(), "{places:?}");
+    // Every secret that is a file has its place in a unit or in the page.
+    let unit = read("packaging/postroom-worker.service");
+    for secret in ["AMQP_URL", "DATABASE_URL", "ENCRYPTION_KEYS"] {
+        assert!(unit.contains(&format!("POSTROOM_{secret}_FILE=%d/")), "{secret}");
+    }
+    for secret in [
+        "POSTROOM_OVERRIDE_KEYS_FILE=%d/",
+        "OTEL_EXPORTER_OTLP_HEADERS_FILE=%d/",
+        "AWS_SECRET_ACCESS_KEY",
+    ] {
+        assert!(page.contains(secret), "{secret}");
+    }
 }
 
 #[test]
@@ -497,7 +551,9 @@ fn a_job_in_a_container_names_the_shell_of_its_steps() {
 
 #[test]
 fn nothing_of_a_release_gets_a_name_before_all_that_proves_it_has_worked() {
-    let jobs: BTreeMap<_, _> = workflow_jobs(".github/workflows/release.yml").into_iter().collect();
+    let jobs: BTreeMap<_, _> = workflow_jobs(".github/workflows/release.yml")
+        .into_iter()
+        .collect();
     let needs = |job: &str| -> BTreeSet<String> {
         let (_, rest) = jobs[job].split_once("needs: ").unwrap();
         let names = rest.lines().next().unwrap().trim_matches(['[', ']']);
@@ -505,7 +561,11 @@ fn nothing_of_a_release_gets_a_name_before_all_that_proves_it_has_worked() {
     };
     let naming: Vec<_> = jobs
         .iter()
-        .filter(|(_, text)| ["imagetools create", "helm push", "gh release create"].iter().any(|it| text.contains(it)))
+        .filter(|(_, text)| {
+            ["imagetools create", "helm push", "gh release create"]
+                .iter()
+                .any(|it| text.contains(it))
+        })
         .map(|(name, _)| name.as_str())
         .collect();
     assert_eq!(naming, ["manifest", "release"]);
@@ -525,7 +585,10 @@ fn workflows_render_the_chart_with_values() {
         for line in read(path).lines().map(str::trim) {
             if line.contains("helm template ") || line.contains("helm lint ") {
                 rendered += 1;
-                assert!(line.contains("helm/postroom --values \"$values\""), "{path}: {line}");
+                assert!(
+                    line.contains("helm/postroom --values \"$values\""),
+                    "{path}: {line}"
+                );
             }
         }
     }
