@@ -316,7 +316,7 @@ async fn two_migrations_that_grant_at_once_both_succeed() {
     admin.batch_execute(&format!("CREATE ROLE {role}")).await.unwrap();
     let both = || async {
         migrate(&scratch.config).await.unwrap();
-        for _ in 0..5 {
+        for _ in 0..20 {
             grant(&scratch.config, &role).await.unwrap();
         }
     };
