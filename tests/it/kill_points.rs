@@ -88,6 +88,17 @@ impl Scene {
     }
 
     /// The only mails of this job that the server took.
+    /// Kills workers that wait for Postgres, and requires that they reported nothing and that all these messages come back:
+    /// none was acknowledged.
+    async fn nothing_was_acknowledged(&mut self, workers: &mut [Process], messages: u32) {
+        // What must not go out has the time to.
+        assert!(self.reports.none_for(Duration::from_millis(500)).await);
+        for worker in workers {
+            worker.kill().await;
+        }
+        self.world.wait_depth("mail.jobs.high", messages).await;
+    }
+
     fn mails(&self, job: &str) -> usize {
         let mails = self.server.received();
         mails.iter().filter(|mail| header(mail, "Subject") == job).count()

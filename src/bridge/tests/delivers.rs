@@ -33,6 +33,27 @@ async fn a_report_is_recorded_then_acked_then_delivered_signed() {
 }
 
 #[tokio::test]
+async fn no_report_is_acked_before_postgres_has_it() {
+    let world = World::connected(&["acme"], 8).await;
+    let locking = world.database.client().await.unwrap();
+    let lock = world
+        .database
+        .sql("BEGIN; LOCK TABLE {s}.webhook_event IN SHARE MODE");
+    locking.batch_execute(&lock).await.unwrap();
+    let running = world.start();
+    running.publish(1, Some("evt_1"), "acme", "mail.sent");
+    let stuck = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'
+                 AND query LIKE '%{s}.webhook_record_v%'";
+    until(async || world.count(stuck).await == 1).await;
+    let acked = || running.settled.acked.lock().unwrap().clone();
+    let early = acked();
+    locking.batch_execute("COMMIT").await.unwrap();
+    assert!(early.is_empty());
+    until(async || acked() == [1]).await;
+    running.stop().await;
+}
+
+#[tokio::test]
 async fn a_repeated_report_is_delivered_once() {
     let world = World::new(&["acme"]).await;
     let hook = WebhookReceiver::start().await.unwrap();

@@ -39,7 +39,7 @@ async fn an_outage_of_postgres_longer_than_the_lease_repeats_no_mail_whose_reply
     .await;
     proxy.set(Weather::Stall);
     lease_is_over(&scene).await;
-    // Nothing is acknowledged and nothing reported that Postgres does not know.
+    // Nothing is reported that Postgres does not know.
     assert!(scene.reports.none_for(Duration::from_millis(200)).await);
     proxy.heal();
     scene.reports.finals(JOBS, Duration::from_mins(1)).await;
@@ -50,6 +50,35 @@ async fn an_outage_of_postgres_longer_than_the_lease_repeats_no_mail_whose_reply
     for worker in [&first, &second] {
         assert!(!worker.logs().contains("took over"), "{}", worker.logs());
     }
+}
+
+#[tokio::test]
+async fn no_outcome_is_acknowledged_before_postgres_has_it() {
+    const JOBS: usize = 12;
+    let script = Script::new().delay(Phase::FinalDot, Duration::from_secs(4));
+    let mut scene = Scene::new(script).await;
+    let (proxy, url) = proxied(scene.world.database_url()).await;
+    let through = [LONG_LEASE, ("POSTROOM_DATABASE_URL", url.as_str())];
+    let mut workers = [
+        scene.worker_with("", &through).await,
+        scene.worker_with("", &through).await,
+    ];
+    let jobs = mails("acme", "job", JOBS);
+    scene.world.publish_all(Level::High, &jobs).await;
+    eventually(Duration::from_secs(20), || async {
+        scene.server.counters().command("DATA") == JOBS as u64
+    })
+    .await;
+    proxy.set(Weather::Stall);
+    // Every reply comes, and waits in memory.
+    eventually(Duration::from_secs(20), || async {
+        let told = workers
+            .iter()
+            .map(|worker| worker.logs().matches("accepted=1").count());
+        told.sum::<usize>() == JOBS
+    })
+    .await;
+    scene.nothing_was_acknowledged(&mut workers, JOBS as u32).await;
 }
 
 #[tokio::test]

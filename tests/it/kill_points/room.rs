@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
-use postroom_testkit::smtp::{Phase, Script};
+use postroom_testkit::smtp::{Action, Phase, Script};
 use serde_json::Value;
 
 use super::{LONG_LEASE, Scene, held, job, was_killed};
@@ -63,6 +63,26 @@ async fn a_worker_killed_at_any_boundary_of_parking_leaves_a_job_that_waits_once
         let ids: BTreeSet<_> = deferred.map(|report| &report.id).collect();
         assert_eq!(ids.len(), 1, "{id}: {ids:?}");
     }
+}
+
+#[tokio::test]
+async fn nothing_parked_is_acknowledged_before_postgres_has_it() {
+    const JOBS: u32 = 12;
+    let mut scene = Scene::new(Script::new()).await;
+    let (locking, watching) = (scene.world.sql().await, scene.world.sql().await);
+    let lock = "BEGIN; LOCK TABLE job IN ACCESS EXCLUSIVE MODE";
+    let mut worker = [scene.worker_with("", &[LONG_LEASE]).await];
+    locking.batch_execute(lock).await.unwrap();
+    for n in 0..JOBS {
+        scene.publish(&in_seconds(3600, &format!("later-{n}"))).await;
+    }
+    let stuck = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
+                 AND wait_event_type = 'Lock' AND query LIKE '%.park_new_v%'";
+    eventually(Duration::from_secs(20), || async {
+        watching.query_one(stuck, &[]).await.unwrap().get::<_, i64>(0) > 0
+    })
+    .await;
+    scene.nothing_was_acknowledged(&mut worker, JOBS).await;
 }
 
 #[tokio::test]
@@ -147,6 +167,25 @@ async fn a_worker_killed_in_the_middle_of_a_takeover_leaves_it_to_the_next() {
     scene.dies("leased=kill", &job("first")).await;
     // Its last deed is to commit that the dead worker's jobs wait again.
     let mut second = scene.worker("taken_over=kill;released=pause(30s)").await;
+#[tokio::test]
+async fn no_copy_is_acknowledged_before_postgres_has_its_body() {
+    let silent = Script::new().on(Phase::FinalDot, Action::Silence);
+    let mut scene = Scene::new(silent).await;
+    let refusing = "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''not now''; END';
+                    CREATE TRIGGER refuse BEFORE UPDATE OF body ON job FOR EACH ROW
+                    WHEN (OLD.body IS NULL AND NEW.body IS NOT NULL) EXECUTE FUNCTION refuse()";
+    scene.world.sql().await.batch_execute(refusing).await.unwrap();
+    let mut worker = [scene.worker_with("", &[LONG_LEASE]).await];
+    scene.publish(&job("one")).await;
+    eventually(Duration::from_secs(20), || async {
+        scene.server.counters().command("DATA") == 1
+    })
+    .await;
+    scene.publish(&job("one")).await;
+    worker[0].wait_log("not now").await;
+    scene.nothing_was_acknowledged(&mut worker, 2).await;
+}
+
     was_killed(&mut second).await;
     let _third = scene.worker("").await;
     scene.reports.final_of("first").await;
