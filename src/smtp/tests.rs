@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
-use postroom_testkit::smtp::{Builder, Script, SmtpServer};
+use postroom_testkit::smtp::{Action, Builder, Script, SmtpServer};
 
 use super::pool::Tuning;
 use super::*;
@@ -120,6 +120,22 @@ impl Setup {
             final_reply: limit,
         };
         self
+    }
+
+    /// Time limits of the reply to a command, and to a whole mail.
+    fn replies_within(mut self, command: Duration, final_reply: Duration) -> Self {
+        self.config.timeouts.command = command;
+        self.config.timeouts.final_reply = final_reply;
+        self
+    }
+
+    /// Waits shortly for the reply to a whole mail where it is to wait in vain, and only there.
+    fn against(action: &Action) -> Self {
+        let setup = Self::default();
+        match action {
+            Action::Silence | Action::TakeThenSilence => setup.replies_within(2 * SECOND, SECOND),
+            _ => setup,
+        }
     }
 
     fn pools(self) -> Arc<Pools> {

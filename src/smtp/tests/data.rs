@@ -5,7 +5,7 @@ use crate::failure::{Class, Fault, Stage};
 
 async fn ending(script: Script) -> (SmtpServer, Arc<Pools>, Outcome) {
     let smtp = scripted(script).await;
-    let pools = Setup::default().limit(Duration::from_millis(300)).pools();
+    let pools = pools();
     let outcome = send(&pools, &account(&smtp)).await;
     (smtp, pools, outcome)
 }
@@ -97,9 +97,9 @@ async fn a_server_that_never_answers_the_final_dot_leaves_it_uncertain() {
     for (action, taken) in [(Action::TakeThenSilence, 1), (Action::Silence, 0)] {
         let script = Script::new()
             .recipient("nobody", RcptRule::refuse("550 5.1.1 No such user"))
-            .on(Phase::FinalDot, action);
+            .on(Phase::FinalDot, action.clone());
         let smtp = scripted(script).await;
-        let pools = Setup::default().limit(Duration::from_millis(200)).pools();
+        let pools = Setup::against(&action).pools();
         let envelope = to(&["a@example.org", "nobody@example.org"]);
         let transaction = open(lease(&pools, &account(&smtp)).await, &envelope)
             .await

@@ -49,6 +49,15 @@ async fn the_reply_to_the_whole_mail_has_its_own_limit() {
 }
 
 #[tokio::test]
+async fn the_reply_to_the_whole_mail_may_take_longer_than_one_to_a_command() {
+    let smtp = scripted(Script::new().delay(Phase::FinalDot, 2 * SECOND)).await;
+    let pools = Setup::default().replies_within(SECOND, 20 * SECOND).pools();
+    let outcome = send(&pools, &account(&smtp)).await;
+    assert_eq!(codes(sent(&outcome)), [250]);
+    assert_eq!(smtp.counters().command("DATA"), 1);
+}
+
+#[tokio::test]
 async fn connecting_counts_too() {
     let script = Script::new().delay(Phase::Greeting, Duration::from_secs(1));
     let smtp = scripted(script).await;

@@ -22,9 +22,13 @@ struct Scene {
 
 impl Scene {
     async fn of(builder: Builder) -> Self {
+        Self::with(builder, Setup::default()).await
+    }
+
+    async fn with(builder: Builder, setup: Setup) -> Self {
         let smtp = builder.start().await;
         let account = account(&smtp);
-        let pools = Setup::default().limit(Duration::from_millis(300)).pools();
+        let pools = setup.pools();
         let scene = Self { smtp, pools, account };
         scene.warm_up().await;
         scene
@@ -32,7 +36,11 @@ impl Scene {
 
     /// The script is that of what comes after the first mail.
     async fn scripted(script: Script) -> Self {
-        let scene = Self::of(chunking()).await;
+        Self::scripted_with(script, Setup::default()).await
+    }
+
+    async fn scripted_with(script: Script, setup: Setup) -> Self {
+        let scene = Self::with(chunking(), setup).await;
         scene.smtp.set_script(script);
         scene
     }
@@ -265,7 +273,7 @@ async fn a_flight_without_its_last_reply_is_uncertain_whether_taken_or_not() {
         let script = Script::new()
             .recipient("bob", RcptRule::refuse("550 5.1.1 No such user"))
             .first(1, Phase::FinalDot, action.clone());
-        let scene = Scene::scripted(script).await;
+        let scene = Scene::scripted_with(script, Setup::against(&action)).await;
         let (open, refused, failure) = unknown(scene.deliver(THREE, MAIL).await);
         assert_eq!(open, ["ann@example.org", "cid@example.org"], "{action:?}");
         assert_eq!(refused, [550]);
@@ -286,11 +294,21 @@ async fn a_flight_without_its_last_reply_is_uncertain_whether_taken_or_not() {
 async fn a_flight_that_nobody_answers_is_uncertain_for_all() {
     for phase in [Phase::Mail, Phase::Rcpt] {
         for action in [Action::Close, Action::Silence] {
-            let scene = Scene::scripted(Script::new().first(1, phase, action)).await;
+            let setup = Setup::against(&action);
+            let scene = Scene::scripted_with(Script::new().first(1, phase, action), setup).await;
             let (open, refused, _) = unknown(scene.deliver(THREE, MAIL).await);
             assert_eq!((open.len(), refused.len()), (3, 0));
         }
     }
+}
+
+#[tokio::test]
+async fn the_replies_to_a_flight_may_take_as_long_as_that_to_a_whole_mail() {
+    let setup = Setup::default().replies_within(SECOND, 20 * SECOND);
+    let slow = Script::new().delay(Phase::FinalDot, 2 * SECOND);
+    let scene = Scene::scripted_with(slow, setup).await;
+    assert_eq!(codes(sent(&scene.deliver(ANN, MAIL).await)), [250]);
+    assert_eq!(scene.flights(), ["BDAT", "MAIL+RCPT+BDAT"]);
 }
 
 #[tokio::test]
@@ -305,7 +323,7 @@ async fn nobody_has_a_mail_for_which_all_were_refused_even_if_the_connection_bre
         let script = Script::new()
             .recipients_with(everybody)
             .on(Phase::FinalDot, end.clone());
-        let scene = Scene::scripted(script).await;
+        let scene = Scene::scripted_with(script, Setup::against(&end)).await;
         assert_eq!(
             codes(sent(&scene.deliver(THREE, MAIL).await)),
             [550; 3],
@@ -435,7 +453,11 @@ async fn a_server_that_goes_or_talks_nonsense_at_the_sight_of_bdat_gets_the_mail
             .script(Script::new().on(Phase::Bdat, action.clone()))
             .start()
             .await;
-        let pools = Setup::default().limit(Duration::from_millis(300)).pools();
+        let setup = Setup::default();
+        let pools = match action {
+            Action::Silence => setup.replies_within(SECOND, 2 * SECOND).pools(),
+            _ => setup.pools(),
+        };
         let account = account(&smtp);
         // Outside the pools nobody remembers; an account does.
         let once = pools.connect_once(&server_of(&smtp)).await.unwrap();

@@ -185,7 +185,7 @@ async fn every_phase_of_connecting_has_a_time_limit() {
 async fn every_command_of_the_envelope_has_a_time_limit() {
     for phase in [Phase::Mail, Phase::Rcpt, Phase::Data] {
         let smtp = scripted(Script::new().on(phase, Action::Silence)).await;
-        let pools = Setup::default().limit(Duration::from_millis(150)).pools();
+        let pools = Setup::default().replies_within(SECOND / 2, 2 * SECOND).pools();
         let error = open(lease(&pools, &account(&smtp)).await, &to(&["a@example.org"]))
             .await
             .unwrap_err();
