@@ -9,7 +9,7 @@ use super::task::Task;
 use super::{Attempt, Verdict};
 use crate::compose::Email;
 use crate::fail_point::{self, Point};
-use crate::failure::{Failure, Severity};
+use crate::failure::{Failure, Severity, Stage};
 use crate::job::OnUncertain;
 use crate::ledger::WaitReason;
 use crate::ledger::slots::Slot;
@@ -58,7 +58,8 @@ impl Pipeline {
                 Err(NotBegun::Failed(error)) => return not_opened(attempt, error, part),
                 Err(NotBegun::Fresh(fresh)) => lease = *fresh,
             }
-            // Connecting took its time.
+            // The provider may have heard MAIL, and connecting took its time.
+            attempt.reached_mail_from = true;
             in_time(slot)?;
         }
         let transaction = loop {
@@ -67,7 +68,6 @@ impl Pipeline {
                 Err(NotBegun::Failed(error)) => return not_opened(attempt, error, part),
                 Err(NotBegun::Fresh(fresh)) => lease = *fresh,
             }
-            // The provider may have heard MAIL, and connecting took its time.
             attempt.reached_mail_from = true;
             in_time(slot)?;
         };
@@ -110,10 +110,12 @@ fn in_time(slot: &Slot) -> Result<(), Verdict> {
 /// No recipient can be sent to: what the server said to each, or why it was not asked.
 fn not_opened(attempt: &mut Attempt, error: smtp::OpenError, part: &[Address]) -> Result<(), Verdict> {
     attempt.started = true;
-    if !error.mail_sent {
+    attempt.reached_mail_from |= error.mail_sent;
+    // After MAIL on a connection that turned out dead, there may be no other: that says nothing about anybody either.
+    let connecting = matches!(error.failure.stage, Stage::Connect | Stage::Auth);
+    if !error.mail_sent || connecting {
         return Err(Verdict::Failed(error.failure));
     }
-    attempt.reached_mail_from = true;
     record(attempt, part, error.results.iter().map(|(_, result)| result));
     Ok(())
 }

@@ -67,7 +67,7 @@ pub struct OpenError {
     pub failure: Failure,
     /// What it means for each recipient.
     pub results: Results,
-    /// Whether MAIL was sent, so that the provider may have counted it.
+    /// Whether MAIL was sent, on this connection or the one it was to replace, so that the provider may have counted it.
     pub mail_sent: bool,
 }
 

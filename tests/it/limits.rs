@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use postroom::level::Level;
-use postroom_testkit::smtp::{Action, Phase, Script, SmtpServer};
+use postroom_testkit::smtp::{Action, Builder, Phase, Script, SmtpServer};
 use serde_json::{Value, json};
 
 use crate::sends::account;
@@ -218,28 +218,51 @@ async fn a_limit_raised_or_removed_while_jobs_wait_takes_effect_at_once() {
     world.assert_settled().await;
 }
 
-#[tokio::test]
-async fn a_mail_whose_connection_took_long_to_replace_takes_another_slot() {
-    let world = World::ready().await;
-    // The second mail finds the connection dead, and a new one takes longer than a slot is good for.
-    let script = Script::new()
-        .delay(Phase::Greeting, Duration::from_secs(1))
-        .once_after(1, Phase::Mail, Action::Close);
-    let server = SmtpServer::builder().script(script).start().await;
+/// The second mail finds the connection of no use. All three MAIL that the server hears count, and it ends with this attempt.
+async fn every_mail_heard_counts(server: Builder, script: Script, attempt: u32) {
+    let mut world = World::ready().await;
+    world.set("POSTROOM_RETRY_BASE", "200ms");
+    let server = server.script(script).start().await;
     account(&world, "acme", &server, &["--limit", "10/10s"]).await;
     let mut reports = world.reports().await;
     let _worker = world.start_worker().await;
-    for id in ["first", "second"] {
+    for (id, attempt) in [("first", 1), ("second", attempt)] {
         world.publish_mail(Level::High, "acme", id).await;
         let sent = reports.final_of(id).await;
         assert_eq!(
             (sent.kind(), &sent.json["data"]["attempt"]),
-            ("mail.sent", &json!(1))
+            ("mail.sent", &json!(attempt))
         );
     }
     let counters = server.counters();
-    assert_eq!((counters.command("MAIL"), counters.connections), (3, 2));
+    // A second attempt follows a connection on which no MAIL was said.
+    assert_eq!(
+        (counters.command("MAIL"), counters.connections),
+        (3, 1 + u64::from(attempt))
+    );
     let sql = world.sql().await;
     let used = sql.query_one("SELECT used[1] FROM rate", &[]).await.unwrap();
     assert_eq!(used.get::<_, i32>(0), 3, "one for each MAIL");
+}
+
+#[tokio::test]
+async fn a_mail_whose_connection_took_long_to_replace_takes_another_slot() {
+    // A new connection takes longer than a slot is good for.
+    let slow = || Script::new().delay(Phase::Greeting, Duration::from_secs(1));
+    let closed = slow().once_after(1, Phase::Mail, Action::Close);
+    every_mail_heard_counts(SmtpServer::builder(), closed, 1).await;
+    // In a flight, a connection closed without a word leaves the outcome unknown; 421 does not.
+    let told = slow().once_after(1, Phase::Mail, Action::shutting_down());
+    every_mail_heard_counts(SmtpServer::builder().chunking(true), told, 1).await;
+}
+
+#[tokio::test]
+async fn a_mail_that_was_heard_counts_even_if_its_connection_cannot_be_replaced() {
+    let script = || {
+        Script::new()
+            .once_after(1, Phase::Mail, Action::shutting_down())
+            .once_after(1, Phase::Greeting, Action::shutting_down())
+    };
+    every_mail_heard_counts(SmtpServer::builder(), script(), 2).await;
+    every_mail_heard_counts(SmtpServer::builder().chunking(true), script(), 2).await;
 }

@@ -241,7 +241,8 @@ impl Lease {
             Err(failure) => Err(OpenError {
                 results: all_failed(&envelope.to, &failure),
                 failure,
-                mail_sent: false,
+                // On the dead one.
+                mail_sent: true,
             }),
         }
     }
