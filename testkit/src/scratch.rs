@@ -98,7 +98,11 @@ impl Servers {
         }
     }
 
-    async fn sql(&self, statement: &str) -> Result<(), String> {
+    /// Runs statements on the database server, in the database that its URL names.
+    ///
+    /// # Errors
+    /// If it refuses or cannot be reached.
+    pub async fn sql(&self, statement: &str) -> Result<(), String> {
         let connecting = tokio_postgres::connect(self.database.as_str(), NoTls);
         let (client, connection) = tokio::time::timeout(LIMIT, connecting)
             .await

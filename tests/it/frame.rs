@@ -63,8 +63,14 @@ fn a_misspelt_variable_is_told_and_harmless() {
 #[test]
 fn the_password_is_in_no_log_even_at_trace() {
     let schema = format!("t_it_{}", std::process::id());
-    // The server trusts whoever comes from here; the password is sent into every layer all the same.
-    let url = database_url().replacen("postgres@", &format!("postgres:{CANARY}@"), 1);
+    // Whether the server asks for passwords or trusts whoever comes from here.
+    administer(&format!(
+        "CREATE ROLE {schema} LOGIN PASSWORD '{CANARY}';
+         DO $$BEGIN EXECUTE format('GRANT CREATE ON DATABASE %I TO {schema}', current_database()); END$$"
+    ));
+    let mut url = url::Url::parse(&database_url()).unwrap();
+    url.set_username(&schema).unwrap();
+    url.set_password(Some(CANARY)).unwrap();
     let everything = "trace,tokio_postgres=trace,postgres=trace,rustls=trace,deadpool=trace,postroom=trace";
     let env = [
         ("POSTROOM_DATABASE_URL", url.as_str()),
@@ -87,7 +93,7 @@ fn the_password_is_in_no_log_even_at_trace() {
             "outside a terminal logs are JSON: {line}"
         );
     }
-    drop_schema(&schema);
+    administer(&format!("DROP OWNED BY {schema} CASCADE; DROP ROLE {schema}"));
 }
 
 #[test]
@@ -107,18 +113,15 @@ fn a_reader_that_goes_away_is_no_failure() {
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     assert!(!text(&output.stderr).contains("panicked"), "{output:?}");
-    drop_schema(&schema);
+    administer(&format!("DROP SCHEMA {schema} CASCADE"));
 }
 
-fn drop_schema(schema: &str) {
+fn administer(statements: &str) {
     tokio::runtime::Runtime::new().unwrap().block_on(async {
         let (client, connection) = tokio_postgres::connect(&database_url(), tokio_postgres::NoTls)
             .await
             .unwrap();
         tokio::spawn(connection);
-        client
-            .batch_execute(&format!("DROP SCHEMA {schema} CASCADE"))
-            .await
-            .unwrap();
+        client.batch_execute(statements).await.unwrap();
     });
 }

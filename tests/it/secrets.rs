@@ -353,12 +353,13 @@ async fn canary_world(s3: &S3Server) -> World {
     amqp.set_username(&name).unwrap();
     amqp.set_password(Some(AMQP)).unwrap();
     world.set("POSTROOM_AMQP_URL", amqp);
+    let role =
+        format!("CREATE ROLE {name} LOGIN PASSWORD '{DATABASE}'; ALTER DATABASE {name} OWNER TO {name}");
+    servers.sql(&role).await.unwrap();
     let mut database = url::Url::parse(world.database_url()).unwrap();
-    // A server that asks for none takes any.
-    if database.password().is_none() {
-        database.set_password(Some(DATABASE)).unwrap();
-        world.set("POSTROOM_DATABASE_URL", database);
-    }
+    database.set_username(&name).unwrap();
+    database.set_password(Some(DATABASE)).unwrap();
+    world.set("POSTROOM_DATABASE_URL", database);
     world.prepare().await;
     let policy = "tenant set acme --large-file-bytes 1000 --large-file-action rewrite";
     let policy: Vec<_> = policy.split(' ').collect();
@@ -548,6 +549,7 @@ async fn no_password_is_in_logs_database_queues_reports_or_metrics() {
         process.term().await;
         hay.add(format!("log of the {name}"), process.logs());
     }
+    assert!(world.amqp_url().contains(AMQP) && world.database_url().contains(DATABASE));
     assert!(server.counters().auth_ok >= 2, "the passwords were used");
     assert!(!s3.objects().is_empty(), "the key of the object store was used");
     assert_complete(&hay);
@@ -561,11 +563,12 @@ async fn no_password_is_in_logs_database_queues_reports_or_metrics() {
         world.scratch().servers().clone(),
         world.scratch().name().to_owned(),
     );
-    drop((worker, bridge, reports));
+    drop((worker, bridge, reports, world));
     servers
         .management(Method::DELETE, &format!("users/{name}"), None)
         .await
         .unwrap();
+    servers.sql(&format!("DROP ROLE {name}")).await.unwrap();
 }
 
 #[tokio::test]
@@ -690,6 +693,10 @@ async fn no_error_text_shows_a_password_of_the_settings() {
             "{command} with {value}: {finished:?}"
         );
         assert!(!finished.stderr.is_empty(), "{command} with {name}");
+        assert!(
+            !finished.stderr.contains("Usage:"),
+            "{command} is wrong use: {finished:?}"
+        );
         hay.assert_without(&[CANARY]);
         world.unset(name);
         for (name, value) in &whole {
