@@ -34,15 +34,16 @@ impl World {
 }
 
 #[tokio::test]
-async fn bad_company_makes_a_suspect_and_never_more() {
+async fn bad_company_makes_a_suspect_and_convicts_at_the_twentieth_death_only() {
     in_world(|world| async move {
-        for deaths in 1..=10 {
+        for deaths in 1..=20 {
             let row = world.leased("1").await;
             assert!(!row.is_poison());
             world.dies(&row).await;
             assert_eq!(world.column_of("1", "crashes").await, 1);
             assert_eq!(world.column_of("1", "deaths").await, deaths);
         }
+        assert!(world.leased("1").await.is_poison());
     })
     .await;
 }
@@ -83,17 +84,6 @@ async fn what_crashed_after_the_watch_was_over_is_no_evidence() {
                 "the lease is lost"
             );
         }
-    })
-    .await;
-}
-
-#[tokio::test]
-async fn whoever_dies_with_a_job_often_enough_takes_it_along() {
-    in_world(|world| async move {
-        let row = world.leased("1").await;
-        world.dies(&row).await;
-        world.run("UPDATE {s}.job SET deaths = 20").await;
-        assert!(world.leased("1").await.is_poison());
     })
     .await;
 }
