@@ -245,4 +245,29 @@ mod tests {
             );
         }
     }
+
+    #[test]
+    fn a_redirect_leads_anywhere_but_from_https_to_what_is_none() {
+        let led = |from: &str, location: &str| {
+            let response = axum::http::Response::builder().status(302);
+            let response = response.header(LOCATION, location).body("").unwrap();
+            let led = target(&from.parse().unwrap(), &response.into());
+            led.map(String::from).map_err(|failure| failure.message)
+        };
+        let (clear, secure) = ("http://a.example/x", "https://a.example/x");
+        for (from, location, to) in [
+            (secure, "https://b.example/", "https://b.example/"),
+            (secure, "/y", "https://a.example/y"),
+            (secure, "//b.example/", "https://b.example/"),
+            (clear, "https://b.example/", "https://b.example/"),
+            (clear, "http://b.example/", "http://b.example/"),
+        ] {
+            assert_eq!(led(from, location).as_deref(), Ok(to), "{from} {location}");
+        }
+        for location in ["http://a.example/x", "http://b.example/", "ftp://b.example/"] {
+            let refused = led(secure, location).unwrap_err();
+            assert!(refused.contains("from https to another scheme"), "{refused}");
+        }
+        assert!(led(secure, "https://[").unwrap_err().contains("to nowhere"));
+    }
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use postroom_testkit::files::{Answer, FileServer};
+use postroom_testkit::proxy::Proxy;
 use postroom_testkit::s3::S3Server;
 use sha2::{Digest, Sha256};
 
@@ -96,6 +97,26 @@ mod egress {
             .build()
             .unwrap()
     }
+}
+
+#[tokio::test]
+async fn no_file_is_taken_from_a_host_whose_certificate_nobody_vouches_for() {
+    let web = FileServer::start().await.unwrap();
+    let clear = web.put("/a.txt", Answer::file("a"));
+    let host: url::Url = clear.parse().unwrap();
+    let tls = Proxy::start_tls(format!("127.0.0.1:{}", host.port().unwrap())).await;
+    let attachments = without_store(limits());
+    let file = by_url("a.txt", &format!("https://localhost:{}/a.txt", tls.port()));
+    let failure = failure(&attachments, file).await;
+    assert_eq!(failure.reason, "attachment_unreachable");
+    assert!(
+        failure.message.contains("cannot be connected to"),
+        "{}",
+        failure.message
+    );
+    assert_eq!(web.requests("/a.txt"), 0);
+    prepare(&attachments, &[by_url("a.txt", &clear)]).await.unwrap();
+    assert_eq!(web.requests("/a.txt"), 1);
 }
 
 #[tokio::test]

@@ -1,8 +1,10 @@
-//! Receivers that never come to an end.
+//! Receivers that never come to an end, or are not who they should be.
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use postroom_testkit::proxy::Proxy;
+use postroom_testkit::webhook::WebhookReceiver;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 
@@ -29,13 +31,16 @@ async fn hostile(first: &'static str, endless: &'static str) -> u16 {
 }
 
 async fn post(port: u16) -> Answer {
+    post_to(&format!("http://127.0.0.1:{port}/")).await
+}
+
+async fn post_to(url: &str) -> Answer {
     let guard = EgressGuard::new(config::Egress {
         allow: vec!["127.0.0.0/8".parse().unwrap()],
     });
     let client = Client::new(Arc::new(guard), NEVER).unwrap();
-    let url = format!("http://127.0.0.1:{port}/");
     let report = Post {
-        url: &url,
+        url,
         event_id: "evt_1",
         body: b"{}".to_vec(),
         secrets: &[],
@@ -70,4 +75,16 @@ async fn an_endless_answer_is_read_only_so_far() {
             "{head}: {refusal:?}"
         );
     }
+}
+
+#[tokio::test]
+async fn a_receiver_whose_certificate_nobody_vouches_for_gets_nothing() {
+    let hook = WebhookReceiver::start().await.unwrap();
+    let tls = Proxy::start_tls(hook.address().to_string()).await;
+    let Answer::Refused(refusal) = post_to(&format!("https://localhost:{}/", tls.port())).await else {
+        panic!("not refused");
+    };
+    assert!(refusal.error.contains("certificate"), "{refusal:?}");
+    assert_eq!((hook.received_count(), refusal.status), (0, None));
+    assert_eq!(post(hook.address().port()).await, Answer::Taken(204));
 }
