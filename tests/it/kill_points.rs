@@ -80,14 +80,14 @@ impl Scene {
         self.world.publish(Level::High, "acme", job).await;
     }
 
-    /// A worker that dies of its plan while it handles this job. It takes nothing over from those who died before it.
-    async fn dies(&self, plan: &str, job: &Value) {
+    /// A worker that dies of its plan while it handles this job, which is made when the worker is ready: it may name a time
+    /// shortly after. It takes nothing over from those who died before it.
+    async fn dies(&self, plan: &str, job: impl FnOnce() -> Value) {
         let mut doomed = self.worker_with(plan, &[LONG_LEASE]).await;
-        self.publish(job).await;
+        self.publish(&job()).await;
         was_killed(&mut doomed).await;
     }
 
-    /// The only mails of this job that the server took.
     /// Kills workers that wait for Postgres, and requires that they reported nothing and that all these messages come back:
     /// none was acknowledged.
     async fn nothing_was_acknowledged(&mut self, workers: &mut [Process], messages: u32) {
@@ -99,6 +99,7 @@ impl Scene {
         self.world.wait_depth("mail.jobs.high", messages).await;
     }
 
+    /// The only mails of this job that the server took.
     fn mails(&self, job: &str) -> usize {
         let mails = self.server.received();
         mails.iter().filter(|mail| header(mail, "Subject") == job).count()

@@ -29,13 +29,13 @@ async fn a_report_whose_confirm_or_sender_is_lost_is_published_again_under_its_i
     let mut scene = Scene::new(Script::new()).await;
     // The frame of the acknowledgement is on its way before the end.
     let plan = "acked=pause(500ms)@job=acked;acked=kill@job=acked";
-    scene.dies(plan, &job("acked")).await;
+    scene.dies(plan, || job("acked")).await;
     scene.world.wait_depth("mail.jobs.high", 0).await;
     assert!(
         scene.reports.none_for(Duration::from_millis(300)).await,
         "it owes its report"
     );
-    scene.dies("report_confirmed=kill", &job("confirmed")).await;
+    scene.dies("report_confirmed=kill", || job("confirmed")).await;
     scene.reports.final_of("confirmed").await;
     scene.outbox_is_due().await;
     let _survivor = scene.worker("").await;

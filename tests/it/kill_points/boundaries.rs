@@ -29,7 +29,7 @@ async fn a_worker_killed_at_any_boundary_loses_nothing_and_repeats_only_after_th
     let mut scene = Scene::new(Script::new()).await;
     for (point, ..) in BOUNDARIES {
         scene
-            .dies(&format!("{point}=kill@job={point}"), &job(point))
+            .dies(&format!("{point}=kill@job={point}"), || job(point))
             .await;
     }
     scene.outbox_is_due().await;
@@ -49,7 +49,7 @@ async fn a_worker_killed_in_the_middle_of_a_mail_leaves_half_a_mail_that_nobody_
     let mut scene = Scene::new(Script::new()).await;
     let mut long = job("long");
     long["text"] = json!("A line of some words.\n".repeat(20_000));
-    scene.dies("mail_half_written=kill", &long).await;
+    scene.dies("mail_half_written=kill", || long).await;
     assert_eq!(scene.mails("long"), 0);
     let _survivor = scene.worker("").await;
     scene.reports.final_of("long").await;
@@ -60,7 +60,7 @@ async fn a_worker_killed_in_the_middle_of_a_mail_leaves_half_a_mail_that_nobody_
 #[tokio::test]
 async fn a_worker_killed_between_the_final_dot_and_the_reply_leads_to_the_same_mail_once_more() {
     let mut scene = Scene::new(Script::new()).await;
-    scene.dies("mail_written=kill", &job("twice")).await;
+    scene.dies("mail_written=kill", || job("twice")).await;
     scene.server.wait_for(1, Duration::from_secs(20)).await;
     let _survivor = scene.worker("").await;
     scene.reports.final_of("twice").await;

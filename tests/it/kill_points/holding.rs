@@ -25,7 +25,7 @@ async fn what_is_to_be_held_is_held_if_its_worker_died_after_the_mark_and_sent_i
     let before = "envelope_accepted";
     for (point, _) in MARKED.iter().chain([&(before, 0)]) {
         scene
-            .dies(&format!("{point}=kill@job={point}"), &held(point))
+            .dies(&format!("{point}=kill@job={point}"), || held(point))
             .await;
     }
     let _survivor = scene.worker("").await;

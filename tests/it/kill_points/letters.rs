@@ -33,7 +33,7 @@ async fn a_worker_killed_after_a_dead_letter_leaves_it_twice_and_tells_it_under_
 #[tokio::test]
 async fn a_job_of_a_dead_worker_whose_message_is_a_dead_letter_is_sent_once_when_that_is_replayed() {
     let mut scene = Scene::new(Script::new()).await;
-    scene.dies("leased=kill", &job("stranded")).await;
+    scene.dies("leased=kill", || job("stranded")).await;
     // As the queue's own delivery limit would do: the broker has it no more, Postgres has no body.
     scene.world.wait_depth("mail.jobs.high", 1).await;
     let amqp = scene.world.amqp().await;
@@ -56,7 +56,7 @@ async fn a_job_of_a_dead_worker_whose_message_is_a_dead_letter_is_sent_once_when
 #[tokio::test]
 async fn a_worker_that_loses_its_lease_while_it_buries_a_job_leaves_the_message_to_others() {
     let mut scene = Scene::new(Script::new()).await;
-    scene.dies("leased=kill", &job("poison")).await;
+    scene.dies("leased=kill", || job("poison")).await;
     // As after a takeover, and two more deaths before it.
     let sql = scene.world.sql().await;
     let taken_over = "UPDATE worker SET dead = true; UPDATE job SET state = 0, claim = NULL, crashes = 3";

@@ -195,7 +195,7 @@ async fn a_report_that_a_sweep_could_not_publish_for_want_of_rabbitmq_is_due_for
 async fn a_stored_report_that_cannot_be_read_is_named_in_the_log_and_holds_up_no_other() {
     let mut scene = Scene::new(Script::new()).await;
     // Its worker dies between settling and publishing; somebody puts a row in front of what it owes.
-    scene.dies("settled=kill", &job("owed")).await;
+    scene.dies("settled=kill", || job("owed")).await;
     let sql = scene.world.sql().await;
     let broken = "INSERT INTO outbox (n, tenant, id, seq, due_at, created_at, body)
                   SELECT n - 1, tenant, 'broken', seq, due_at, created_at, '{' FROM outbox";

@@ -38,7 +38,7 @@ async fn a_worker_killed_at_any_boundary_of_parking_leaves_a_job_that_waits_once
     let mut scene = Scene::new(Script::new()).await;
     for point in PARKING {
         scene
-            .dies(&format!("{point}=kill@job={point}"), &in_seconds(3600, point))
+            .dies(&format!("{point}=kill@job={point}"), || in_seconds(3600, point))
             .await;
     }
     let sql = scene.world.sql().await;
@@ -110,8 +110,14 @@ async fn a_job_parked_by_a_statement_whose_answer_is_lost_is_recognised_and_told
 #[tokio::test]
 async fn a_parked_job_delivered_again_is_acknowledged_and_one_released_to_the_dead_is_taken_over() {
     let mut scene = Scene::new(Script::new()).await;
-    scene.dies("before_ack=kill", &later("parked")).await;
-    scene.dies("released=kill@job=released", &later("released")).await;
+    scene.dies("before_ack=kill", || later("parked")).await;
+    let sql = scene.world.sql().await;
+    let state = "SELECT state FROM job WHERE id = 'parked'";
+    let state: i16 = sql.query_one(state, &[]).await.unwrap().get(0);
+    assert_eq!(state, 2, "it waits");
+    scene
+        .dies("released=kill@job=released", || later("released"))
+        .await;
     let _survivor = scene.worker("").await;
     scene.reports.finals(2, Duration::from_secs(40)).await;
     scene.over().await;
@@ -126,7 +132,7 @@ async fn a_job_given_back_by_a_worker_that_then_dies_waits_for_no_lease() {
     let mut scene = Scene::new(Script::new()).await;
     // The answer to the mark is lost: the worker gives the job back, first in the ledger, then to the broker.
     let plan = "data_marked=error@1;before_ack=kill@1";
-    scene.dies(plan, &held("back")).await;
+    scene.dies(plan, || held("back")).await;
     let _survivor = scene.worker_with("", &[LONG_LEASE]).await;
     scene.reports.final_of("back").await;
     scene.over().await;
@@ -162,12 +168,6 @@ async fn a_copy_absorbed_by_a_worker_that_loses_the_answer_or_dies_changes_nothi
 }
 
 #[tokio::test]
-async fn a_worker_killed_in_the_middle_of_a_takeover_leaves_it_to_the_next() {
-    let mut scene = Scene::new(Script::new()).await;
-    scene.dies("leased=kill", &job("first")).await;
-    // Its last deed is to commit that the dead worker's jobs wait again.
-    let mut second = scene.worker("taken_over=kill;released=pause(30s)").await;
-#[tokio::test]
 async fn no_copy_is_acknowledged_before_postgres_has_its_body() {
     let silent = Script::new().on(Phase::FinalDot, Action::Silence);
     let mut scene = Scene::new(silent).await;
@@ -186,6 +186,12 @@ async fn no_copy_is_acknowledged_before_postgres_has_its_body() {
     scene.nothing_was_acknowledged(&mut worker, 2).await;
 }
 
+#[tokio::test]
+async fn a_worker_killed_in_the_middle_of_a_takeover_leaves_it_to_the_next() {
+    let mut scene = Scene::new(Script::new()).await;
+    scene.dies("leased=kill", || job("first")).await;
+    // Its last deed is to commit that the dead worker's jobs wait again.
+    let mut second = scene.worker("taken_over=kill;released=pause(30s)").await;
     was_killed(&mut second).await;
     let _third = scene.worker("").await;
     scene.reports.final_of("first").await;
@@ -201,7 +207,7 @@ async fn the_connections_of_a_dead_worker_count_no_longer_against_the_cap() {
     let mut scene = Scene::new(Script::new()).await;
     let capped = ["account", "set", "acme", "main", "--max-connections", "1"];
     scene.world.postroom(&capped).await.success();
-    scene.dies("envelope_accepted=kill", &job("capped")).await;
+    scene.dies("envelope_accepted=kill", || job("capped")).await;
     let leased = "SELECT coalesce(sum(held), 0)::bigint FROM connection_lease";
     let sql = scene.world.sql().await;
     let held: i64 = sql.query_one(leased, &[]).await.unwrap().get(0);
