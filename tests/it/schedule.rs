@@ -29,7 +29,7 @@ async fn a_scheduled_job_waits_in_the_ledger_and_is_sent_once_not_before_its_tim
     account(&world, "acme", &server, &[]).await;
     let mut reports = world.reports().await;
     let _worker = world.start_worker().await;
-    let send_at = in_seconds(5);
+    let send_at = in_seconds(3600);
     let job = with(mail("acme", "later"), "send_at", send_at);
     world.publish(Level::High, "acme", &job).await;
     reports.until(|all| all.iter().any(|r| r.job() == "later")).await;
@@ -51,9 +51,17 @@ async fn a_scheduled_job_waits_in_the_ledger_and_is_sent_once_not_before_its_tim
         next.duration_since(send_at).abs() < SignedDuration::from_millis(50),
         "{shown}"
     );
+    world
+        .postroom(&["job", "cancel", "acme", "later"])
+        .await
+        .success();
+    assert_eq!(reports.final_of("later").await.kind(), "mail.cancelled");
     assert_eq!(server.received_count(), 0);
 
-    let sent = reports.final_of("later").await;
+    let send_at = in_seconds(5);
+    let job = with(mail("acme", "soon"), "send_at", send_at);
+    world.publish(Level::High, "acme", &job).await;
+    let sent = reports.final_of("soon").await;
     assert_eq!(sent.kind(), "mail.sent");
     assert_eq!(sent.json["data"]["attempt"], 1);
     let mails = server.received();
@@ -63,7 +71,7 @@ async fn a_scheduled_job_waits_in_the_ledger_and_is_sent_once_not_before_its_tim
         mails[0].time
     );
     assert!(reports.none_for(Duration::from_millis(500)).await);
-    assert_eq!((taken(&server)["later"], reports.of("later").len()), (1, 2));
+    assert_eq!((taken(&server)["soon"], reports.of("soon").len()), (1, 2));
     world.assert_settled().await;
 }
 
