@@ -371,6 +371,7 @@ async fn a_poisonous_message_ends_among_the_dead_by_the_brokers_own_hand_and_can
         }
         assert!(deliveries <= 51, "not dead after {deliveries} deliveries");
     }
+    assert!(deliveries >= 50, "dead after only {deliveries} deliveries");
     let filter = Filter {
         json: true,
         ..Filter::default()

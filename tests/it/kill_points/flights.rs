@@ -57,6 +57,7 @@ async fn a_worker_killed_before_its_flight_leaves_nothing_and_after_it_the_same_
 async fn what_is_to_be_held_is_marked_before_its_flight() {
     let mut scene = scene().await;
     dies_behind_another(&mut scene, "data_marked=kill", &held("marked")).await;
+    scene.server.wait_closed(Duration::from_secs(20)).await;
     assert_eq!(scene.mails("marked"), 0);
     let sql = scene.world.sql().await;
     let phase = "SELECT phase::integer FROM job WHERE id = 'marked'";
