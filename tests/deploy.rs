@@ -200,6 +200,7 @@ fn what_every_process_shows_for_the_whole_installation_is_never_summed() {
         "postroom_unhealthy_accounts",
         "postroom_outbox_jobs",
         "postroom_outbox_oldest_seconds",
+        "postroom_outbox_full",
         "postroom_webhook_pending",
         "postroom_webhook_oldest_pending_seconds",
     ];

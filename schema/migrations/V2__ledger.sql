@@ -1536,13 +1536,13 @@ END $$;
 
 -- Reports that should have been published long ago, the oldest first, leased to the caller for a while.
 CREATE FUNCTION owed_reports_v1(p_max integer, p_hold interval)
-RETURNS TABLE (number bigint, tenant text, id text, seq bigint, report text, waiting_us bigint)
+RETURNS TABLE (number bigint, tenant text, id text, seq bigint, report text)
 LANGUAGE sql SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
     WITH due AS (
         UPDATE outbox x SET due_at = clock_timestamp() + p_hold
         WHERE x.n = ANY (ARRAY(SELECT y.n FROM outbox y WHERE y.due_at <= clock_timestamp()
                                ORDER BY y.n LIMIT p_max FOR UPDATE SKIP LOCKED))
-        RETURNING x.n, x.tenant, x.id, x.seq, x.body, micros(clock_timestamp()) - micros(x.created_at) AS waiting)
+        RETURNING x.n, x.tenant, x.id, x.seq, x.body)
     SELECT * FROM due ORDER BY n
 $$;
 
@@ -1552,10 +1552,12 @@ LANGUAGE sql SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bi
     UPDATE outbox SET due_at = clock_timestamp() WHERE n = ANY (p_numbers)
 $$;
 
--- How many reports are owed, counted up to p_most. By the index: most of the table's pages hold only what is gone.
-CREATE FUNCTION outbox_size_v1(p_most bigint) RETURNS bigint
+-- How many reports are owed, counted up to p_most, and the age of the oldest, whoever has taken it. By the index: most of
+-- the table's pages hold only what is gone.
+CREATE FUNCTION outbox_backlog_v1(p_most bigint) RETURNS TABLE (owed bigint, oldest_us bigint)
 LANGUAGE sql SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
-    SELECT count(*) FROM (SELECT FROM outbox ORDER BY n LIMIT p_most) o
+    SELECT (SELECT count(*) FROM (SELECT FROM outbox ORDER BY n LIMIT p_most) o),
+           (SELECT micros(clock_timestamp()) - micros(y.created_at) FROM outbox y ORDER BY y.n LIMIT 1)
 $$;
 
 -- ── Workers ──────────────────────────────────────────────────────────────────────────────────────────────────────

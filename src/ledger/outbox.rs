@@ -22,8 +22,15 @@ pub struct Owed {
     pub sequence: i64,
     /// The report.
     pub json: String,
-    /// Since when.
-    pub waiting: Duration,
+}
+
+/// What waits in the outbox.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Backlog {
+    /// Reports owed, as far as they were counted.
+    pub owed: i64,
+    /// Age of the oldest; zero if there is none.
+    pub oldest: Duration,
 }
 
 impl Ledger {
@@ -64,7 +71,6 @@ impl Ledger {
                     id: row.try_get("id")?,
                     sequence: row.try_get("seq")?,
                     json: row.try_get("report")?,
-                    waiting: super::slots::wait(row.try_get("waiting_us")?),
                 })
             })
             .collect()
@@ -84,14 +90,20 @@ impl Ledger {
         Ok(())
     }
 
-    /// How many reports are owed, counted up to `most`.
+    /// How many reports are owed, counted up to `most`, and since when the oldest is, resting or not.
     ///
     /// # Errors
     /// If the database cannot be asked.
-    pub async fn outbox_size(&self, most: i64) -> Result<i64, DbError> {
-        let sql = self.db.sql("SELECT {s}.outbox_size_v1($1)");
+    pub async fn outbox_backlog(&self, most: i64) -> Result<Backlog, DbError> {
+        let sql = self
+            .db
+            .sql("SELECT owed, oldest_us FROM {s}.outbox_backlog_v1($1)");
         let client = self.db.client().await?;
         let statement = client.prepare_cached(&sql).await?;
-        Ok(client.query_one(&statement, &[&most]).await?.try_get(0)?)
+        let row = client.query_one(&statement, &[&most]).await?;
+        Ok(Backlog {
+            owed: row.try_get(0)?,
+            oldest: super::slots::wait(row.try_get(1)?),
+        })
     }
 }

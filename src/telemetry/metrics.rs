@@ -118,8 +118,11 @@ metrics! {
     publishes: IntCounterVec "postroom_publishes_total" ["result"];
     /// Reports of the whole installation not yet published, up to `POSTROOM_OUTBOX_LIMIT`; every worker shows it.
     outbox_jobs: IntGauge "postroom_outbox_jobs";
-    /// Age of the oldest report not yet published.
+    /// Age of the oldest report of the whole installation not yet published; every worker shows it.
     outbox_age: IntGauge "postroom_outbox_oldest_seconds";
+    /// Whether nothing new is sent because that many reports (`POSTROOM_OUTBOX_LIMIT`) are not yet published; every worker
+    /// shows it.
+    outbox_full: IntGauge "postroom_outbox_full";
     /// Attachments fetched, by result: ok, cached, failed.
     fetches: IntCounterVec "postroom_attachment_fetches_total" ["result"];
     /// Uploads to the object store, by result: stored, present, failed.

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use super::Worker;
 use crate::broker::{Properties, PublishError};
 use crate::fail_point::{self, Point};
-use crate::ledger::outbox::ReportNumber;
+use crate::ledger::outbox::{Backlog, ReportNumber};
 use crate::report::{ReportMessage, routing_key};
 
 /// AMQP `type` of a report.
@@ -98,14 +98,17 @@ impl Reporter {
     }
 }
 
-/// Looks how full the outbox is.
+/// Looks how full the outbox is, and how old; also while the broker takes nothing, when that is what tells.
 pub async fn measure(worker: &Arc<Worker>) {
     let limit = worker.reporter.limit;
     let most = i64::try_from(limit).unwrap_or(i64::MAX).saturating_add(1);
-    match worker.ledger.outbox_size(most).await {
-        Ok(owed) => {
-            worker.metrics.outbox_jobs.set(owed);
+    match worker.ledger.outbox_backlog(most).await {
+        Ok(Backlog { owed, oldest }) => {
             worker.reporter.note_owed(usize::try_from(owed).unwrap_or(0));
+            let metrics = &worker.metrics;
+            metrics.outbox_jobs.set(owed);
+            metrics.outbox_age.set(oldest.as_secs() as i64);
+            metrics.outbox_full.set(worker.reporter.is_full().into());
         }
         Err(error) => worker.database_trouble("outbox", &error),
     }

@@ -124,12 +124,20 @@ async fn a_blocked_broker_stops_sending_only_when_the_outbox_is_full_and_all_goe
     .await;
     assert!(server.received_count() < JOBS, "the outbox has no bound");
     assert!(worker.count("postroom_outbox_jobs").await >= 50);
+    assert_eq!(worker.count("postroom_outbox_full").await, 1);
+    let oldest = async || worker.count("postroom_outbox_oldest_seconds").await;
+    let before = oldest().await;
+    eventually(Duration::from_secs(10), || async { oldest().await > before + 1 }).await;
     assert_eq!(reports.all().len(), 0, "the alarm is not on");
     assert!(worker.ready().await, "it is no reason to end the worker");
     private.calm().await;
     let finals = reports.finals(JOBS, Duration::from_mins(3)).await;
     assert_eq!(finals.len(), JOBS);
     assert!(taken(&server).values().all(|times| *times == 1));
+    eventually(Duration::from_secs(10), || async {
+        worker.count("postroom_outbox_full").await + oldest().await == 0
+    })
+    .await;
     world.assert_settled().await;
 }
 

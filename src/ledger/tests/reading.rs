@@ -212,7 +212,9 @@ impl<'a> Calls<'a> {
         self.of("strike reports off", ledger.clear_outbox(&numbers))
             .await
             .unwrap();
-        self.of("outbox size", ledger.outbox_size(10)).await.unwrap();
+        self.of("outbox backlog", ledger.outbox_backlog(10))
+            .await
+            .unwrap();
         let capped = account("acme/main");
         self.of("acquire a connection", ledger.acquire_connection(&epoch, &capped))
             .await

@@ -6,7 +6,7 @@ use super::world::{body, done, in_world, job, park, report, request, result, set
 use crate::ledger::WaitReason;
 use crate::ledger::batches::Batches;
 use crate::ledger::odd::Cancel;
-use crate::ledger::outbox::ReportNumber;
+use crate::ledger::outbox::{Backlog, ReportNumber};
 use crate::ledger::settle::{Next, Settled};
 use crate::level::Level;
 use crate::report::{RecipientStatus, ReportMessage, ReportType};
@@ -169,18 +169,16 @@ async fn overdue_reports_are_taken_in_their_order_and_rest_for_a_while() {
                 .unwrap()
         };
         assert!(take().await.is_empty(), "its worker may be publishing them");
-        assert_eq!(world.ledger.outbox_size(10).await.unwrap(), 2);
-        assert_eq!(world.ledger.outbox_size(1).await.unwrap(), 1, "counted so far");
         world
-            .run(
-                "UPDATE {s}.outbox SET due_at = clock_timestamp(), created_at = clock_timestamp() - interval '9 s'",
-            )
+            .run("UPDATE {s}.outbox SET due_at = clock_timestamp()")
             .await;
         let owed = take().await;
         let stored = world.owed("1").await;
         for (owed, (number, sequence, text)) in owed.iter().zip(&stored) {
-            assert_eq!((owed.number, owed.sequence, &owed.json), (*number, *sequence, text));
-            assert!(owed.waiting >= Duration::from_secs(9), "{:?}", owed.waiting);
+            assert_eq!(
+                (owed.number, owed.sequence, &owed.json),
+                (*number, *sequence, text)
+            );
         }
         assert_eq!((owed.len(), stored.len()), (2, 2));
         assert!(owed[0].json.contains("mail.deferred") && owed[1].json.contains("mail.sent"));
@@ -188,6 +186,34 @@ async fn overdue_reports_are_taken_in_their_order_and_rest_for_a_while() {
         world.ledger.leave_reports(&[owed[1].number]).await.unwrap();
         let again: Vec<_> = take().await.iter().map(|owed| owed.number).collect();
         assert_eq!(again, [owed[1].number], "left to whoever comes first");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_backlog_of_reports_has_the_age_of_the_oldest_also_while_somebody_has_taken_it() {
+    in_world(|world| async move {
+        let backlog = async |most| world.ledger.outbox_backlog(most).await.unwrap();
+        assert_eq!(backlog(10).await, Backlog::default());
+        let epoch = world.epoch().await;
+        for id in ["1", "2"] {
+            let row = world.go(request(&epoch, "acme", id)).await;
+            world.settle_one(done(&row, ReportType::Sent)).await;
+        }
+        assert_eq!((backlog(10).await.owed, backlog(1).await.owed), (2, 1));
+        assert!(backlog(10).await.oldest < Duration::from_secs(9));
+        world
+            .run(
+                "UPDATE {s}.outbox SET due_at = clock_timestamp(), created_at = clock_timestamp() - interval '9 s'
+                 WHERE id = '1'",
+            )
+            .await;
+        for taken in [1, 0] {
+            let owed = world.ledger.owed_reports(10, Duration::from_mins(1)).await;
+            assert_eq!(owed.unwrap().len(), taken);
+            let oldest = backlog(10).await.oldest;
+            assert!(oldest >= Duration::from_secs(9), "{oldest:?}");
+        }
     })
     .await;
 }

@@ -80,8 +80,6 @@ async fn sweep_once(worker: &Arc<Worker>) -> bool {
             return false;
         }
     };
-    let oldest = owed.iter().map(|o| o.waiting.as_secs()).max().unwrap_or(0);
-    worker.metrics.outbox_age.set(oldest as i64);
     let more = owed.len() == CHUNK as usize;
     let swept = publish_owed(worker, &owed).await;
     // What is not cleared is published once more, under the same id; what is not given back rests for a while.

@@ -55,13 +55,14 @@ async fn a_report_that_the_broker_does_not_confirm_rests_after_a_sweep_so_that_o
     // Its worker tries it twice, and so does the sweep.
     let plan =
         "report_confirmed=error@1;report_confirmed=error@2;report_confirmed=error@3;report_confirmed=error@4";
-    let _worker = scene.worker(plan).await;
+    let worker = scene.worker(plan).await;
     scene.publish(&job("unconfirmed")).await;
     scene.reports.until(|all| all.len() == 2).await;
     scene.outbox_is_due().await;
     scene.reports.until(|all| all.len() == 4).await;
     // Two sweeps later.
     assert!(scene.reports.none_for(Duration::from_secs(12)).await);
+    assert!(worker.count("postroom_outbox_oldest_seconds").await >= 10);
     let sql = scene.world.sql().await;
     let resting: i64 = sql.query_one(RESTS, &[]).await.unwrap().get(0);
     assert_eq!(resting, 1);
