@@ -26,6 +26,8 @@ pub struct Task {
     pub correlation_id: Arc<str>,
     /// W3C trace context of the producer.
     pub traceparent: Option<String>,
+    /// When its producer published it, if that is known and tells how late it is.
+    pub published: Option<Timestamp>,
     /// It came from RabbitMQ just now rather than out of the waiting room.
     pub new: bool,
     /// Its share of the memory, free with it.
@@ -37,6 +39,17 @@ impl Task {
     #[must_use]
     pub fn is_expired(&self, now: Timestamp) -> bool {
         self.job.expires_at.is_some_and(|at| at <= now)
+    }
+
+    /// How long it has waited for its first attempt, if it has had none and that is known. The time until `send_at` is no wait.
+    #[must_use]
+    pub fn age(&self, now: Timestamp) -> Option<Duration> {
+        // A lease that ended without an outcome may have been an attempt.
+        if self.row.attempts > 0 || self.row.uncertain > 0 {
+            return None;
+        }
+        let since = self.published?.max(self.job.send_at.unwrap_or(Timestamp::MIN));
+        Some(Duration::try_from(now.duration_since(since)).unwrap_or_default())
     }
 
     /// Whether it can be composed at once: nothing has to be fetched, and its files are so small that hardly anybody wants
@@ -83,6 +96,56 @@ impl SharedClock {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::JobLimits;
+    use crate::id::AccountKey;
+    use crate::job::decode::{self, Incoming};
+    use crate::ledger::Epoch;
+
+    /// So many seconds after some moment.
+    fn second(second: i64) -> Timestamp {
+        Timestamp::from_second(1_800_000_000 + second).unwrap()
+    }
+
+    /// A task of a job that was published at second 100.
+    fn task(send_at: Option<Timestamp>) -> Task {
+        let mut body = serde_json::json!({"id": "1", "tenant": "acme", "to": "a@example.org", "subject": "s", "text": "t"});
+        if let Some(at) = send_at {
+            body["send_at"] = at.to_string().into();
+        }
+        let body = body.to_string();
+        let incoming = Incoming {
+            body: body.as_bytes(),
+            ..Incoming::default()
+        };
+        let job = Arc::new(decode::decode(&incoming, &JobLimits::default()).unwrap());
+        let (tenant, account) = (job.tenant.clone(), AccountKey::from_stored("acme/main"));
+        let lease = Epoch::for_tests().claim();
+        Task {
+            row: Row::new(tenant, job.id.clone(), account, lease, 1000),
+            level: Level::High,
+            correlation_id: job.id.shared(),
+            traceparent: None,
+            published: Some(second(100)),
+            new: true,
+            held: None,
+            job,
+        }
+    }
+
+    #[test]
+    fn the_age_of_a_job_runs_until_its_first_attempt_from_when_it_could_have_been_sent() {
+        let age = |task: &Task| task.age(second(160)).map(|age| age.as_secs());
+        assert_eq!(age(&task(None)), Some(60));
+        assert_eq!(age(&task(Some(second(50)))), Some(60));
+        assert_eq!(age(&task(Some(second(150)))), Some(10));
+        assert_eq!(age(&task(Some(second(170)))), Some(0), "a clock that is ahead");
+        let mut unknown = task(None);
+        unknown.published = None;
+        assert_eq!(age(&unknown), None);
+        let (mut tried, mut perhaps) = (task(None), task(None));
+        (tried.row.attempts, perhaps.row.uncertain) = (1, 1);
+        assert_eq!((age(&tried), age(&perhaps)), (None, None));
+    }
 
     #[test]
     fn the_shared_clock_follows_the_database_but_not_the_noise() {

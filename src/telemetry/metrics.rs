@@ -70,7 +70,7 @@ metrics! {
     recipients: IntCounterVec "postroom_recipients_total" ["status", "class"];
     /// Attempts that did not end in acceptance, by class and fault.
     failures: IntCounterVec "postroom_attempt_failures_total" ["class", "fault", "stage"];
-    /// From the job's AMQP timestamp to its first attempt.
+    /// From the job's AMQP timestamp, or its `send_at` if that is later, to the beginning of its first attempt; once per job.
     queue_age: HistogramVec "postroom_queue_age_seconds" ["level"] in SLOW;
     /// Time a job spends in one stage: decode, fetch, connection, slot, compose, send.
     stage: HistogramVec "postroom_stage_duration_seconds" ["stage"] in FAST;

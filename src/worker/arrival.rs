@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
 use super::Worker;
@@ -120,7 +121,6 @@ impl Worker {
     ) -> Option<Box<Arrival>> {
         let Decoded { delivery, job, since } = decoded;
         let properties = properties(&delivery, &job);
-        self.observe_age(&delivery, level);
         let (account, connections, may_detour) = match self.expected_account(&job).await {
             Ok(found) => found,
             Err(failure) => {
@@ -190,16 +190,6 @@ impl Worker {
         let memory = self.retention.as_secs() / 30 * 29;
         let age = self.clock.now().as_second().saturating_sub(sent);
         u64::try_from(age).is_ok_and(|age| age > memory) && !delivery.has_header(REPLAY)
-    }
-
-    fn observe_age(&self, delivery: &Delivery, level: Level) {
-        let Some(sent) = delivery.timestamp() else { return };
-        let now = self.clock.now().as_second();
-        let age = now.saturating_sub(i64::try_from(sent).unwrap_or(now)).max(0);
-        self.metrics
-            .queue_age
-            .with_label_values(&[level.as_str()])
-            .observe(age as f64);
     }
 
     /// Dead-letters a delivery that is no valid job and tells its tenant, then acknowledges it. Beside the queue: the
@@ -283,11 +273,19 @@ fn properties(delivery: &Delivery, job: &MailJob) -> Properties {
     Properties {
         correlation_id: delivery.correlation_id().map(storable),
         traceparent: trace_parent(delivery),
+        published: published(delivery),
         contract: delivery.header("x-contract").map(str::to_owned),
         recipients: job.recipients().count(),
         tags: job.tags.clone(),
         metadata: job.metadata.clone(),
     }
+}
+
+fn published(delivery: &Delivery) -> Option<Timestamp> {
+    if delivery.has_header(REPLAY) {
+        return None;
+    }
+    Timestamp::from_second(delivery.timestamp()?.try_into().ok()?).ok()
 }
 
 /// A property as reports and the ledger can hold it: Postgres has no NUL in JSON, and a line no line ends.

@@ -78,6 +78,7 @@ fn task(arrival: &Arrival, row: Row) -> Task {
     Task {
         correlation_id: correlation_id.map_or_else(|| arrival.job.id.shared(), Arc::from),
         traceparent: arrival.properties.traceparent.clone(),
+        published: arrival.properties.published,
         job: Arc::clone(&arrival.job),
         row,
         level: arrival.level,
@@ -163,6 +164,7 @@ impl Worker {
                 .correlation_id
                 .map_or_else(|| job.id.shared(), Arc::from),
             traceparent: properties.traceparent,
+            published: properties.published,
             job,
             row: released.row,
             level: released.level,
@@ -183,10 +185,16 @@ impl Worker {
     /// One job, from its lease to its report.
     async fn run_job(self: Arc<Self>, task: Task, origin: Option<Box<Arrival>>, right: Right) {
         let _in_flight = self.in_flight();
+        let age = task.age(self.clock.now());
         let attempt = AssertUnwindSafe(self.pipeline.attempt(&task))
             .catch_unwind()
             .await;
         let attempt = attempt.unwrap_or_else(|_| crashed(&task));
+        // Only now it is known whether it was one, and not a wait for room or a key.
+        if let Some(age) = age.filter(|_| attempt.started) {
+            let ages = self.metrics.queue_age.with_label_values(&[task.level.as_str()]);
+            ages.observe(age.as_secs_f64());
+        }
         if let (Some((_, in_hand)), Some(took)) = (&right, attempt.smtp) {
             in_hand.note_send(took);
         }

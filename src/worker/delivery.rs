@@ -1,6 +1,7 @@
 //! What travels with a job's body into the waiting room and back.
 
 use bytes::Bytes;
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::directory::overrides;
@@ -17,6 +18,9 @@ pub struct Properties {
     /// W3C trace context of the producer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,
+    /// AMQP `timestamp`. Not of what an operator replayed: it has lain among the dead letters.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub published: Option<Timestamp>,
     /// Header `x-contract`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub contract: Option<String>,
@@ -68,6 +72,7 @@ mod tests {
     fn properties_come_back_as_they_were_stored_and_unknown_ones_are_ignored() {
         let properties = Properties {
             correlation_id: Some("c".into()),
+            published: Timestamp::from_second(1_700_000_000).ok(),
             recipients: 3,
             tags: vec!["a".into()],
             ..Properties::default()

@@ -361,7 +361,7 @@ async fn a_job_older_than_the_ledgers_memory_waits_for_a_human() {
     let server = SmtpServer::builder().start().await;
     account(&world, "acme", &server, &[]).await;
     let mut reports = world.reports().await;
-    let _worker = world.start_worker().await;
+    let worker = world.start_worker().await;
     let day = 24 * 60 * 60;
     let now = u64::try_from(jiff::Timestamp::now().as_second()).unwrap();
     for (id, age) in [("young", 20 * day), ("old", 40 * day)] {
@@ -383,6 +383,8 @@ async fn a_job_older_than_the_ledgers_memory_waits_for_a_human() {
         .until(|all| all.iter().any(|r| r.job() == "old" && r.kind() == "mail.sent"))
         .await;
     assert_eq!(server.received_count(), 2);
+    let late = worker.count("postroom_queue_age_seconds_count").await;
+    assert_eq!(late, 1, "what was replayed is not late");
 }
 
 #[tokio::test]

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use postroom::level::Level;
-use postroom_testkit::smtp::{Action, Builder, Phase, Script, SmtpServer};
+use postroom_testkit::smtp::{Action, Builder, Phase, RcptRule, Script, SmtpServer};
 use serde_json::{Value, json};
 
 use crate::sends::account;
@@ -86,6 +86,32 @@ async fn five_hundred_jobs_over_two_workers_never_exceed_the_limit_and_use_most_
         assert!(worker.metric(r#"postroom_jobs_total{outcome="sent"}"#).await > 0.0);
     }
     world.assert_settled().await;
+}
+
+#[tokio::test]
+async fn a_job_that_waited_for_its_limit_counts_with_its_wait_at_its_first_attempt_and_once() {
+    let mut world = World::ready().await;
+    world.set("POSTROOM_RETRY_BASE", "200ms");
+    let script = Script::new().recipient("later", RcptRule::defer_first(1, "451 4.7.1 greylisted"));
+    let server = SmtpServer::builder().script(script).start().await;
+    account(&world, "acme", &server, &["--limit", "1/4s"]).await;
+    let mut reports = world.reports().await;
+    let worker = world.start_worker().await;
+    world.publish_mail(Level::High, "acme", "first").await;
+    reports.final_of("first").await;
+    let (counted, waited) = (
+        "postroom_queue_age_seconds_count",
+        "postroom_queue_age_seconds_sum",
+    );
+    assert_eq!(worker.count(counted).await, 1);
+    let before = worker.metric(waited).await;
+    let mut second = mail("acme", "second");
+    second["to"] = json!("later@example.org");
+    world.publish(Level::High, "acme", &second).await;
+    assert_eq!(reports.final_of("second").await.json["data"]["attempt"], 2);
+    assert_eq!(worker.count(counted).await, 2);
+    let waited = worker.metric(waited).await - before;
+    assert!((2.5..7.5).contains(&waited), "{waited}");
 }
 
 #[tokio::test]
