@@ -57,7 +57,19 @@ impl Ledger {
         // Else the report goes with the transaction.
         if held > 0 {
             transaction.commit().await?;
+            self.tell_held(tenant, id);
         }
         Ok(())
+    }
+
+    /// No attempt of this process ended so: nothing else counts or logs it.
+    fn tell_held(&self, tenant: &TenantId, id: &JobId) {
+        self.metrics.jobs.with_label_values(&["uncertain"]).inc();
+        tracing::warn!(
+            job = %id,
+            tenant = %tenant,
+            "its worker was lost in the final write, and nobody knows whether it was sent: held until somebody decides \
+             (postroom job resolve)"
+        );
     }
 }

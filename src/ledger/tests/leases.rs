@@ -273,6 +273,25 @@ async fn a_job_in_its_final_write_is_decided_about_only_after_the_deadline() {
 }
 
 #[tokio::test]
+async fn a_job_held_because_its_worker_died_is_counted_as_uncertain_once() {
+    in_world(|world| async move {
+        let counted = || world.ledger.metrics.jobs.with_label_values(&["uncertain"]).get();
+        let (old, new) = (world.epoch().await, world.steady_epoch().await);
+        let row = world.go(request(&old, "acme", "1")).await;
+        world.ledger.mark_data(std::slice::from_ref(&row)).await.unwrap();
+        world.ledger.hold_uncertain(&row.tenant, &row.id).await.unwrap();
+        assert_eq!(counted(), 0, "its worker lives");
+        world.silence(&old).await;
+        world.ledger.takeover(&new, DEADLINE).await.unwrap();
+        for _ in 0..2 {
+            world.ledger.hold_uncertain(&row.tenant, &row.id).await.unwrap();
+            assert_eq!(counted(), 1);
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_final_write_is_not_held_while_its_worker_lives() {
     in_world(|world| async move {
         let epoch = world.epoch().await;

@@ -28,7 +28,7 @@ async fn what_is_to_be_held_is_held_if_its_worker_died_after_the_mark_and_sent_i
             .dies(&format!("{point}=kill@job={point}"), || held(point))
             .await;
     }
-    let _survivor = scene.worker("").await;
+    let survivor = scene.worker("").await;
     scene.reports.final_of(before).await;
     let sql = scene.world.sql().await;
     // Their worker may only be cut off from Postgres, and still wait for the server's reply: nobody decides before every
@@ -47,7 +47,14 @@ async fn what_is_to_be_held_is_held_if_its_worker_died_after_the_mark_and_sent_i
             told[0].json
         );
         assert_eq!(scene.mails(id), mails, "{id}");
+        let told = |line: &str| line.contains("lost in the final write") && line.contains(id);
+        eventually(Duration::from_secs(5), || async {
+            survivor.logs().lines().any(told)
+        })
+        .await;
     }
+    let held = r#"postroom_jobs_total{outcome="uncertain"}"#;
+    assert_eq!(survivor.count(held).await, 2);
     // Somebody decides: once more, please.
     for (id, _) in MARKED {
         scene
