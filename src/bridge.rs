@@ -111,11 +111,15 @@ impl Bridge {
             Box::pin(self.upkeep(&sink, &shutdown)),
         );
     }
-}
 
-/// Bounds work on the database.
-async fn within<T>(work: impl Future<Output = Result<T, BridgeError>>) -> Result<T, BridgeError> {
-    tokio::time::timeout(SQL_LIMIT, work)
-        .await
-        .unwrap_or(Err(BridgeError::Database(DbError::Timeout)))
+    /// Bounds work on the database, and counts what fails: its caller tells of it, and tries again.
+    async fn within<T>(&self, work: impl Future<Output = Result<T, BridgeError>>) -> Result<T, BridgeError> {
+        let done = tokio::time::timeout(SQL_LIMIT, work)
+            .await
+            .unwrap_or(Err(BridgeError::Database(DbError::Timeout)));
+        if let Err(BridgeError::Database(error)) = &done {
+            self.metrics.sql_errors.with_label_values(&[error.class()]).inc();
+        }
+        done
+    }
 }

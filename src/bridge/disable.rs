@@ -5,7 +5,7 @@ use tokio_postgres::types::Type;
 
 use super::queue::Settled;
 use super::source::{OwnReport, ReportSink};
-use super::{Bridge, BridgeError, within};
+use super::{Bridge, BridgeError};
 use crate::report;
 
 /// Own reports published at a time.
@@ -41,7 +41,7 @@ impl Bridge {
 
     /// Whether it was enabled until now.
     async fn disable_one(&self, endpoint: i64, reason: &'static str) -> Result<bool, BridgeError> {
-        let Some((tenant, name)) = within(self.disable_and_owe(endpoint, reason)).await? else {
+        let Some((tenant, name)) = self.within(self.disable_and_owe(endpoint, reason)).await? else {
             return Ok(false);
         };
         self.metrics.webhook_disabled.with_label_values(&[reason]).inc();
@@ -106,11 +106,12 @@ impl Bridge {
         let sql = self
             .database
             .sql("SELECT event_id, tenant, type, body FROM {s}.event_outbox ORDER BY created_at LIMIT $1");
-        let rows = within(async {
-            let client = self.database.client().await?;
-            Ok(client.query_typed(&sql, &[(&BATCH, Type::INT8)]).await?)
-        })
-        .await?;
+        let rows = self
+            .within(async {
+                let client = self.database.client().await?;
+                Ok(client.query_typed(&sql, &[(&BATCH, Type::INT8)]).await?)
+            })
+            .await?;
         for row in rows {
             let event_id: String = row.try_get(0)?;
             let report = OwnReport {
@@ -125,7 +126,7 @@ impl Bridge {
             let sql = self
                 .database
                 .sql("DELETE FROM {s}.event_outbox WHERE event_id = $1");
-            within(async {
+            self.within(async {
                 let client = self.database.client().await?;
                 Ok(client.execute_typed(&sql, &[(&event_id, Type::TEXT)]).await?)
             })

@@ -7,7 +7,7 @@ use tokio_postgres::types::Type;
 use tokio_util::sync::CancellationToken;
 
 use super::source::{Delivery, ReportSource};
-use super::{Bridge, BridgeError, body, within};
+use super::{Bridge, BridgeError, body};
 use crate::db::DbError;
 use crate::fail_point::{self, Point};
 use crate::id::TenantId;
@@ -108,22 +108,23 @@ impl Bridge {
         let kinds: Vec<&str> = batch.iter().map(|report| &*report.kind).collect();
         let bodies: Vec<&[u8]> = batch.iter().map(|report| &*report.body).collect();
         let sql = self.database.sql("SELECT {s}.webhook_record_v1($1, $2, $3, $4)");
-        let new: i64 = within(async {
-            let client = self.database.client().await?;
-            let row = client
-                .query_typed_one(
-                    &sql,
-                    &[
-                        (&event_ids, Type::TEXT_ARRAY),
-                        (&tenants, Type::TEXT_ARRAY),
-                        (&kinds, Type::TEXT_ARRAY),
-                        (&bodies, Type::BYTEA_ARRAY),
-                    ],
-                )
-                .await?;
-            Ok(row.try_get(0)?)
-        })
-        .await?;
+        let new: i64 = self
+            .within(async {
+                let client = self.database.client().await?;
+                let row = client
+                    .query_typed_one(
+                        &sql,
+                        &[
+                            (&event_ids, Type::TEXT_ARRAY),
+                            (&tenants, Type::TEXT_ARRAY),
+                            (&kinds, Type::TEXT_ARRAY),
+                            (&bodies, Type::BYTEA_ARRAY),
+                        ],
+                    )
+                    .await?;
+                Ok(row.try_get(0)?)
+            })
+            .await?;
         if fail_point::loses(Point::ReportsRecorded, event_ids) {
             return Err(DbError::Timeout.into());
         }

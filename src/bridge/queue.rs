@@ -4,7 +4,7 @@ use secrecy::SecretString;
 use tokio_postgres::Row;
 use tokio_postgres::types::Type;
 
-use super::{Bridge, BridgeError, within};
+use super::{Bridge, BridgeError};
 use crate::endpoint::{self, Auth};
 use crate::secret::{Keyring, SecretError};
 
@@ -86,20 +86,21 @@ impl Bridge {
         let sql = self
             .database
             .sql("SELECT * FROM {s}.webhook_lease_v1($1, $2, make_interval(secs => $3))");
-        let rows = within(async {
-            let client = self.database.client().await?;
-            Ok(client
-                .query_typed(
-                    &sql,
-                    &[
-                        (&limit, Type::INT4),
-                        (&per_endpoint, Type::INT4),
-                        (&seconds, Type::FLOAT8),
-                    ],
-                )
-                .await?)
-        })
-        .await?;
+        let rows = self
+            .within(async {
+                let client = self.database.client().await?;
+                Ok(client
+                    .query_typed(
+                        &sql,
+                        &[
+                            (&limit, Type::INT4),
+                            (&per_endpoint, Type::INT4),
+                            (&seconds, Type::FLOAT8),
+                        ],
+                    )
+                    .await?)
+            })
+            .await?;
         let keyring = self.keyring.current();
         rows.iter()
             .map(|row| leased(row, &keyring).map_err(BridgeError::from))
@@ -121,28 +122,29 @@ impl Bridge {
         let sql = self.database.sql(
             "SELECT {s}.webhook_settle_v1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, make_interval(secs => $11))",
         );
-        let rows = within(async {
-            let client = self.database.client().await?;
-            Ok(client
-                .query_typed(
-                    &sql,
-                    &[
-                        (&events, Type::INT8_ARRAY),
-                        (&endpoints, Type::INT8_ARRAY),
-                        (&leases, Type::INT8_ARRAY),
-                        (&outcomes, Type::TEXT_ARRAY),
-                        (&delays, Type::FLOAT8_ARRAY),
-                        (&statuses, Type::INT4_ARRAY),
-                        (&errors, Type::TEXT_ARRAY),
-                        (&blames, Type::BOOL_ARRAY),
-                        (&pauses, Type::FLOAT8_ARRAY),
-                        (&scale, Type::FLOAT8),
-                        (&disable_after, Type::FLOAT8),
-                    ],
-                )
-                .await?)
-        })
-        .await?;
+        let rows = self
+            .within(async {
+                let client = self.database.client().await?;
+                Ok(client
+                    .query_typed(
+                        &sql,
+                        &[
+                            (&events, Type::INT8_ARRAY),
+                            (&endpoints, Type::INT8_ARRAY),
+                            (&leases, Type::INT8_ARRAY),
+                            (&outcomes, Type::TEXT_ARRAY),
+                            (&delays, Type::FLOAT8_ARRAY),
+                            (&statuses, Type::INT4_ARRAY),
+                            (&errors, Type::TEXT_ARRAY),
+                            (&blames, Type::BOOL_ARRAY),
+                            (&pauses, Type::FLOAT8_ARRAY),
+                            (&scale, Type::FLOAT8),
+                            (&disable_after, Type::FLOAT8),
+                        ],
+                    )
+                    .await?)
+            })
+            .await?;
         let failing = rows
             .iter()
             .filter_map(|row| row.try_get::<_, Option<i64>>(0).transpose())

@@ -8,7 +8,7 @@ use tokio_postgres::types::{ToSql, Type};
 use tokio_util::sync::CancellationToken;
 
 use super::source::ReportSink;
-use super::{Bridge, BridgeError, within};
+use super::{Bridge, BridgeError};
 
 /// How often the backlog is measured and owed reports are looked for.
 const OFTEN: Duration = Duration::from_secs(15);
@@ -88,16 +88,17 @@ impl Bridge {
         // The next search begins where this one ended, and not among those just gone and those that stay.
         let mut since: Option<Timestamp> = None;
         loop {
-            let row = within(async {
-                let client = self.database.client().await?;
-                let arguments: [(&(dyn ToSql + Sync), Type); 3] = [
-                    (&retention, Type::FLOAT8),
-                    (&CHUNK, Type::INT8),
-                    (&since, Type::TIMESTAMPTZ),
-                ];
-                Ok(client.query_typed_one(&sql, &arguments).await?)
-            })
-            .await?;
+            let row = self
+                .within(async {
+                    let client = self.database.client().await?;
+                    let arguments: [(&(dyn ToSql + Sync), Type); 3] = [
+                        (&retention, Type::FLOAT8),
+                        (&CHUNK, Type::INT8),
+                        (&since, Type::TIMESTAMPTZ),
+                    ];
+                    Ok(client.query_typed_one(&sql, &arguments).await?)
+                })
+                .await?;
             let gone: i64 = row.try_get(0)?;
             forgotten += gone.unsigned_abs();
             if gone < CHUNK {
@@ -118,7 +119,7 @@ impl Bridge {
             "UPDATE {s}.endpoint SET previous_secret = NULL, previous_secret_until = NULL \
              WHERE previous_secret_until < clock_timestamp()",
         );
-        within(async {
+        self.within(async {
             let client = self.database.client().await?;
             client.execute_typed(&sql, &[]).await?;
             Ok(())
@@ -135,11 +136,12 @@ impl Bridge {
                 WHERE d.state = 'pending') p \
              LEFT JOIN {s}.webhook_event v ON v.id = p.oldest",
         );
-        let row = within(async {
-            let client = self.database.client().await?;
-            Ok(client.query_typed_one(&sql, &[]).await?)
-        })
-        .await?;
+        let row = self
+            .within(async {
+                let client = self.database.client().await?;
+                Ok(client.query_typed_one(&sql, &[]).await?)
+            })
+            .await?;
         self.metrics.webhook_pending.set(row.try_get(0)?);
         self.metrics.webhook_oldest.set(row.try_get(1)?);
         Ok(())

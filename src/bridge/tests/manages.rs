@@ -2,7 +2,7 @@
 
 use postroom_testkit::webhook::WebhookReceiver;
 
-use super::world::{PATIENCE, World, ids, keyring};
+use super::world::{PATIENCE, World, ids, keyring, report, until};
 
 #[tokio::test]
 async fn secrets_are_write_only() {
@@ -350,4 +350,26 @@ async fn the_backlog_is_measured() {
     bridge.measure().await.unwrap();
     assert_eq!(world.metrics.webhook_pending.get(), 2);
     assert!((100..110).contains(&world.metrics.webhook_oldest.get()));
+}
+
+#[tokio::test]
+async fn statements_of_a_bridge_that_fail_are_counted() {
+    let world = World::new(&["acme"]).await;
+    let bridge = world.bridge();
+    let counted = || world.metrics.sql_errors.with_label_values(&["schema"]).get();
+    assert!(bridge.measure().await.is_ok());
+    assert_eq!(counted(), 0);
+    world.sql("ALTER TABLE {s}.webhook_event RENAME TO away").await;
+    assert!(
+        bridge
+            .record(&[report("evt_1", "acme", "mail.sent")])
+            .await
+            .is_err()
+    );
+    assert_eq!(counted(), 1);
+    assert!(bridge.measure().await.is_err());
+    assert_eq!(counted(), 2);
+    // As the process runs it.
+    let _running = world.start();
+    until(async || counted() > 2).await;
 }
