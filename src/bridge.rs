@@ -23,12 +23,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Notify;
-use tokio_util::sync::CancellationToken;
 
 use crate::config;
 use crate::db::{Database, DbError};
 use crate::egress::EgressGuard;
 use crate::secret::SharedKeyring;
+use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::traces::Traces;
 use client::Client;
@@ -37,6 +37,8 @@ pub use source::{Delivery, OwnReport, ReportSink, ReportSource};
 
 /// Time limit of one statement with the wait for a connection.
 const SQL_LIMIT: Duration = Duration::from_secs(30);
+/// How long the last outcomes may take to be written after the hard end.
+const LAST_OUTCOMES: Duration = Duration::from_secs(1);
 
 /// Why the bridge cannot work now.
 #[derive(Debug, thiserror::Error)]
@@ -102,14 +104,25 @@ impl Bridge {
         self
     }
 
-    /// Works until shutdown: then takes nothing more in, finishes POSTs in flight within their time limit, and
-    /// returns.
-    pub async fn run<S: ReportSource, K: ReportSink>(self, source: S, sink: K, shutdown: CancellationToken) {
-        tokio::join!(
-            Box::pin(self.take_in(source, &shutdown)),
-            Box::pin(self.dispatch(&shutdown)),
-            Box::pin(self.upkeep(&sink, &shutdown)),
-        );
+    /// Works until the soft end: then takes nothing more in, finishes POSTs in flight within their time limit, and
+    /// returns. At the hard end it records what has been answered, and returns.
+    pub async fn run<S: ReportSource, K: ReportSink>(self, source: S, sink: K, shutdown: Shutdown) {
+        let (soft, hard) = (&shutdown.soft, &shutdown.hard);
+        let work = async {
+            tokio::join!(
+                Box::pin(self.take_in(source, soft)),
+                Box::pin(self.dispatch(soft, hard)),
+                Box::pin(self.upkeep(&sink, soft)),
+            );
+        };
+        let late = async {
+            hard.cancelled().await;
+            tokio::time::sleep(LAST_OUTCOMES).await;
+        };
+        tokio::select! {
+            () = work => {}
+            () = late => tracing::warn!("the database did not answer in time at shutdown; reports and webhooks will be repeated"),
+        }
     }
 
     /// Bounds work on the database, and counts what fails: its caller tells of it, and tries again.

@@ -18,11 +18,8 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     }
     invocation.start_logging();
-    match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
-        Ok(runtime) => runtime.block_on(invocation.run()),
-        Err(error) => {
-            tracing::error!(%error, "cannot start the runtime");
-            ExitCode::FAILURE
-        }
-    }
+    postroom::shutdown::block_on(invocation.run()).unwrap_or_else(|error| {
+        tracing::error!(%error, "cannot start the runtime");
+        ExitCode::FAILURE
+    })
 }

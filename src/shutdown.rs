@@ -11,6 +11,20 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+/// How long look-ups of names, which block a thread each, may keep a process whose work is done.
+const STRAY: Duration = Duration::from_secs(1);
+
+/// Does a process's work to its end. Nobody waits for what blocks a thread then: without an answer of DNS that is for ever.
+///
+/// # Errors
+/// If the runtime cannot be started.
+pub fn block_on<T>(work: impl Future<Output = T>) -> std::io::Result<T> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let done = runtime.block_on(work);
+    runtime.shutdown_timeout(STRAY);
+    Ok(done)
+}
+
 /// The two tokens, the tasks to wait for, and the wish to read secret files again. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Shutdown {
@@ -163,6 +177,21 @@ mod tests {
     use super::*;
 
     const LONG: Duration = Duration::from_secs(20);
+
+    #[test]
+    fn a_look_up_without_an_answer_does_not_keep_a_process_that_is_done() {
+        let (answer, answered) = std::sync::mpsc::channel::<()>();
+        let (ended, end) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let done = block_on(async {
+                tokio::task::spawn_blocking(move || answered.recv());
+                7
+            });
+            ended.send(done.unwrap())
+        });
+        assert_eq!(end.recv_timeout(LONG).unwrap(), 7);
+        drop(answer);
+    }
 
     #[tokio::test]
     async fn hard_implies_soft_and_not_the_other_way_round() {

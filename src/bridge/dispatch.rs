@@ -41,8 +41,8 @@ struct Dispatcher<'a> {
 }
 
 impl Bridge {
-    /// Dispatches until shutdown, then finishes what is in flight, within a bound.
-    pub(super) async fn dispatch(&self, shutdown: &CancellationToken) {
+    /// Dispatches until the soft end, then finishes what is in flight, within a bound and until the hard end.
+    pub(super) async fn dispatch(&self, soft: &CancellationToken, hard: &CancellationToken) {
         let mut dispatcher = Dispatcher {
             bridge: self,
             attempt: Arc::new(Attempt {
@@ -56,17 +56,17 @@ impl Bridge {
             until: Instant::now(),
             wait: FIRST_WAIT,
         };
-        while !shutdown.is_cancelled() {
-            dispatcher.turn(shutdown).await;
+        while !soft.is_cancelled() {
+            dispatcher.turn(soft).await;
         }
-        dispatcher.drain().await;
+        dispatcher.drain(hard).await;
     }
 }
 
 impl Dispatcher<'_> {
     /// Settles what has finished, leases what there is room for, and waits for something to happen.
     async fn turn(&mut self, shutdown: &CancellationToken) {
-        self.gather(shutdown).await;
+        self.gather().await;
         // In this order: settling makes room, and what cannot be settled must not become more.
         let wait = if self.settle().await && (shutdown.is_cancelled() || self.start().await) {
             self.wait = FIRST_WAIT;
@@ -87,14 +87,13 @@ impl Dispatcher<'_> {
     }
 
     /// Collects what has finished, until that is half of all, or something has waited long enough.
-    async fn gather(&mut self, shutdown: &CancellationToken) {
+    async fn gather(&mut self) {
         while let Some(done) = self.posts.try_join_next() {
             self.keep(done);
         }
         while !self.finished.is_empty() && self.finished.len() < self.posts.len() {
             tokio::select! {
                 biased;
-                () = shutdown.cancelled() => return,
                 Some(done) = self.posts.join_next() => self.keep(done),
                 () = tokio::time::sleep_until(self.until.into()) => return,
             }
@@ -159,21 +158,42 @@ impl Dispatcher<'_> {
     }
 
     /// What does not finish in time is made again by whoever leases it next, under the same event id.
-    async fn drain(mut self) {
+    async fn drain(mut self, hard: &CancellationToken) {
         let limit = self.bridge.config.timeout + DRAIN_MARGIN;
-        let drained = tokio::time::timeout(limit, async {
-            while let Some(done) = self.posts.join_next().await {
+        let finished = tokio::select! {
+            biased;
+            () = hard.cancelled() => false,
+            finished = tokio::time::timeout(limit, self.finish()) => finished.is_ok(),
+        };
+        if finished {
+            return;
+        }
+        while let Some(done) = self.posts.try_join_next() {
+            self.keep(done);
+        }
+        self.settle().await;
+        tracing::warn!(
+            posts = self.posts.len(),
+            "webhooks in flight were given up at shutdown; they will be repeated"
+        );
+    }
+
+    /// Waits for what is in flight. Outcomes are written as they come: the slowest must not take the others along.
+    async fn finish(&mut self) {
+        let mut wait = FIRST_WAIT;
+        while !(self.posts.is_empty() && self.finished.is_empty()) {
+            if self.finished.is_empty()
+                && let Some(done) = self.posts.join_next().await
+            {
                 self.keep(done);
             }
-            let mut wait = FIRST_WAIT;
-            while !self.settle().await {
+            self.gather().await;
+            if self.settle().await {
+                wait = FIRST_WAIT;
+            } else {
                 tokio::time::sleep(wait).await;
-                wait *= 2;
+                wait = (wait * 2).min(LONGEST_WAIT);
             }
-        })
-        .await;
-        if drained.is_err() {
-            tracing::warn!("webhooks in flight were given up at shutdown; they will be repeated");
         }
     }
 }

@@ -94,10 +94,10 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), RunError> {
     };
     // Ends when everything taken in has been recorded: only then may the connections go.
     let done = CancellationToken::new();
-    let (ended, stop) = (done.clone(), soft.clone());
+    let (ended, shutdown) = (done.clone(), service.shutdown.clone());
     service.shutdown.spawn("bridge", async move {
         let _ended = ended.drop_guard();
-        bridge.run(source, sink, stop).await;
+        bridge.run(source, sink, shutdown).await;
     });
     service
         .shutdown

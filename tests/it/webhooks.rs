@@ -2,7 +2,7 @@
 //! waits for somebody else's receiver.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lapin::BasicProperties;
 use postroom::level::Level;
@@ -377,4 +377,39 @@ async fn a_running_bridge_goes_on_after_a_restart_of_the_broker() {
     let queue = world.topology().reports_queue();
     eventually(LIMIT, || async { amqp.depth(&queue).await == Some(0) }).await;
     assert!(bridge.term().await.success());
+}
+
+#[tokio::test]
+async fn a_second_signal_ends_a_bridge_at_once_and_what_was_answered_is_recorded() {
+    let mut world = World::ready().await;
+    world.set("POSTROOM_WEBHOOK_TIMEOUT", "2m");
+    let (hanging, slow) = (
+        WebhookReceiver::start().await.unwrap(),
+        WebhookReceiver::start().await.unwrap(),
+    );
+    hanging.always(Reply::Hang);
+    slow.always(Reply::Slow(Duration::from_secs(1), 200));
+    endpoint(&world, "acme", &hanging, &[], "").await;
+    endpoint(&world, "beta", &slow, &[], "").await;
+    let mut bridge = world.start_bridge().await;
+    let amqp = world.amqp().await;
+    reports(amqp, &world, "acme", "hangs", 1).await;
+    hanging.wait_for(1, LIMIT).await.unwrap();
+    reports(amqp, &world, "beta", "slow", 1).await;
+    slow.wait_for(1, LIMIT).await.unwrap();
+    bridge.signal("TERM");
+    // While another one is still waited for.
+    let sql = world.sql().await;
+    let states = "SELECT array_agg(state::text ORDER BY event) FROM webhook_delivery";
+    let recorded = async || sql.query_one(states, &[]).await.unwrap().get::<_, Vec<String>>(0);
+    eventually(Duration::from_secs(15), || async {
+        recorded().await == ["pending", "delivered"]
+    })
+    .await;
+    let asked = Instant::now();
+    bridge.signal("TERM");
+    bridge.wait().await;
+    assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
+    assert!(bridge.logs().contains("webhooks in flight were given up"));
+    assert_eq!(recorded().await, ["pending", "delivered"]);
 }

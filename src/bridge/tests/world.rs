@@ -10,7 +10,6 @@ use postroom_testkit::webhook::{Received, WebhookReceiver};
 use serde_json::json;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
 
 use crate::bridge::intake::IncomingReport;
 use crate::bridge::{Bridge, Delivery, OwnReport, ReportSink, ReportSource};
@@ -19,6 +18,7 @@ use crate::config;
 use crate::db::{self, Database};
 use crate::egress::EgressGuard;
 use crate::secret::Keyring;
+use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::Metrics;
 
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
@@ -106,7 +106,7 @@ impl World {
             published: Arc::default(),
         };
         let published = Arc::clone(&sink.published);
-        let shutdown = CancellationToken::new();
+        let shutdown = Shutdown::new();
         let task = tokio::spawn(self.bridge().run(source, sink, shutdown.clone()));
         Running {
             queue,
@@ -278,7 +278,7 @@ pub(super) struct Running {
     queue: mpsc::UnboundedSender<Delivery<u64>>,
     pub(super) settled: Arc<Settled>,
     pub(super) published: Arc<Mutex<Vec<OwnReport>>>,
-    shutdown: CancellationToken,
+    shutdown: Shutdown,
     task: Option<JoinHandle<()>>,
 }
 
@@ -301,7 +301,7 @@ impl Running {
 
     /// Shuts down in order.
     pub(super) async fn stop(mut self) {
-        self.shutdown.cancel();
+        self.shutdown.soft.cancel();
         let task = self.task.take().unwrap();
         tokio::time::timeout(PATIENCE, task).await.unwrap().unwrap();
     }
