@@ -8,8 +8,14 @@ use prometheus::{
 /// Content type of [`Metrics::render`]; Prometheus 3 refuses a scrape without it.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-const FAST: &[f64] = &[
-    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+/// Up to the time limit of a statement.
+const STATEMENTS: &[f64] = &[
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+];
+/// Up to the longest time limits of an attempt: a server may take 10 minutes for its last reply.
+const STAGES: &[f64] = &[
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0,
+    300.0, 600.0, 900.0,
 ];
 const SLOW: &[f64] = &[
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0,
@@ -73,9 +79,9 @@ metrics! {
     /// From the job's AMQP timestamp, or its `send_at` if that is later, to the beginning of its first attempt; once per job.
     queue_age: HistogramVec "postroom_queue_age_seconds" ["level"] in SLOW;
     /// Time a job spends in one stage: decode, fetch, connection, slot, compose, send.
-    stage: HistogramVec "postroom_stage_duration_seconds" ["stage"] in FAST;
+    stage: HistogramVec "postroom_stage_duration_seconds" ["stage"] in STAGES;
     /// Time of one SMTP phase: connect, tls, auth, envelope, data.
-    smtp_phase: HistogramVec "postroom_smtp_phase_duration_seconds" ["phase"] in FAST;
+    smtp_phase: HistogramVec "postroom_smtp_phase_duration_seconds" ["phase"] in STAGES;
     /// SMTP connections attempted, by result: ok, failed, denied.
     smtp_connects: IntCounterVec "postroom_smtp_connects_total" ["result"];
     /// Open SMTP connections: idle, busy.
@@ -100,7 +106,7 @@ metrics! {
     /// Rows per coalesced SQL statement.
     batch_rows: HistogramVec "postroom_sql_batch_rows" ["statement"] in COUNTS;
     /// Duration of one coalesced SQL statement.
-    batch_seconds: HistogramVec "postroom_sql_batch_duration_seconds" ["statement"] in FAST;
+    batch_seconds: HistogramVec "postroom_sql_batch_duration_seconds" ["statement"] in STATEMENTS;
     /// Open connections to the database: idle, busy; looked at every 5 s.
     database_connections: IntGaugeVec "postroom_database_connections" ["state"];
     /// Statements that wait for a connection to the database; looked at every 5 s.
@@ -176,5 +182,39 @@ mod tests {
         assert!(page.contains("postroom_jobs_total{outcome=\"sent\"} 1"), "{page}");
         assert!(page.contains("# HELP postroom_jobs_total Jobs that ended"));
         assert!(page.contains("postroom_in_flight_jobs 0"));
+    }
+
+    #[test]
+    fn a_phase_that_takes_minutes_is_told_from_one_of_ten_seconds() {
+        let metrics = Metrics::new().unwrap();
+        let histograms = [
+            metrics.stage.with_label_values(&["send"]),
+            metrics.smtp_phase.with_label_values(&["data"]),
+        ];
+        for histogram in &histograms {
+            for seconds in [11.0, 90.0, 200.0, 590.0] {
+                histogram.observe(seconds);
+            }
+        }
+        metrics.batch_seconds.with_label_values(&["admit"]).observe(20.0);
+        let page = metrics.render().unwrap();
+        let counted = |series: &str| {
+            let line = page.lines().find(|line| line.starts_with(series)).unwrap();
+            line.rsplit_once(' ').unwrap().1.to_owned()
+        };
+        for name in [
+            r#"postroom_stage_duration_seconds_bucket{stage="send""#,
+            r#"postroom_smtp_phase_duration_seconds_bucket{phase="data""#,
+        ] {
+            for (bound, count) in [(10, "0"), (30, "1"), (120, "2"), (300, "3"), (600, "4")] {
+                assert_eq!(
+                    counted(&format!("{name},le=\"{bound}\"}}")),
+                    count,
+                    "{name} {bound}"
+                );
+            }
+        }
+        let statement = r#"postroom_sql_batch_duration_seconds_bucket{statement="admit",le="30"}"#;
+        assert_eq!(counted(statement), "1");
     }
 }
