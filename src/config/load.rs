@@ -144,6 +144,11 @@ impl Reader<'_> {
         self.parsed(setting, text.trim(), parse)
     }
 
+    /// Whether there is a value, right or wrong.
+    pub(super) fn is_given(&self, name: &'static str) -> bool {
+        self.sources.raw(definition(name)).is_some()
+    }
+
     /// A file that may be absent from the settings, but must exist if it is named.
     pub(super) fn file(&mut self, name: &'static str) -> Option<PathBuf> {
         self.optional(name, |text| {

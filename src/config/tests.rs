@@ -254,6 +254,30 @@ fn without_an_endpoint_there_are_no_traces_and_the_rest_is_not_looked_at() {
 }
 
 #[test]
+fn a_disabled_sdk_accepts_any_endpoint() {
+    let disabled = ("OTEL_SDK_DISABLED", "true");
+    for name in [
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+    ] {
+        let grpc = (name, "collector:4317");
+        assert!(
+            load::<Option<Traces>>(&sources(&[grpc, disabled]))
+                .unwrap()
+                .is_none()
+        );
+        assert_eq!(errors::<Option<Traces>>(&[grpc]).len(), 1, "{name}");
+    }
+}
+
+#[test]
+fn the_endpoint_of_all_signals_is_not_looked_at_beside_that_of_traces() {
+    let grpc = ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317");
+    let own = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://127.0.0.1:4318/x");
+    assert_eq!(read_traces(&[grpc, own]).endpoint.expose_secret(), own.1);
+}
+
+#[test]
 fn the_endpoint_of_all_signals_gets_a_path_and_that_of_traces_wins_as_it_is() {
     let endpoint = |env: &[(&str, &str)]| read_traces(env).endpoint.expose_secret().to_owned();
     assert_eq!(

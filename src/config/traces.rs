@@ -15,11 +15,17 @@ impl FromSettings for Option<Traces> {
             let words = [("true", true), ("false", false)];
             parse::one_of(&text.to_ascii_lowercase(), &words)
         })?;
-        let base = r.optional("OTEL_EXPORTER_OTLP_ENDPOINT", collector_url);
-        let whole = r.optional("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", collector_url);
-        let endpoint = whole.or_else(|| base.map(traces_of));
-        // Without an endpoint the rest may be meant for other programs.
-        let Some(endpoint) = endpoint.filter(|_| !disabled) else {
+        // What is not used may be meant for other programs, whose endpoints need not be HTTP.
+        if disabled {
+            return Some(None);
+        }
+        let endpoint = if r.is_given("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") {
+            r.optional("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", collector_url)
+        } else {
+            r.optional("OTEL_EXPORTER_OTLP_ENDPOINT", collector_url)
+                .map(traces_of)
+        };
+        let Some(endpoint) = endpoint else {
             return Some(None);
         };
         let given = r.optional_secret("OTEL_EXPORTER_OTLP_HEADERS", |text| headers(text).map(drop));
