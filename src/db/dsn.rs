@@ -39,8 +39,8 @@ impl Dsn {
                 "must begin with postgres:// or postgresql://".into(),
             ));
         }
-        // The password may hold a question mark, as the driver is as lenient as libpq: look behind the last `@`.
-        let host = url.rfind('@').unwrap_or(0);
+        // The password may hold a question mark, and a parameter an `@`: as for the driver, it ends at the first `@`.
+        let host = url.find('@').unwrap_or(0);
         let Some(query_at) = url[host..].find('?').map(|at| host + at) else {
             return Ok(Self {
                 url: url.into(),
@@ -124,6 +124,19 @@ mod tests {
         let dsn = parse("postgres://u:a?sslmode=disable@h/db");
         assert_eq!(dsn.url, "postgres://u:a?sslmode=disable@h/db");
         assert_eq!(dsn.mode, None);
+    }
+
+    #[test]
+    fn an_at_sign_in_a_parameter_does_not_hide_the_sslmode() {
+        let dsn = parse("postgres://u:p@db/mail?sslmode=require&application_name=postroom@eu");
+        assert_eq!(dsn.mode, Some(SslMode::VerifyFull));
+        assert_eq!(dsn.url, "postgres://u:p@db/mail?application_name=postroom@eu");
+        let config: tokio_postgres::Config = dsn.url.parse().unwrap();
+        assert_eq!(config.get_application_name(), Some("postroom@eu"));
+        assert_eq!(
+            config.get_hosts(),
+            [tokio_postgres::config::Host::Tcp("db".into())]
+        );
     }
 
     #[test]
