@@ -198,6 +198,9 @@ impl Default for JobLimits {
     }
 }
 
+/// Fewest sends in flight of a worker: each level has some of its own, and there are some for all.
+pub const LEAST_CONCURRENCY: usize = 8;
+
 /// The worker's own bounds.
 #[derive(Debug, Clone)]
 pub struct Worker {
@@ -205,7 +208,7 @@ pub struct Worker {
     pub job_memory: u64,
     /// Reports not yet published above which nothing new is begun (`POSTROOM_OUTBOX_LIMIT`, default 50000).
     pub outbox_limit: usize,
-    /// Sends in flight (`POSTROOM_CONCURRENCY`, default 64).
+    /// Sends in flight (`POSTROOM_CONCURRENCY`, default 128, at least [`LEAST_CONCURRENCY`]).
     pub concurrency: usize,
     /// Time without a heartbeat after which another worker may take over (`POSTROOM_LEASE`, default 45 s).
     pub lease: Duration,

@@ -231,6 +231,11 @@ pub(super) fn amqp_url(text: &str) -> Parsed<()> {
     }
 }
 
+/// Whether a broker's URL is one without TLS.
+pub(super) fn is_plain_amqp(text: &str) -> bool {
+    Url::parse(text).is_ok_and(|url| url.scheme() == "amqp")
+}
+
 /// `postgres://`.
 pub(super) fn database_url(text: &str) -> Parsed<()> {
     if text.starts_with("postgres://") || text.starts_with("postgresql://") {

@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
+use secrecy::{ExposeSecret as _, SecretString};
+
 use super::load::{FromSettings, Reader};
 use super::{
-    Broker, BrokerNames, Database, Egress, Fetch, JobLimits, Keys, Process, Smtp, SmtpTimeouts, Storage,
-    Telemetry, TopologyMode, UnknownTenant, Webhook, Worker, parse,
+    Broker, BrokerNames, Database, Egress, Fetch, JobLimits, Keys, LEAST_CONCURRENCY, Process, Smtp,
+    SmtpTimeouts, Storage, Telemetry, TopologyMode, UnknownTenant, Webhook, Worker, parse,
 };
 
 use crate::memory::least_budget;
@@ -35,9 +37,10 @@ impl Reader<'_> {
 impl FromSettings for BrokerNames {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let url = r.optional_secret("POSTROOM_AMQP_URL", parse::amqp_url);
+        let names = broker_names(r, url.as_ref());
         Some(Self(Broker {
             url: url.unwrap_or_default(),
-            ..broker_names(r)?
+            ..names?
         }))
     }
 }
@@ -45,14 +48,21 @@ impl FromSettings for BrokerNames {
 impl FromSettings for Broker {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let url = r.secret("POSTROOM_AMQP_URL", parse::amqp_url);
-        let names = broker_names(r);
+        let names = broker_names(r, url.as_ref());
         Some(Self { url: url?, ..names? })
     }
 }
 
 /// All but the URL.
-fn broker_names(r: &mut Reader<'_>) -> Option<Broker> {
+fn broker_names(r: &mut Reader<'_>, url: Option<&SecretString>) -> Option<Broker> {
     let ca_file = r.file("POSTROOM_AMQP_CA_FILE");
+    if ca_file.is_some() && url.is_some_and(|url| parse::is_plain_amqp(url.expose_secret())) {
+        r.note(
+            "POSTROOM_AMQP_CA_FILE",
+            "is given, but POSTROOM_AMQP_URL is amqp://, which sends the password in clear",
+            "give an amqps:// URL, or no authorities",
+        );
+    }
     let prefix = r.get("POSTROOM_PREFIX", parse::prefix);
     let topology = r.get("POSTROOM_TOPOLOGY", |text| {
         let modes = [
@@ -233,7 +243,9 @@ impl FromSettings for Egress {
 
 impl FromSettings for Worker {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let concurrency = r.count("POSTROOM_CONCURRENCY", 10_000);
+        let concurrency = r.get("POSTROOM_CONCURRENCY", |text| {
+            parse::number(text, LEAST_CONCURRENCY as u64..=10_000)
+        });
         let job_memory = job_memory(r);
         let outbox_limit = r.count("POSTROOM_OUTBOX_LIMIT", 100_000_000);
         let lease = r.duration("POSTROOM_LEASE", SECOND, 10 * MINUTE);
@@ -255,7 +267,7 @@ impl FromSettings for Worker {
         let cooldown = r.duration("POSTROOM_BREAKER_COOLDOWN", Duration::from_millis(100), DAY);
         let longest = r.duration("POSTROOM_BREAKER_COOLDOWN_CAP", Duration::from_millis(100), DAY);
         Some(Self {
-            concurrency: concurrency?,
+            concurrency: concurrency? as usize,
             job_memory: job_memory?,
             outbox_limit: outbox_limit?,
             lease: lease?,

@@ -166,7 +166,7 @@ pub const SETTINGS: &[Setting] = &[
         "FILE",
         None,
         &[Broker],
-        "Certificate authorities for the broker besides the system's, in PEM form.",
+        "Certificate authorities for the broker besides the system's, in PEM form; wants an amqps:// URL.",
     ),
     plain(
         "POSTROOM_PREFIX",
@@ -233,7 +233,7 @@ pub const SETTINGS: &[Setting] = &[
         "NUMBER",
         Some("128"),
         &[Worker],
-        "Sends in flight per worker.",
+        "Sends in flight per worker, at least 8: each level has some of its own.",
     ),
     plain(
         "POSTROOM_MEMORY_BUDGET",

@@ -219,6 +219,33 @@ fn what_does_not_fit_is_refused() {
 }
 
 #[test]
+fn a_ca_file_with_a_plain_amqp_url_is_refused() {
+    let ca = ("POSTROOM_AMQP_CA_FILE", "Cargo.toml");
+    for url in [AMQP.1, "AMQP://u:hunter2@h"] {
+        let found = errors::<Broker>(&[("POSTROOM_AMQP_URL", url), ca]);
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(
+            found[0].starts_with(ca.0) && found[0].contains("amqps://"),
+            "{found:?}"
+        );
+        assert!(!found[0].contains("hunter2"), "{found:?}");
+    }
+    assert_eq!(errors::<BrokerNames>(&[AMQP, ca]), errors::<Broker>(&[AMQP, ca]));
+    let secure = ("POSTROOM_AMQP_URL", "amqps://u:hunter2@h");
+    assert!(load::<Broker>(&sources(&[secure, ca])).is_ok());
+    assert!(load::<BrokerNames>(&sources(&[ca])).is_ok());
+}
+
+#[test]
+fn a_worker_sends_at_least_as_many_mails_at_once_as_the_levels_can_share() {
+    let concurrency =
+        |text| load::<Worker>(&sources(&[("POSTROOM_CONCURRENCY", text)])).map(|w| w.concurrency);
+    assert_eq!(concurrency("8").unwrap(), 8);
+    let error = concurrency("7").unwrap_err().remove(0).to_string();
+    assert!(error.contains("from 8 to"), "{error}");
+}
+
+#[test]
 fn a_local_folder_needs_a_public_url() {
     let env = [
         ("POSTROOM_STORAGE_URL", "file:///srv/f"),

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{Notify, watch};
 
+use crate::config::LEAST_CONCURRENCY;
 use crate::level::Level;
 use crate::telemetry::metrics::Metrics;
 
@@ -48,11 +49,11 @@ impl fmt::Debug for Permits {
 }
 
 impl Permits {
-    /// Divides `total` (at least 8 are made) between the levels: a quarter, an eighth, a sixteenth and a sixteenth
+    /// Divides `total` (at least [`LEAST_CONCURRENCY`] are made) between the levels: a quarter, an eighth, a sixteenth and a sixteenth
     /// reserved, at least one each; the rest shared.
     #[must_use]
     pub fn new(total: usize, metrics: Arc<Metrics>) -> Arc<Self> {
-        let total = total.max(8);
+        let total = total.max(LEAST_CONCURRENCY);
         let reserved = [
             total / 4,
             (total / 8).max(1),

@@ -191,9 +191,9 @@ async fn build(
     };
     let worker = Arc::new(Worker {
         permits: Permits::new(settings.worker.concurrency, Arc::clone(&metrics)),
-        permits_total: settings.worker.concurrency.max(8),
+        permits_total: settings.worker.concurrency,
         memory,
-        load: Load::new(settings.worker.concurrency.max(8)),
+        load: Load::new(settings.worker.concurrency),
         pool_size,
         limits: settings.limits,
         retry: settings.worker.retry,

@@ -64,6 +64,13 @@ class Schema(unittest.TestCase):
     def test_labels_of_the_chart_cannot_be_replaced(self):
         self.assertIn("app.kubernetes.io/name", self.refused(required(commonLabels={"app.kubernetes.io/name": "x"})))
 
+    def test_authorities_of_the_broker_need_tls(self):
+        ca = {"rabbitmq__ca__secret": "broker-ca"}
+        self.assertIn("rabbitmq.ca needs rabbitmq.tls", self.refused(required(**ca)))
+        for more in ({"rabbitmq__tls": True}, {"rabbitmq__urlKey": "url"}):
+            with self.subTest(more):
+                render(required(**ca, **more))
+
     def test_a_missing_secret_is_asked_for(self):
         for name in ("rabbitmq", "postgres", "keys"):
             with self.subTest(name):
@@ -166,7 +173,7 @@ class Settings(unittest.TestCase):
             ("OTEL_SDK_DISABLED", True, False, "false"),
             ("OTEL_TRACES_SAMPLER_ARG", 1, 0, "0"),
             ("POSTROOM_EGRESS_ALLOW", ["10.0.0.0/8"], [], ""),
-            ("POSTROOM_CONCURRENCY", 7, 8, "8"),
+            ("POSTROOM_CONCURRENCY", 9, 8, "8"),
         ]:
             with self.subTest(variable, own=own):
                 name = generate.camel(variable)

@@ -174,6 +174,9 @@ annotations:
   value: {{ printf "%s://$(RABBITMQ_USERNAME):$(RABBITMQ_PASSWORD)@$(RABBITMQ_HOST):$(RABBITMQ_PORT)/%s" (ternary "amqps" "amqp" $it.tls) ($it.vhost | urlquery | replace "+" "%20") | quote }}
 {{- end }}
 {{- if or $it.ca.secret $it.ca.configMap }}
+{{- if not (or $it.urlKey $it.tls) }}
+{{- fail "rabbitmq.ca needs rabbitmq.tls: the URL put together begins with amqp, which sends the password in clear" }}
+{{- end }}
 - name: POSTROOM_AMQP_CA_FILE
   value: /etc/postroom/rabbitmq-ca/ca.crt
 {{- end }}
