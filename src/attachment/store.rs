@@ -1,5 +1,5 @@
 //! The object store for large attachments: S3, Google Cloud Storage, Azure, or a local folder that a web server gives
-//! out. Keys are made of tenant and content, so that a repeat uploads nothing twice.
+//! out. Keys are made of tenant and content, so that a repeat uploads nothing twice within a day.
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -42,6 +42,10 @@ const ATTRIBUTE: &AsciiSet = &NON_ALPHANUMERIC
     .remove(b'_')
     .remove(b'~');
 
+/// Age from which an object is written again though it is there. Lifecycle rules of buckets count from the last write: a new
+/// link must live as long as one to a new object.
+const FRESH: Duration = Duration::from_hours(24);
+
 /// Longest file name at the end of a public key.
 const MAX_NAME: usize = 100;
 
@@ -75,7 +79,7 @@ pub(super) struct File<'a> {
 pub(super) enum Stored {
     /// It was.
     New,
-    /// The file was there.
+    /// The file was there, and written lately.
     Present,
 }
 
@@ -105,10 +109,10 @@ impl Store {
         key
     }
 
-    /// Puts a file in its place, unless it is there.
+    /// Puts a file in its place, unless it has been put there lately.
     pub(super) async fn put(&self, key: &str, file: &File<'_>) -> Result<Stored, Failure> {
         let path = self.path(key);
-        if self.size_of(&path).await? == Some(file.bytes.len() as u64) {
+        if self.has_fresh(&path, file.bytes.len() as u64).await? {
             return Ok(Stored::Present);
         }
         let attributes = self.attributes(file);
@@ -201,11 +205,15 @@ impl Store {
             .collect()
     }
 
-    async fn size_of(&self, path: &Path) -> Result<Option<u64>, Failure> {
+    /// Whether there is an object of this size that was written lately.
+    async fn has_fresh(&self, path: &Path, size: u64) -> Result<bool, Failure> {
         match timed(CALL_TIMEOUT, self.objects.head(path)).await? {
-            Ok(meta) => Ok(Some(meta.size)),
+            Ok(meta) => {
+                let age = Timestamp::now().as_second() - meta.last_modified.timestamp();
+                Ok(meta.size == size && age < FRESH.as_secs() as i64)
+            }
             // Without the right to list, S3 says "denied" of what is not there.
-            Err(Error::NotFound { .. } | Error::PermissionDenied { .. }) => Ok(None),
+            Err(Error::NotFound { .. } | Error::PermissionDenied { .. }) => Ok(false),
             Err(error) => Err(unavailable("head", &error)),
         }
     }

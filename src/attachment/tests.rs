@@ -515,6 +515,26 @@ async fn a_retry_uploads_nothing_twice() {
 }
 
 #[tokio::test]
+async fn an_object_uploaded_long_ago_is_written_again_so_that_a_new_link_outlives_the_lifecycle_rule() {
+    let s3 = S3Server::start("files").await.unwrap();
+    let attachments = with_s3(&s3);
+    let (small, in_parts) = (vec![1; 3000], vec![1; 9 * MIB as usize]);
+    for (content, puts) in [(small, 1), (in_parts, 2)] {
+        let file = [by_bytes("a.bin", &content)];
+        let before = s3.requests("PUT");
+        // Uploaded; there; too old, after which it counts as written today.
+        for (age, uploads) in [(0, 1), (20, 1), (30, 2), (0, 2)] {
+            s3.age(Duration::from_hours(age)).unwrap();
+            attachments
+                .prepare(&acme(), &file, &rewrite_above(1000))
+                .await
+                .unwrap();
+            assert_eq!(s3.requests("PUT") - before, uploads * puts, "{age} hours");
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_very_large_file_goes_up_in_parts() {
     let s3 = S3Server::start("files").await.unwrap();
     let attachments = with_s3(&s3);

@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use axum::Router;
 use axum::body::Body;
@@ -112,23 +113,51 @@ impl S3Server {
     /// All objects of the bucket, as keys with their sizes in bytes, sorted.
     #[must_use]
     pub fn objects(&self) -> Vec<(String, u64)> {
-        let root = self.folder.path().join(&self.bucket);
+        let root = self.root();
+        let mut found: Vec<_> = self
+            .files()
+            .into_iter()
+            .map(|(path, size)| {
+                let key = path.strip_prefix(&root).unwrap_or(&path).display().to_string();
+                (key, size)
+            })
+            .collect();
+        found.sort();
+        found
+    }
+
+    /// Makes all objects as if they had been written so long ago.
+    ///
+    /// # Errors
+    /// If a file cannot be changed.
+    pub fn age(&self, by: Duration) -> io::Result<()> {
+        let then = SystemTime::now() - by;
+        for (path, _) in self.files() {
+            std::fs::File::options()
+                .write(true)
+                .open(path)?
+                .set_modified(then)?;
+        }
+        Ok(())
+    }
+
+    fn root(&self) -> PathBuf {
+        self.folder.path().join(&self.bucket)
+    }
+
+    /// The files of all objects, with their sizes in bytes.
+    fn files(&self) -> Vec<(PathBuf, u64)> {
         let mut found = Vec::new();
-        let mut folders: Vec<PathBuf> = vec![root.clone()];
+        let mut folders = vec![self.root()];
         while let Some(folder) = folders.pop() {
             for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-                let path = entry.path();
                 match entry.metadata() {
-                    Ok(meta) if meta.is_dir() => folders.push(path),
-                    Ok(meta) => {
-                        let key = path.strip_prefix(&root).unwrap_or(&path).display().to_string();
-                        found.push((key, meta.len()));
-                    }
+                    Ok(meta) if meta.is_dir() => folders.push(entry.path()),
+                    Ok(meta) => found.push((entry.path(), meta.len())),
                     Err(_) => {}
                 }
             }
         }
-        found.sort();
         found
     }
 }
