@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use object_store::path::Path;
 use object_store::signer::{Method, SignedUrlOptions, Signer};
 use object_store::{
-    Attribute, Attributes, Error, MultipartUpload, ObjectStore, ObjectStoreExt, PutMode, PutMultipartOptions,
+    Attribute, Attributes, Error, MultipartUpload, ObjectStore, ObjectStoreExt, PutMultipartOptions,
     PutOptions, PutPayload,
 };
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
@@ -118,29 +118,10 @@ impl Store {
         let attributes = self.attributes(file);
         if file.bytes.len() > PART {
             self.put_parts(&path, file.bytes, attributes).await?;
-            return Ok(Stored::New);
+        } else {
+            self.put_whole(&path, file.bytes, attributes).await?;
         }
-        let options = PutOptions {
-            mode: PutMode::Create,
-            attributes: attributes.clone(),
-            ..PutOptions::default()
-        };
-        match self.put_once(&path, file.bytes, options).await? {
-            Ok(()) => Ok(Stored::New),
-            Err(Error::AlreadyExists { .. } | Error::Precondition { .. }) => Ok(Stored::Present),
-            // Some S3 servers know no conditional writes; the same content twice does no harm.
-            Err(Error::NotImplemented { .. } | Error::NotSupported { .. }) => {
-                let options = PutOptions {
-                    attributes,
-                    ..PutOptions::default()
-                };
-                let result = self.put_once(&path, file.bytes, options).await?;
-                result
-                    .map(|()| Stored::New)
-                    .map_err(|error| unavailable("put", &error))
-            }
-            Err(error) => Err(unavailable("put", &error)),
-        }
+        Ok(Stored::New)
     }
 
     /// The address for the reader, and when it stops working.
@@ -159,8 +140,8 @@ impl Store {
         };
         let path = self.path(key);
         let expires_at = Timestamp::now() + self.link_lifetime;
-        // Whoever uploaded the same content first may have called it otherwise. Azure signs no such query: there the
-        // name of the first upload stays.
+        // Whoever uploaded the same content before may have called it otherwise. Azure signs no such query: there the
+        // name of the last upload holds.
         let options =
             SignedUrlOptions::new().with_query([("response-content-disposition", disposition(filename))]);
         let link = timed(
@@ -218,16 +199,15 @@ impl Store {
         }
     }
 
-    async fn put_once(
-        &self,
-        path: &Path,
-        bytes: &Bytes,
-        options: PutOptions,
-    ) -> Result<Result<(), Error>, Failure> {
+    /// Never on condition that nothing is there: some S3 servers refuse that, and the digest in the key makes sure that
+    /// only the same content is overwritten.
+    async fn put_whole(&self, path: &Path, bytes: &Bytes, attributes: Attributes) -> Result<(), Failure> {
+        let options = PutOptions::from(attributes);
         let put = self
             .objects
             .put_opts(path, PutPayload::from(bytes.clone()), options);
-        Ok(timed(PART_TIMEOUT, put).await?.map(drop))
+        let done = timed(PART_TIMEOUT, put).await?;
+        done.map(drop).map_err(|error| unavailable("put", &error))
     }
 
     async fn put_parts(&self, path: &Path, bytes: &Bytes, attributes: Attributes) -> Result<(), Failure> {

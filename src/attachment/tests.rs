@@ -535,6 +535,21 @@ async fn an_object_uploaded_long_ago_is_written_again_so_that_a_new_link_outlive
 }
 
 #[tokio::test]
+async fn a_store_that_refuses_conditional_puts_gets_the_file_all_the_same() {
+    let s3 = S3Server::start("files").await.unwrap();
+    s3.refuse_conditions();
+    let attachments = with_s3(&s3);
+    let file = [by_bytes("a.bin", &[1; 3000])];
+    let prepared = attachments
+        .prepare(&acme(), &file, &rewrite_above(1000))
+        .await
+        .unwrap();
+    let response = download(&prepared.links[0].url).await;
+    assert_eq!(response.bytes().await.unwrap(), vec![1; 3000]);
+    assert_eq!(s3.requests("PUT"), 1);
+}
+
+#[tokio::test]
 async fn a_very_large_file_goes_up_in_parts() {
     let s3 = S3Server::start("files").await.unwrap();
     let attachments = with_s3(&s3);

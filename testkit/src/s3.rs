@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -13,6 +13,7 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
+use axum::http::header::{IF_MATCH, IF_NONE_MATCH};
 use axum::response::{IntoResponse, Response};
 use s3s::auth::SimpleAuth;
 use s3s::service::{S3Service, S3ServiceBuilder};
@@ -40,6 +41,8 @@ struct Shared {
     service: S3Service,
     /// Requests still to be answered with 503; `u64::MAX` is until told.
     failing: AtomicU64,
+    /// Whether conditional writes are answered with 501, as some servers do that speak S3.
+    unconditional: AtomicBool,
     requests: Mutex<HashMap<String, u64>>,
 }
 
@@ -58,6 +61,7 @@ impl S3Server {
         let shared = Arc::new(Shared {
             service: builder.build(),
             failing: AtomicU64::new(0),
+            unconditional: AtomicBool::new(false),
             requests: Mutex::default(),
         });
         let listener = TcpListener::bind("127.0.0.1:0").await?;
@@ -102,6 +106,11 @@ impl S3Server {
     /// Answers every request with 503, or none any more.
     pub fn fail(&self, on: bool) {
         self.fail_next(if on { u64::MAX } else { 0 });
+    }
+
+    /// Answers conditional writes with 501 from now on.
+    pub fn refuse_conditions(&self) {
+        self.shared.unconditional.store(true, Ordering::SeqCst);
     }
 
     /// Requests so far with this method, failed ones among them.
@@ -189,6 +198,11 @@ async fn answer(State(shared): State<Arc<Shared>>, request: Request) -> Response
     *shared.counts().entry(request.method().to_string()).or_default() += 1;
     if shared.must_fail() {
         return StatusCode::SERVICE_UNAVAILABLE.into_response();
+    }
+    let headers = request.headers();
+    let conditional = headers.contains_key(IF_NONE_MATCH) || headers.contains_key(IF_MATCH);
+    if conditional && shared.unconditional.load(Ordering::SeqCst) {
+        return StatusCode::NOT_IMPLEMENTED.into_response();
     }
     let request = request.map(s3s::Body::http_body_unsync);
     match shared.service.call(request).await {
