@@ -13,6 +13,7 @@ use crate::id::TenantId;
 use crate::job::{Attachment, Source};
 use crate::telemetry::metrics::Metrics;
 
+mod buffer;
 mod cache;
 mod digest;
 mod fetch;

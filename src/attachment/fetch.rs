@@ -3,15 +3,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use jiff::Timestamp;
 use reqwest::header::{ACCEPT_ENCODING, HeaderMap, LOCATION, RETRY_AFTER};
 use reqwest::{Response, StatusCode};
 use tokio::sync::Semaphore;
 use url::Url;
 
+use super::buffer::{Buffer, Wanted};
 use super::memory::{Budget, Held};
-use super::too_large;
 use crate::config;
 use crate::egress::{self, EgressError, EgressGuard};
 use crate::failure::{Class, Failure, Fault, Stage};
@@ -21,9 +21,6 @@ const MAX_REDIRECTS: usize = 3;
 
 /// Time limit of one connection attempt, TLS included.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Memory taken at a time for a file of unknown length, in bytes; doubled with the file.
-const FIRST_PIECE: u64 = 64 << 10;
 
 /// Longest wait that a server may ask for.
 const MAX_RETRY_AFTER: Duration = Duration::from_hours(24);
@@ -64,7 +61,7 @@ impl Fetcher {
         let cap = cap.min(self.limits.max_bytes).min(budget.total());
         let fetching = async {
             let response = self.open(url).await?;
-            read(response, filename, cap, budget).await
+            read(response, Wanted { filename, cap }, budget).await
         };
         match tokio::time::timeout(self.limits.timeout, fetching).await {
             Ok(result) => result,
@@ -92,34 +89,20 @@ impl Fetcher {
 
 async fn read(
     mut response: Response,
-    filename: &str,
-    cap: u64,
+    wanted: Wanted<'_>,
     budget: &Budget<'_>,
 ) -> Result<(Bytes, Held), Failure> {
     let url = response.url().clone();
-    let declared = response.content_length();
-    if declared.is_some_and(|length| length > cap) {
-        return Err(too_large(filename, cap));
+    let mut buffer = Buffer::new(wanted, response.content_length(), budget).await?;
+    while let Some(chunk) = next_chunk(&mut response, &url).await? {
+        buffer.append(&chunk).await?;
     }
-    let mut held = budget.reserve(declared.unwrap_or(FIRST_PIECE.min(cap))).await?;
-    let mut content = BytesMut::with_capacity(held.bytes() as usize);
-    while let Some(chunk) = response
-        .chunk()
-        .await
-        .map_err(|error| unreachable(&url, &error))?
-    {
-        let length = (content.len() + chunk.len()) as u64;
-        if length > cap {
-            return Err(too_large(filename, cap));
-        }
-        if length > held.bytes() {
-            let target = length.max(held.bytes() * 2).min(cap);
-            held.join(budget.reserve(target - held.bytes()).await?);
-            content.reserve(target as usize - content.len());
-        }
-        content.extend_from_slice(&chunk);
-    }
-    Ok((content.freeze(), held))
+    Ok(buffer.finish())
+}
+
+async fn next_chunk(response: &mut Response, url: &Url) -> Result<Option<Bytes>, Failure> {
+    let chunk = response.chunk().await;
+    chunk.map_err(|error| unreachable(url, &error))
 }
 
 fn is_redirect(status: StatusCode) -> bool {

@@ -61,49 +61,73 @@ impl Budget<'_> {
         self.memory.total
     }
 
-    /// Reserves memory for so many bytes.
-    pub(super) async fn reserve(&self, bytes: u64) -> Result<Held, Failure> {
-        let memory = self.memory;
-        if self
-            .used
-            .fetch_add(bytes, Ordering::Relaxed)
-            .saturating_add(bytes)
-            > memory.total
-        {
-            return Err(Failure::permanent(
-                Class::Content,
-                Fault::Sender,
-                Stage::Fetch,
-                "attachments_too_large",
-                format!(
-                    "the attachments together are larger than the {} a worker may hold",
-                    size::human(memory.total, '.')
-                ),
-            ));
+    /// Counts bytes that files of the job have, whether they are in memory yet or not: what can never fit is known before
+    /// anybody waits for it.
+    pub(super) fn count(&self, bytes: u64) -> Result<(), Failure> {
+        let before = self.used.fetch_add(bytes, Ordering::Relaxed);
+        if before.saturating_add(bytes) <= self.memory.total {
+            return Ok(());
         }
-        let count = u32::try_from(units(bytes)).unwrap_or(u32::MAX);
-        let permit = tokio::time::timeout(
-            memory.patience,
-            Arc::clone(&memory.permits).acquire_many_owned(count),
-        );
-        let Ok(Ok(permit)) = permit.await else {
-            let mut failure = Failure::transient(
-                Class::Local,
-                Fault::Us,
-                Stage::Fetch,
-                "attachment_memory",
-                "the memory for attachments was full",
-            );
-            failure.retry_after = Some(COME_BACK);
-            return Err(failure);
-        };
-        let metrics = Arc::clone(&memory.metrics);
+        Err(Failure::permanent(
+            Class::Content,
+            Fault::Sender,
+            Stage::Fetch,
+            "attachments_too_large",
+            format!(
+                "the attachments need more memory at once than the {} of POSTROOM_ATTACHMENT_MEMORY",
+                size::human(self.memory.total, '.')
+            ),
+        ))
+    }
+
+    /// Waits for memory for so many bytes, which were counted or soon will be.
+    pub(super) async fn hold(&self, bytes: u64) -> Result<Held, Failure> {
+        let permit = self.permits(units(bytes)).await?;
+        let metrics = Arc::clone(&self.memory.metrics);
         metrics.attachment_bytes.add(bytes as i64);
         Ok(Held {
             permit,
             bytes,
             metrics,
         })
+    }
+
+    /// Counts bytes, and waits for memory for them.
+    pub(super) async fn reserve(&self, bytes: u64) -> Result<Held, Failure> {
+        self.count(bytes)?;
+        self.hold(bytes).await
+    }
+
+    /// Makes it as many bytes as are wanted if they are free, else waits for the least that is needed: files of one job
+    /// must not wait for each other's memory as long as there is enough for what they really have.
+    pub(super) async fn grow(&self, held: &mut Held, least: u64, wanted: u64) -> Result<(), Failure> {
+        let has = held.permit.num_permits() as u64;
+        let more = |to: u64| units(to).saturating_sub(has);
+        let at_once = Arc::clone(&self.memory.permits).try_acquire_many_owned(permit_count(more(wanted)));
+        let (permit, to) = match at_once {
+            Ok(permit) => (permit, wanted),
+            Err(_) => (self.permits(more(least)).await?, least),
+        };
+        held.permit.merge(permit);
+        held.metrics.attachment_bytes.add((to - held.bytes) as i64);
+        held.bytes = to;
+        Ok(())
+    }
+
+    async fn permits(&self, units: u64) -> Result<OwnedSemaphorePermit, Failure> {
+        let permits = Arc::clone(&self.memory.permits).acquire_many_owned(permit_count(units));
+        if let Ok(Ok(permits)) = tokio::time::timeout(self.memory.patience, permits).await {
+            return Ok(permits);
+        }
+        let mut failure = Failure::transient(
+            Class::Local,
+            Fault::Us,
+            Stage::Fetch,
+            "attachment_memory",
+            "the memory for attachments was full",
+        );
+        failure.retry_after = Some(COME_BACK);
+        Err(failure)
     }
 
     /// What this job has taken and freed again before its end.
@@ -126,12 +150,14 @@ impl Held {
         self.bytes
     }
 
-    /// Adds another reservation to this one.
-    pub(super) fn join(&mut self, mut other: Self) {
-        self.bytes += std::mem::take(&mut other.bytes);
-        if let Some(permit) = other.permit.split(other.permit.num_permits()) {
-            self.permit.merge(permit);
-        }
+    /// Gives back all but so many bytes.
+    pub(super) fn shrink(&mut self, to: u64) {
+        let surplus = self.permit.num_permits().saturating_sub(units(to) as usize);
+        drop(self.permit.split(surplus));
+        self.metrics
+            .attachment_bytes
+            .sub(self.bytes.saturating_sub(to) as i64);
+        self.bytes = self.bytes.min(to);
     }
 }
 
@@ -143,4 +169,8 @@ impl Drop for Held {
 
 fn units(bytes: u64) -> u64 {
     bytes.div_ceil(UNIT)
+}
+
+fn permit_count(units: u64) -> u32 {
+    u32::try_from(units).unwrap_or(u32::MAX)
 }

@@ -396,6 +396,48 @@ async fn the_memory_bound_holds_for_all_jobs_together() {
 }
 
 #[tokio::test]
+async fn files_of_unknown_length_count_with_their_real_size() {
+    let web = FileServer::start().await.unwrap();
+    let metrics = metrics();
+    let limits = config::Fetch {
+        memory: 4 * MIB,
+        timeout: Duration::from_secs(4),
+        ..limits()
+    };
+    let attachments = Attachments::new(limits, None, loopback(), Arc::clone(&metrics)).unwrap();
+    let size = 550 << 10;
+    let file = Answer::file(vec![1; size]).declaring(None);
+    let files: Vec<_> = (0..7)
+        .map(|n| by_url("a", &web.put(&format!("/{n}"), file.clone())))
+        .collect();
+    let prepared = prepare(&attachments, &files).await.unwrap();
+    assert!(prepared.parts.iter().all(|part| part.held_bytes() == size as u64));
+    assert_eq!(metrics.attachment_bytes.get(), 7 * size as i64);
+    drop(prepared);
+    assert_eq!(metrics.attachment_bytes.get(), 0);
+
+    let more = [files.as_slice(), &files[..1]].concat();
+    let never = prepare(&attachments, &more).await.unwrap_err();
+    assert_eq!(never.reason, "attachments_too_large");
+    assert_eq!(metrics.attachment_bytes.get(), 0);
+}
+
+#[tokio::test]
+async fn a_cached_file_of_unknown_length_takes_no_more_memory_than_its_size() {
+    let web = FileServer::start().await.unwrap();
+    let attachments = without_store(limits());
+    let known = Attachment {
+        sha256: Some(Sha256::digest(b"content").into()),
+        ..by_url("a", &web.put("/a", Answer::file("content").declaring(None)))
+    };
+    let mut prepared = prepare(&attachments, &[known]).await.unwrap();
+    let bytes = prepared.parts.remove(0).bytes;
+    // The same memory as that in the cache, which is gone with the last that knows it.
+    drop((prepared, attachments));
+    assert_eq!(bytes.try_into_mut().unwrap().capacity(), "content".len());
+}
+
+#[tokio::test]
 async fn large_files_follow_the_policy_and_inline_images_never_leave_the_mail() {
     let attachments = without_store(limits());
     let large = by_bytes("large.bin", &[0; 2000]);
