@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use futures_util::future::join_all;
+use tokio::sync::Mutex;
 
 use crate::compose::media;
 use crate::config;
@@ -42,6 +43,16 @@ pub struct Attachments {
     cache: Cache,
     store: Option<Store>,
     metrics: Arc<Metrics>,
+}
+
+/// What holds for all files of a job.
+struct OneJob<'a> {
+    tenant: &'a TenantId,
+    large: &'a LargeFiles,
+    budget: Budget<'a>,
+    /// Had by the file that is being fetched, of those that may become links: they need memory one at a time, however many
+    /// there are.
+    turn: Mutex<()>,
 }
 
 /// What became of one attachment.
@@ -102,11 +113,16 @@ impl Attachments {
         attachments: &[Attachment],
         large: &LargeFiles,
     ) -> Result<Prepared, Failure> {
-        let budget = self.memory.budget();
+        let job = OneJob {
+            tenant,
+            large,
+            budget: self.memory.budget(),
+            turn: Mutex::new(()),
+        };
         // Boxed: one such future is large, and most jobs have no attachment at all.
         let each = attachments
             .iter()
-            .map(|attachment| Box::pin(self.one(tenant, attachment, large, &budget)));
+            .map(|attachment| Box::pin(self.one(&job, attachment)));
         let mut prepared = Prepared::default();
         let mut failed: Option<Failure> = None;
         for outcome in join_all(each).await {
@@ -134,20 +150,20 @@ impl Attachments {
         }
     }
 
-    async fn one(
-        &self,
-        tenant: &TenantId,
-        attachment: &Attachment,
-        large: &LargeFiles,
-        budget: &Budget<'_>,
-    ) -> Result<Outcome, Failure> {
+    async fn one(&self, job: &OneJob<'_>, attachment: &Attachment) -> Result<Outcome, Failure> {
+        let large = job.large;
         let threshold = large.threshold.filter(|_| !attachment.inline).unwrap_or(u64::MAX);
         let cap = if large.action == LargeFileAction::Reject {
             threshold
         } else {
             u64::MAX
         };
-        let content = self.content(tenant, attachment, cap, budget).await?;
+        let _turn = if job.may_become_link(attachment) {
+            Some(job.turn.lock().await)
+        } else {
+            None
+        };
+        let content = self.content(job, attachment, cap).await?;
         let size = content.bytes.len() as u64;
         if size <= threshold {
             return Ok(Outcome::Attached(part(attachment, content), None));
@@ -163,21 +179,16 @@ impl Attachments {
                 Ok(Outcome::Attached(part(attachment, content), Some(warning)))
             }
             LargeFileAction::Rewrite => {
-                let link = self.upload(tenant, attachment, &content).await?;
-                budget.give_back(content.held.as_ref().map_or(0, Held::bytes));
+                let link = self.upload(job.tenant, attachment, &content).await?;
+                job.budget.give_back(content.held.as_ref().map_or(0, Held::bytes));
                 Ok(Outcome::Linked(link))
             }
         }
     }
 
     /// The content, verified.
-    async fn content(
-        &self,
-        tenant: &TenantId,
-        attachment: &Attachment,
-        cap: u64,
-        budget: &Budget<'_>,
-    ) -> Result<Content, Failure> {
+    async fn content(&self, job: &OneJob<'_>, attachment: &Attachment, cap: u64) -> Result<Content, Failure> {
+        let (tenant, budget) = (job.tenant, &job.budget);
         let url = match &attachment.source {
             Source::Bytes(bytes) => return verified(attachment, bytes.clone(), None).await,
             Source::Url(url) => url,
@@ -250,6 +261,16 @@ impl Attachments {
 
     fn count_fetch(&self, result: &str) {
         self.metrics.fetches.with_label_values(&[result]).inc();
+    }
+}
+
+impl OneJob<'_> {
+    /// Whether it has to be fetched, and goes to the object store if it turns out to be large.
+    fn may_become_link(&self, attachment: &Attachment) -> bool {
+        self.large.action == LargeFileAction::Rewrite
+            && self.large.threshold.is_some()
+            && !attachment.inline
+            && matches!(attachment.source, Source::Url(_))
     }
 }
 

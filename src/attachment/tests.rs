@@ -534,6 +534,38 @@ async fn a_large_file_becomes_a_link_that_downloads_it_under_its_name() {
 }
 
 #[tokio::test]
+async fn large_files_that_become_links_need_memory_one_at_a_time() {
+    let (s3, web) = (S3Server::start("files").await.unwrap(), FileServer::start().await);
+    let web = web.unwrap();
+    let limits = config::Fetch {
+        memory: 2 * MIB,
+        ..limits()
+    };
+    let store = Store::open_with(&storage("s3://files/mail"), s3.env()).unwrap();
+    let attachments = Attachments::with_store(limits, Some(store), loopback(), metrics()).unwrap();
+    let large = |name: &str, length: Option<u64>| {
+        let content = vec![name.as_bytes()[0]; 3 * MIB as usize / 2];
+        by_url(
+            name,
+            &web.put(&format!("/{name}"), Answer::file(content).declaring(length)),
+        )
+    };
+    let known = Some(3 * MIB / 2);
+    let files = [
+        large("a", known),
+        by_bytes("small.txt", b"small"),
+        large("b", None),
+        large("c", known),
+    ];
+    let prepared = attachments
+        .prepare(&acme(), &files, &rewrite_above(1000))
+        .await
+        .unwrap();
+    let names: Vec<_> = prepared.links.iter().map(|link| &link.filename[..]).collect();
+    assert_eq!((names, prepared.parts.len()), (vec!["a", "b", "c"], 1));
+}
+
+#[tokio::test]
 async fn a_retry_uploads_nothing_twice() {
     let s3 = S3Server::start("files").await.unwrap();
     let attachments = with_s3(&s3);
