@@ -16,6 +16,7 @@ use crate::telemetry::metrics::Metrics;
 
 mod buffer;
 mod cache;
+mod coding;
 mod digest;
 mod fetch;
 mod memory;

@@ -11,7 +11,9 @@ use tokio::sync::Semaphore;
 use url::Url;
 
 use super::buffer::{Buffer, Wanted};
+use super::coding::{Coding, PIECE, Unpacker};
 use super::memory::{Budget, Held};
+use super::too_large;
 use crate::config;
 use crate::egress::{self, EgressError, EgressGuard};
 use crate::failure::{Class, Failure, Fault, Stage};
@@ -74,7 +76,7 @@ impl Fetcher {
         let mut url = start.clone();
         for _ in 0..=MAX_REDIRECTS {
             self.guard.check_url(&url).map_err(|error| refused(&error))?;
-            // Compressed content would have another length and digest.
+            // Compressed content has another length and digest. Not all who are asked for none give none.
             let request = self.client.get(url.clone()).header(ACCEPT_ENCODING, "identity");
             let response = request.send().await.map_err(|error| unreachable(&url, &error))?;
             match response.status() {
@@ -87,7 +89,18 @@ impl Fetcher {
     }
 }
 
-async fn read(
+async fn read(response: Response, wanted: Wanted<'_>, budget: &Budget<'_>) -> Result<(Bytes, Held), Failure> {
+    match Coding::of(response.headers(), wanted.filename) {
+        Ok(Coding::Identity) => read_plain(response, wanted, budget).await,
+        Ok(Coding::Gzip) => read_packed(response, wanted, budget).await,
+        Err(other) => {
+            let what = format!("gives it only as `{other}`; of all codings of content, gzip is understood");
+            Err(gone(response.url(), &what))
+        }
+    }
+}
+
+async fn read_plain(
     mut response: Response,
     wanted: Wanted<'_>,
     budget: &Budget<'_>,
@@ -97,6 +110,34 @@ async fn read(
     while let Some(chunk) = next_chunk(&mut response, &url).await? {
         buffer.append(&chunk).await?;
     }
+    Ok(buffer.finish())
+}
+
+/// The file behind a compressed one: all bounds are those of the file.
+async fn read_packed(
+    mut response: Response,
+    wanted: Wanted<'_>,
+    budget: &Budget<'_>,
+) -> Result<(Bytes, Held), Failure> {
+    let url = response.url().clone();
+    let mut buffer = Buffer::new(wanted, None, budget).await?;
+    let mut unpacker = Unpacker::default();
+    // What cannot be compressed becomes a little larger; what becomes nothing must end as well.
+    let mut left = wanted.cap.saturating_add(wanted.cap / 1024 + (64 << 10));
+    while let Some(chunk) = next_chunk(&mut response, &url).await? {
+        left = left
+            .checked_sub(chunk.len() as u64)
+            .ok_or_else(|| too_large(wanted.filename, wanted.cap))?;
+        for piece in chunk.chunks(PIECE) {
+            let plain = unpacker.unpack(piece);
+            let plain = plain.map_err(|_| gone(&url, "says that it is gzip, and it is not"))?;
+            buffer.append(&plain).await?;
+            tokio::task::consume_budget().await;
+        }
+    }
+    let rest = unpacker.finish();
+    let rest = rest.map_err(|_| passing(&url, "broke off in the middle of its gzip data"))?;
+    buffer.append(&rest).await?;
     Ok(buffer.finish())
 }
 

@@ -314,6 +314,81 @@ async fn a_file_above_the_limit_is_refused_whatever_its_server_says() {
     assert!(prepare(&attachments, &[by_url("a", &exact)]).await.is_ok());
 }
 
+fn gzip(content: &[u8]) -> Vec<u8> {
+    use std::io::Write as _;
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+    encoder.write_all(content).unwrap();
+    encoder.finish().unwrap()
+}
+
+#[tokio::test]
+async fn a_file_that_its_server_compresses_anyway_arrives_as_it_was_meant() {
+    let web = FileServer::start().await.unwrap();
+    // Compressed to a thousandth, to about itself, and of two parts.
+    let flat = vec![b'0'; 3 * MIB as usize];
+    let noise: Vec<u8> = (0..200_000_u64)
+        .map(|n| (n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 29) as u8)
+        .collect();
+    let twice = [gzip(b"one,"), gzip(b"two")].concat();
+    for (content, packed) in [
+        (flat.clone(), gzip(&flat)),
+        (noise.clone(), gzip(&noise)),
+        (b"one,two".to_vec(), twice),
+        (Vec::new(), Vec::new()),
+    ] {
+        for declared in [Some(packed.len() as u64), None] {
+            let answer = Answer::file(packed.clone()).header("Content-Encoding", "gzip");
+            let file = Attachment {
+                sha256: Some(Sha256::digest(&content).into()),
+                ..by_url("report.csv", &web.put("/a", answer.declaring(declared)))
+            };
+            let prepared = prepare(&without_store(limits()), &[file]).await.unwrap();
+            assert!(prepared.parts[0].bytes == content, "{declared:?}");
+            assert_eq!(prepared.parts[0].held_bytes(), content.len() as u64);
+        }
+    }
+    let compressed = |packed: Vec<u8>| Answer::file(packed).header("Content-Encoding", "gzip");
+    let itself = by_url("a.tar.gz", &web.put("/a", compressed(gzip(b"tar"))));
+    let prepared = prepare(&without_store(limits()), &[itself]).await.unwrap();
+    assert_eq!(prepared.parts[0].bytes, gzip(b"tar"));
+}
+
+#[tokio::test]
+async fn compressed_files_that_are_too_large_broken_or_in_another_coding_are_refused() {
+    let web = FileServer::start().await.unwrap();
+    let attachments = without_store(config::Fetch {
+        max_bytes: 64 << 10,
+        ..limits()
+    });
+    let answer = |packed: Vec<u8>, coding| Answer::file(packed).header("Content-Encoding", coding);
+    let bomb = gzip(&vec![0; 2 * MIB as usize]);
+    let nothing = gzip(b"").repeat(10_000);
+    let cut = gzip(b"content")[..20].to_vec();
+    for (answer, reason, transient) in [
+        (answer(bomb, "gzip"), "attachment_too_large", false),
+        (answer(nothing, "gzip"), "attachment_too_large", false),
+        (
+            answer(b"plain text, really".to_vec(), "gzip"),
+            "attachment_unavailable",
+            false,
+        ),
+        (answer(cut, "gzip"), "attachment_unreachable", true),
+        (answer(b"packed".to_vec(), "br"), "attachment_unavailable", false),
+        (
+            answer(gzip(&gzip(b"a")), "gzip, gzip"),
+            "attachment_unavailable",
+            false,
+        ),
+    ] {
+        let failure = failure(&attachments, by_url("a", &web.put("/a", answer))).await;
+        assert_eq!(
+            (failure.reason, failure.is_transient()),
+            (reason, transient),
+            "{failure}"
+        );
+    }
+}
+
 #[tokio::test]
 async fn redirects_are_followed_three_times_and_checked_each_time() {
     let web = FileServer::start().await.unwrap();
