@@ -133,7 +133,7 @@ impl Default for SmtpTimeouts {
 pub struct Storage {
     /// `s3://bucket/prefix`, `gs://…`, `az://…` or `file:///folder` (`POSTROOM_STORAGE_URL`).
     pub url: String,
-    /// Base of the links; required with `file://` (`POSTROOM_STORAGE_PUBLIC_URL`).
+    /// Public address of the bucket or folder, for links; required with `file://` (`POSTROOM_STORAGE_PUBLIC_URL`).
     pub public_url: Option<String>,
     /// How long presigned links work, at most 7 days (`POSTROOM_LINK_LIFETIME`, default 7 days).
     pub link_lifetime: Duration,

@@ -131,7 +131,7 @@ impl Store {
         filename: &str,
     ) -> Result<(String, Option<Timestamp>), Failure> {
         if let Some(base) = &self.public_url {
-            return Ok((format!("{}/{key}", base.as_str().trim_end_matches('/')), None));
+            return Ok((self.public_link(base, key), None));
         }
         let Some(signer) = &self.signer else {
             return Err(failure(
@@ -160,6 +160,15 @@ impl Store {
         };
         let url = url.map_err(|error| unavailable("sign", &error))?;
         Ok((url.into(), Some(expires_at)))
+    }
+
+    /// Below the address of the bucket, where the object has its prefix too.
+    fn public_link(&self, base: &Url, key: &str) -> String {
+        let mut link = base.clone();
+        if let Ok(mut path) = link.path_segments_mut() {
+            path.pop_if_empty().extend(self.path(key).parts());
+        }
+        link.into()
     }
 
     /// Whether links stop working before their time: a presigned link dies with the session that signed it.

@@ -757,6 +757,28 @@ async fn a_wrong_key_is_refused_and_not_shown() {
 }
 
 #[tokio::test]
+async fn a_public_link_of_a_bucket_with_a_prefix_leads_to_the_object() {
+    for base in ["https://files.example.com", "https://example.com/files/"] {
+        let s3 = S3Server::start("files").await.unwrap();
+        let config = config::Storage {
+            public_url: Some(base.to_owned()),
+            ..storage("s3://files/mail/out")
+        };
+        let store = Store::open_with(&config, s3.env()).unwrap();
+        let attachments = Attachments::with_store(limits(), Some(store), loopback(), metrics()).unwrap();
+        let file = [by_bytes("a.bin", &[1; 3000])];
+        let prepared = attachments
+            .prepare(&acme(), &file, &rewrite_above(1000))
+            .await
+            .unwrap();
+        let path = prepared.links[0].url.strip_prefix(base.trim_end_matches('/'));
+        let key = path.unwrap().strip_prefix('/').unwrap().to_owned();
+        assert!(key.starts_with("mail/out/acme/"), "{key}");
+        assert!(s3.objects().contains(&(key, 3000)), "{:?}", s3.objects());
+    }
+}
+
+#[tokio::test]
 async fn a_folder_gives_links_below_its_public_address() {
     let folder = std::env::temp_dir().join(format!("postroom-{}", uuid::Uuid::new_v4()));
     let url = url::Url::from_directory_path(&folder).unwrap();

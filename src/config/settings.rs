@@ -479,7 +479,7 @@ pub const SETTINGS: &[Setting] = &[
         "URL",
         None,
         &[Storage],
-        "Base of the links in mails, instead of presigned ones; required with file://.",
+        "Public address of the bucket or folder, for links that are not presigned; required with file://.",
     ),
     plain(
         "POSTROOM_LINK_LIFETIME",
