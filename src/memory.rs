@@ -112,6 +112,12 @@ impl Memory {
         free as u64 * UNIT
     }
 
+    /// Whether so many bytes can ever be held beside others that stay.
+    #[must_use]
+    pub fn fits_beside(&self, held: u64, bytes: u64) -> bool {
+        held.div_ceil(UNIT) + bytes.div_ceil(UNIT) <= self.total / UNIT
+    }
+
     /// Most bytes that this share can ever hold.
     #[must_use]
     pub fn most(&self, share: Share) -> u64 {
@@ -146,6 +152,14 @@ impl Memory {
             bytes,
             in_use: self.in_use.clone(),
         }
+    }
+}
+
+impl Held {
+    /// How many.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes
     }
 }
 

@@ -4,6 +4,7 @@
 pub mod attempt;
 pub mod evidence;
 pub mod resolve;
+mod room;
 mod suspect;
 pub mod task;
 mod transact;

@@ -9,7 +9,7 @@ use lettre::Address;
 use super::resolve::{Entries, account_name};
 use super::task::{SharedClock, Task};
 use super::transact::Covered;
-use super::{Attempt, Verdict, evidence};
+use super::{Attempt, Verdict, evidence, room};
 use crate::attachment::{Attachments, Part, Prepared};
 use crate::compose::{self, Composition, Email};
 use crate::config::UnknownTenant;
@@ -20,7 +20,7 @@ use crate::id::TenantId;
 use crate::ledger::batches::Batches;
 use crate::ledger::slots::{SlotAnswer, SlotRequest};
 use crate::ledger::{Slot, WaitReason};
-use crate::memory::{Held, Memory, Share};
+use crate::memory::{Held, Memory};
 use crate::report::LinkedFile;
 use crate::secret::Keys;
 use crate::settlement::all_pending;
@@ -30,9 +30,6 @@ use crate::telemetry::traces;
 
 /// How long a job waits in the waiting room when its account has no connection free.
 const BUSY_DELAY: Duration = Duration::from_millis(250);
-
-/// How long a mail with fetched files waits for memory before it goes (back) to the waiting room.
-const COPY_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Everything an attempt talks to.
 #[derive(Debug)]
@@ -119,7 +116,8 @@ impl Pipeline {
             .await
             .map_err(|failure| started(attempt, failure))?;
         self.note_files(task, attempt, &prepared, fetched);
-        let _copy = self.room_for_copy(&prepared).await?;
+        let copy = self.room_for_copy(task, &prepared).await;
+        let _copy = copy.map_err(|failure| started(attempt, failure))?;
         if let Some(watched) = watched {
             self.rehearse(task, attempt, &chosen, &prepared);
             self.unwatch(task, watched).await?;
@@ -153,20 +151,13 @@ impl Pipeline {
         }
     }
 
-    /// Memory for what composing makes of fetched files; those that came with the job were weighed with it.
-    async fn room_for_copy(&self, prepared: &Prepared) -> Result<Option<Held>, Verdict> {
+    async fn room_for_copy(&self, task: &Task, prepared: &Prepared) -> Result<Option<Held>, Failure> {
         let fetched: u64 = prepared.parts.iter().map(Part::held_bytes).sum();
         if fetched == 0 {
             return Ok(None);
         }
-        // In base64 and lines of 76 characters.
-        let holding = self.memory.hold(Share::Urgent, fetched / 5 * 7);
-        // Several may wait for what the others hold: who waits too long frees what it has.
-        let held = tokio::time::timeout(COPY_PATIENCE, holding).await;
-        held.map(Some).map_err(|_| Verdict::Wait {
-            reason: WaitReason::Busy,
-            delay: COPY_PATIENCE,
-        })
+        let held = task.held.as_ref().map_or(0, Held::bytes);
+        room::for_copy(&self.memory, held, fetched).await.map(Some)
     }
 
     fn note_files(&self, task: &Task, attempt: &mut Attempt, prepared: &Prepared, since: Instant) {
