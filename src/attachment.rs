@@ -2,8 +2,10 @@
 //! the object store, with a link in the mail instead.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use futures_util::future::join_all;
+use futures_util::TryStreamExt as _;
+use futures_util::stream::FuturesUnordered;
 use tokio::sync::Mutex;
 
 use crate::compose::media;
@@ -24,10 +26,12 @@ mod policy;
 mod prepared;
 pub mod rewrite;
 mod size;
+mod slots;
 mod store;
 #[cfg(test)]
 mod tests;
 
+use buffer::Wanted;
 use cache::Cache;
 use digest::{Content, sha256, verified};
 use fetch::Fetcher;
@@ -36,6 +40,10 @@ pub use policy::{LargeFileAction, LargeFiles};
 pub use prepared::{Link, Part, Prepared, Reservation};
 pub use store::{StorageError, Store};
 
+/// Time limit of all files of a job together, waiting for slots and uploads among it. With the transaction's limits it
+/// stays below the broker's 30 minutes for an unacknowledged job.
+const TOGETHER: Duration = Duration::from_mins(5);
+
 /// Gets attachments, for the whole process.
 #[derive(Debug)]
 pub struct Attachments {
@@ -43,6 +51,8 @@ pub struct Attachments {
     memory: Memory,
     cache: Cache,
     store: Option<Store>,
+    /// Time limit of all files of a job together.
+    together: Duration,
     metrics: Arc<Metrics>,
 }
 
@@ -98,46 +108,44 @@ impl Attachments {
             cache: Cache::new(limits.cache()),
             fetcher: Fetcher::new(limits, guard).map_err(|_| StorageError::HttpClient)?,
             store,
+            together: TOGETHER,
             metrics,
         })
     }
 
-    /// Gets all attachments of a job, each by the tenant's policy. If several fail, a failure that stays wins over one
-    /// that passes.
+    /// Gets all attachments of a job, each by the tenant's policy. The first failure ends it: nobody waits, or has others
+    /// wait, for the files of a mail that is not sent.
     ///
     /// # Errors
     /// A content failure for a file that is missing, wrong or too large; a transient one while a file or the object
-    /// store cannot be reached; nothing is left out silently.
+    /// store cannot be reached, or if all together take too long; nothing is left out silently.
     pub async fn prepare(
         &self,
         tenant: &TenantId,
         attachments: &[Attachment],
         large: &LargeFiles,
     ) -> Result<Prepared, Failure> {
+        if attachments.is_empty() {
+            return Ok(Prepared::default());
+        }
         let job = OneJob {
             tenant,
             large,
             budget: self.memory.budget(),
             turn: Mutex::new(()),
         };
-        // Boxed: one such future is large, and most jobs have no attachment at all.
-        let each = attachments
-            .iter()
-            .map(|attachment| Box::pin(self.one(&job, attachment)));
+        let outcomes = tokio::time::timeout(self.together, self.all(&job, attachments)).await;
         let mut prepared = Prepared::default();
-        let mut failed: Option<Failure> = None;
-        for outcome in join_all(each).await {
+        for outcome in outcomes.map_err(|_| not_in_time(self.together))?? {
             match outcome {
-                Ok(Outcome::Attached(part, warning)) => {
+                Outcome::Attached(part, warning) => {
                     prepared.parts.push(part);
                     prepared.warnings.extend(warning);
                 }
-                Ok(Outcome::Linked(link)) => prepared.links.push(link),
-                Err(failure) if failed.as_ref().is_none_or(Failure::is_transient) => failed = Some(failure),
-                Err(_) => {}
+                Outcome::Linked(link) => prepared.links.push(link),
             }
         }
-        failed.map_or(Ok(prepared), Err)
+        Ok(prepared)
     }
 
     /// Whether the object store takes files. True without one.
@@ -149,6 +157,18 @@ impl Attachments {
             Some(store) => store.check().await,
             None => Ok(()),
         }
+    }
+
+    /// What becomes of each, in the order of the job.
+    async fn all(&self, job: &OneJob<'_>, attachments: &[Attachment]) -> Result<Vec<Outcome>, Failure> {
+        let each = attachments.iter().enumerate().map(|(place, attachment)| {
+            // Boxed: one such future is large.
+            Box::pin(async move { Ok((place, self.one(job, attachment).await?)) })
+        });
+        let each: FuturesUnordered<_> = each.collect();
+        let mut done: Vec<(usize, Outcome)> = each.try_collect().await?;
+        done.sort_unstable_by_key(|(place, _)| *place);
+        Ok(done.into_iter().map(|(_, outcome)| outcome).collect())
     }
 
     async fn one(&self, job: &OneJob<'_>, attachment: &Attachment) -> Result<Outcome, Failure> {
@@ -209,7 +229,11 @@ impl Attachments {
                 digest: attachment.sha256,
             });
         }
-        let fetched = self.fetcher.fetch(url, &attachment.filename, cap, budget).await;
+        let wanted = Wanted {
+            filename: &attachment.filename,
+            cap,
+        };
+        let fetched = self.fetcher.fetch(tenant, url, wanted, budget).await;
         self.count_fetch(if fetched.is_ok() { "ok" } else { "failed" });
         let (bytes, held) = fetched?;
         let content = verified(attachment, bytes, Some(held)).await?;
@@ -280,6 +304,19 @@ fn part(attachment: &Attachment, content: Content) -> Part {
         held: content.held,
         ..Part::new(attachment, content.bytes)
     }
+}
+
+fn not_in_time(limit: Duration) -> Failure {
+    Failure::transient(
+        Class::Infrastructure,
+        Fault::Sender,
+        Stage::Fetch,
+        "attachment_unreachable",
+        format!(
+            "the attachments did not come within {} seconds, which all of a mail have together",
+            limit.as_secs()
+        ),
+    )
 }
 
 fn too_large(filename: &str, limit: u64) -> Failure {

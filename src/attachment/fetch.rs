@@ -7,16 +7,17 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use reqwest::header::{ACCEPT_ENCODING, HeaderMap, LOCATION, RETRY_AFTER};
 use reqwest::{Response, StatusCode};
-use tokio::sync::Semaphore;
 use url::Url;
 
 use super::buffer::{Buffer, Wanted};
 use super::coding::{Coding, PIECE, Unpacker};
 use super::memory::{Budget, Held};
+use super::slots::Slots;
 use super::too_large;
 use crate::config;
 use crate::egress::{self, EgressError, EgressGuard};
 use crate::failure::{Class, Failure, Fault, Stage};
+use crate::id::TenantId;
 
 /// Redirects followed, each checked like the first URL.
 const MAX_REDIRECTS: usize = 3;
@@ -33,14 +34,14 @@ pub(super) struct Fetcher {
     client: reqwest::Client,
     guard: Arc<EgressGuard>,
     limits: config::Fetch,
-    slots: Semaphore,
+    slots: Slots,
 }
 
 impl Fetcher {
     pub(super) fn new(limits: config::Fetch, guard: Arc<EgressGuard>) -> Result<Self, reqwest::Error> {
         let connect = CONNECT_TIMEOUT.min(limits.timeout);
         let client = egress::http_client(Arc::clone(&guard), connect, limits.timeout)?;
-        let slots = Semaphore::new(limits.concurrency.max(1));
+        let slots = Slots::new(limits.concurrency);
         Ok(Self {
             client,
             guard,
@@ -49,21 +50,24 @@ impl Fetcher {
         })
     }
 
-    /// Gets the file, of at most `cap` bytes and the configured bounds.
+    /// Gets the tenant's file, of at most the bytes that are wanted and the configured bounds.
     pub(super) async fn fetch(
         &self,
+        tenant: &TenantId,
         url: &Url,
-        filename: &str,
-        cap: u64,
+        wanted: Wanted<'_>,
         budget: &Budget<'_>,
     ) -> Result<(Bytes, Held), Failure> {
-        let Ok(_slot) = self.slots.acquire().await else {
+        let Some(_slot) = self.slots.take(tenant).await else {
             return Err(passing(url, "is not fetched while the worker stops"));
         };
-        let cap = cap.min(self.limits.max_bytes).min(budget.total());
+        let wanted = Wanted {
+            cap: wanted.cap.min(self.limits.max_bytes).min(budget.total()),
+            ..wanted
+        };
         let fetching = async {
             let response = self.open(url).await?;
-            read(response, Wanted { filename, cap }, budget).await
+            read(response, wanted, budget).await
         };
         match tokio::time::timeout(self.limits.timeout, fetching).await {
             Ok(result) => result,

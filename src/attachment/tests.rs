@@ -436,6 +436,62 @@ async fn inner_hosts_are_refused_by_default() {
 }
 
 #[tokio::test]
+async fn a_file_host_that_hangs_holds_up_only_its_own_tenant() {
+    let web = FileServer::start().await.unwrap();
+    let hanging = web.put("/hanging", Answer::file("x").after(Duration::from_mins(1)));
+    let there = web.put("/there", Answer::file("there"));
+    let attachments = without_store(config::Fetch {
+        concurrency: 4,
+        ..limits()
+    });
+    let files = vec![by_url("a", &hanging); 10];
+    let other: TenantId = "other".parse().unwrap();
+    tokio::select! {
+        result = prepare(&attachments, &files) => panic!("{result:?}"),
+        result = async {
+            while web.requests("/hanging") < 2 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            let file = [by_url("b", &there)];
+            attachments.prepare(&other, &file, &LargeFiles::default()).await
+        } => assert_eq!(&result.unwrap().parts[0].bytes[..], b"there"),
+    }
+    assert_eq!(web.requests("/hanging"), 2);
+}
+
+#[tokio::test]
+async fn the_first_file_that_fails_ends_the_fetching_of_a_mail() {
+    let web = FileServer::start().await.unwrap();
+    let hanging = web.put("/hanging", Answer::file("x").after(Duration::from_mins(1)));
+    let files = [by_url("a", &hanging), by_url("b", &web.url("/missing"))];
+    let attachments = without_store(config::Fetch {
+        timeout: Duration::from_mins(1),
+        ..limits()
+    });
+    let fetching = prepare(&attachments, &files);
+    let ended = tokio::time::timeout(Duration::from_secs(20), fetching).await;
+    assert_eq!(ended.unwrap().unwrap_err().reason, "attachment_unavailable");
+}
+
+#[tokio::test]
+async fn all_files_of_a_mail_together_have_a_time_limit() {
+    let web = FileServer::start().await.unwrap();
+    let mut attachments = without_store(config::Fetch {
+        concurrency: 1,
+        ..limits()
+    });
+    attachments.together = Duration::from_millis(500);
+    let slow = web.put("/slow", Answer::file("x").after(Duration::from_millis(200)));
+    let failure = prepare(&attachments, &vec![by_url("a", &slow); 10]).await;
+    let failure = failure.unwrap_err();
+    assert_eq!(
+        (failure.reason, failure.is_transient()),
+        ("attachment_unreachable", true)
+    );
+    assert!(web.requests("/slow") < 10);
+}
+
+#[tokio::test]
 async fn the_memory_bound_holds_for_all_jobs_together() {
     let web = FileServer::start().await.unwrap();
     let url = web.put("/mib", Answer::file(vec![1; MIB as usize]));

@@ -458,7 +458,7 @@ pub const SETTINGS: &[Setting] = &[
         "NUMBER",
         Some("8"),
         &[Fetch],
-        "Fetches at once per worker.",
+        "Fetches at once per worker; at most half of them for one tenant.",
     ),
     plain(
         "POSTROOM_ATTACHMENT_MEMORY",
