@@ -328,4 +328,5 @@ fn too_large(filename: &str, limit: u64) -> Failure {
         "attachment_too_large",
         format!("`{filename}` is larger than the {limit} that are allowed"),
     )
+    .naming_a_file()
 }

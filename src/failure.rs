@@ -5,6 +5,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::address::masked_in;
+
 /// The reason of a failure that waits for a key.
 pub const KEY_UNKNOWN: &str = "key_unknown";
 
@@ -226,6 +228,8 @@ pub struct Failure {
     pub reply: Option<Reply>,
     /// What happened, in a sentence.
     pub message: String,
+    /// The message names a file of the job, which is for the tenant to read and not for the log.
+    pub names_file: bool,
     /// The delay the other side asked for.
     pub retry_after: Option<Duration>,
 }
@@ -249,6 +253,7 @@ impl Failure {
             reason,
             reply: None,
             message,
+            names_file: false,
             retry_after: None,
         }
     }
@@ -273,6 +278,24 @@ impl Failure {
     pub fn with_reply(mut self, reply: Reply) -> Self {
         self.reply = Some(reply);
         self
+    }
+
+    /// Says that the message names a file of the job.
+    #[must_use]
+    pub fn naming_a_file(self) -> Self {
+        Self {
+            names_file: true,
+            ..self
+        }
+    }
+
+    /// What the log says of it: no names of files, no addresses but their domains.
+    #[must_use]
+    pub fn for_log(&self) -> String {
+        if self.names_file {
+            return format!("{}: a file of the job; its report names it", self.reason);
+        }
+        masked_in(&self.to_string()).into_owned()
     }
 
     /// Whether a key is not there (yet). Such a job waits for it: that is no attempt, and never ends in failure.
@@ -321,6 +344,27 @@ impl std::error::Error for Failure {}
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_log_has_no_names_of_files_and_of_addresses_the_domains() {
+        let failure = |message: &str| {
+            Failure::permanent(
+                Class::Content,
+                Fault::Sender,
+                Stage::Fetch,
+                "attachment_too_large",
+                message,
+            )
+        };
+        let named = failure("`Kuendigung_Mueller.pdf` is larger than 50 MB").naming_a_file();
+        assert!(named.to_string().contains("Mueller"));
+        assert_eq!(
+            named.for_log(),
+            "attachment_too_large: a file of the job; its report names it"
+        );
+        let masked = failure("no room for ann@example.org").for_log();
+        assert_eq!(masked, "attachment_too_large: no room for ***@example.org");
+    }
 
     #[test]
     fn a_reply_splits_off_an_enhanced_code_that_agrees_with_its_class() {

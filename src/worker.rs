@@ -29,10 +29,10 @@ use jiff::Timestamp;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::task::TaskTracker;
 
-use crate::address::masked_in;
 use crate::broker::{Publisher, Topology};
 use crate::config::JobLimits;
 use crate::db::DbError;
+use crate::failure::Failure;
 use crate::health;
 use crate::id::AccountKey;
 use crate::ledger::batches::Batches;
@@ -242,7 +242,7 @@ impl Worker {
             deferred = count(RecipientStatus::Deferred),
             refused = count(RecipientStatus::Refused),
             smtp_ms = attempt.smtp.map(|took| took.as_millis() as u64),
-            failure = attempt.failure.as_ref().map(|f| masked_in(&f.to_string()).into_owned()),
+            failure = attempt.failure.as_ref().map(Failure::for_log),
             "attempt"
         );
     }

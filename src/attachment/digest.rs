@@ -39,7 +39,8 @@ pub(super) async fn verified(
                     "the content of `{}` does not have the sha256 given in the job",
                     attachment.filename
                 ),
-            ));
+            )
+            .naming_a_file());
         }
     };
     Ok(Content { bytes, held, digest })

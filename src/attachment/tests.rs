@@ -168,6 +168,53 @@ async fn a_digest_that_does_not_match_stays_wrong() {
 }
 
 #[tokio::test]
+async fn names_of_attachments_are_not_logged() {
+    let web = FileServer::start().await.unwrap();
+    let attachments = without_store(config::Fetch {
+        max_bytes: 10,
+        memory: 15,
+        ..limits()
+    });
+    let name = "Kuendigung_Mueller.pdf";
+    let url = web.url("/Kuendigung_Mueller.pdf");
+    let wrong = Attachment {
+        sha256: Some([0; 32]),
+        ..by_url(name, &url)
+    };
+    let file = || Answer::file("too short");
+    for (answer, files, reason) in [
+        (file().declaring(Some(11)), 1, "attachment_too_large"),
+        (
+            Answer::file("much too large").declaring(None),
+            1,
+            "attachment_too_large",
+        ),
+        (file(), 0, "attachment_digest_mismatch"),
+        (file(), 2, "attachments_too_large"),
+        (
+            file().header("Content-Encoding", "br"),
+            1,
+            "attachment_unavailable",
+        ),
+        (Answer::status(404), 1, "attachment_unavailable"),
+        (Answer::status(503), 1, "attachment_unreachable"),
+    ] {
+        web.put("/Kuendigung_Mueller.pdf", answer);
+        let mut files = vec![by_url(name, &url); files];
+        if files.is_empty() {
+            files.push(wrong.clone());
+        }
+        let failure = prepare(&attachments, &files).await.unwrap_err();
+        let logged = failure.for_log();
+        assert_eq!(failure.reason, reason);
+        assert!(
+            logged.starts_with(reason) && !logged.contains("Mueller"),
+            "{logged}"
+        );
+    }
+}
+
+#[tokio::test]
 async fn a_file_with_a_digest_is_fetched_once_per_tenant() {
     let web = FileServer::start().await.unwrap();
     let url = web.put("/a", Answer::file("content"));

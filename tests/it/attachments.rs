@@ -166,6 +166,11 @@ async fn a_file_is_fetched_again_after_a_passing_error_and_a_lasting_one_fails_t
     }
     assert_eq!(host.requests("/absent"), 1);
     assert_eq!(server.received_count(), 1);
+    let logs = worker.logs();
+    assert!(
+        logs.contains("attachment_digest_mismatch") && !logs.contains("a.bin"),
+        "{logs}"
+    );
 
     // What has been fetched once is known by its digest.
     world
