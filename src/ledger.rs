@@ -105,8 +105,10 @@ pub struct Row {
     pub sequence: i64,
     /// Attempts made so far.
     pub attempts: u32,
-    /// When the job was first claimed: the mail's Date.
+    /// When the job was first claimed.
     pub created: Timestamp,
+    /// When an attempt was first found to need another one: the age of retries counts from here.
+    pub tried: Option<Timestamp>,
     /// Results of earlier attempts; empty before the first.
     pub recipients: Vec<RecipientResult>,
     /// Message-ID of earlier attempts.
@@ -119,6 +121,8 @@ pub struct Row {
     pub deaths: u32,
     /// It is the one job that may try an account in trouble.
     pub probe: bool,
+    /// It has waited for the end of its account's trouble for as long as retries may take.
+    pub overdue: bool,
     /// The slot granted with the lease, if one was.
     pub slot: Option<Slot>,
 }
@@ -141,12 +145,14 @@ impl Row {
             sequence: born,
             attempts: 0,
             created: Timestamp::from_second(born / 1000).unwrap_or_default(),
+            tried: None,
             recipients: Vec::new(),
             message_id: None,
             uncertain: 0,
             crashes: 0,
             deaths: 0,
             probe: false,
+            overdue: false,
             slot: None,
         }
     }

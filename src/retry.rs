@@ -16,7 +16,7 @@ const FACTOR: u32 = 3;
 pub struct RetryPolicy {
     /// Attempts in all, the first included. At least 1.
     pub max_attempts: u32,
-    /// Age of a job after which it is not tried again.
+    /// Time from the first attempt that failed for a passing reason, after which it is not tried again.
     pub max_age: Duration,
     /// Wait after the first attempt.
     pub base: Duration,
@@ -38,7 +38,7 @@ impl Default for RetryPolicy {
 impl RetryPolicy {
     /// How long to wait after attempt number `attempt` (counted from 1) failed for a passing reason; `None` to give up.
     ///
-    /// `age` is the time since the job was first claimed, `hint` what the server asked for (never undercut, taken
+    /// `age` is the time since the first such attempt, `hint` what the server asked for (never undercut, taken
     /// over up to [`MAX_HINT`]), `jitter` a random number from 0 to 1: waits of jobs that failed together spread over
     /// 85 % to 115 % of the schedule. A wait that would end after `max_age` is shortened to end there, so that the
     /// last attempt comes at the end of the time allowed; if the hint forbids that, it is over.

@@ -53,7 +53,7 @@ pub fn plan(at: &Circumstances<'_>, attempt: Attempt) -> Settlement {
         Verdict::Wait {
             reason: WaitReason::Unhealthy,
             ..
-        } if is_too_old(at, &attempt) => fail(at, attempt, &unhealthy()),
+        } if at.row.overdue => fail(at, attempt, &unhealthy()),
         Verdict::Wait { reason, delay } => {
             let (reason, delay) = (*reason, *delay);
             wait(at, &attempt, reason, delay)
@@ -69,12 +69,6 @@ pub fn plan(at: &Circumstances<'_>, attempt: Attempt) -> Settlement {
         }
         Verdict::Attempted => attempted(at, attempt),
     }
-}
-
-/// Whether it has waited for as long as retries may take.
-fn is_too_old(at: &Circumstances<'_>, attempt: &Attempt) -> bool {
-    let age = Duration::try_from(at.now.duration_since(at.row.created)).unwrap_or_default();
-    age >= attempt.retry.unwrap_or(at.retry).max_age
 }
 
 fn unhealthy() -> Failure {
@@ -133,17 +127,18 @@ fn unknown_refusal() -> Failure {
 
 /// A passing failure: come back, unless that has been tried long enough.
 fn again(at: &Circumstances<'_>, mut attempt: Attempt, failure: &Failure) -> Settlement {
-    let age = at.now.duration_since(at.row.created);
-    let age = Duration::try_from(age.max(SignedDuration::ZERO)).unwrap_or_default();
+    let since = |at_first: Timestamp| Duration::try_from(at.now.duration_since(at_first)).unwrap_or_default();
     if failure.is_missing_key() {
         // However long it takes: keys are the operator's to bring.
-        let delay = age.clamp(at.retry.base, LONGEST_KEY_WAIT.max(at.retry.base));
+        let delay = since(at.row.created).clamp(at.retry.base, LONGEST_KEY_WAIT.max(at.retry.base));
         let delay = delay.mul_f64(0.85 + 0.3 * at.jitter);
         attempt.failure = Some(failure.clone());
         return wait(at, &attempt, WaitReason::Key, delay);
     }
     let attempts = attempt.number(at.row);
     let retry = attempt.retry.unwrap_or(at.retry);
+    // How long it waited for its time, a limit or somebody's decision before is none of the server's doing.
+    let age = at.row.tried.map(since).unwrap_or_default();
     let Some(delay) = retry.next(attempts, age, failure.retry_after, at.jitter) else {
         return give_up(at, attempt, failure);
     };

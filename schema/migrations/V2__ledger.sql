@@ -48,6 +48,8 @@ CREATE TABLE job (
     slot_at         bigint,
     slot_cost       integer,
     attempt         integer NOT NULL DEFAULT 0,
+    -- When an attempt was first found to need another one: the age of retries is counted from here. Null before.
+    tried_at        timestamptz,
     -- Attempts and leases of which nobody knows the outcome.
     uncertain       integer NOT NULL DEFAULT 0,
     -- Suspicion that the job crashes whoever works on it: panics, and deaths of workers while "marked" (our own code was at
@@ -932,7 +934,7 @@ BEGIN
                 END IF;
                 IF j.anew THEN
                     attempt := 0; crashes := 0; deaths := 0; uncertain := 0; created_us := micros(v_now);
-                    UPDATE job x SET attempt = 0, crashes = 0, deaths = 0, uncertain = 0, created_at = v_now, outcome = NULL,
+                    UPDATE job x SET attempt = 0, tried_at = NULL, crashes = 0, deaths = 0, uncertain = 0, created_at = v_now, outcome = NULL,
                         finished_at = NULL WHERE x.tenant = j.tenant AND x.id = j.id;
                 END IF;
                 IF NOT coalesce(v_own, false) THEN
@@ -1139,6 +1141,7 @@ BEGIN
                              ELSE CASE WHEN coalesce(x.body, u.body) IS NULL THEN 0 ELSE 2 END END,
             phase = 0, slot_at = NULL, slot_cost = NULL,
             attempt = coalesce(u.at, x.attempt),
+            tried_at = CASE WHEN u.k = 2 AND u.rs = 2 THEN coalesce(x.tried_at, v_now) ELSE x.tried_at END,
             marked = false,
             account = coalesce(u.ac, x.account),
             uncertain = x.uncertain + coalesce(u.un, 0),
@@ -1353,12 +1356,12 @@ END $$;
 
 -- Leases up to p_max due jobs of a level to a worker that has permits for them, lanes in turn, oldest first, with their
 -- slots. Skips what others are working on; never waits for a lock. p_account: only this account, at this level and the
--- more urgent ones. Of an account in trouble (ill_us) one goes as its probe when that is due; else only what has waited for
--- longer than p_max_age µs (or its account's own), to be given up or to take a detour.
+-- more urgent ones. Of an account in trouble (ill_us) one goes as its probe when that is due; else only what has been due
+-- for longer than p_max_age µs (or its account's own) of that trouble, to be given up or to take a detour.
 CREATE FUNCTION release_v1(p_epoch bigint, p_level smallint, p_max integer, p_max_bytes bigint, p_claim_base bigint,
                            p_exclude text[], p_account text, p_max_age bigint)
 RETURNS TABLE (tenant text, id text, level smallint, account text, claim bigint, born bigint, seq bigint,
-               attempt integer, created_us bigint, granted integer, valid_us bigint, reason smallint,
+               attempt integer, created_us bigint, tried_us bigint, granted integer, valid_us bigint, reason smallint,
                recipients jsonb, message_id text, uncertain integer, body bytea, properties jsonb,
                crashes integer, deaths integer, ill_us bigint, probe boolean, cap integer)
 LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
@@ -1402,14 +1405,17 @@ BEGIN
                 SELECT h.account FROM account_health h WHERE h.account = ANY (l_a) AND probe_due(h) FOR UPDATE SKIP LOCKED) q;
             SELECT array_agg(CASE WHEN h.account IS NOT NULL THEN micros(ill_until(h)) END ORDER BY u.o),
                    array_agg(u.a = ANY (v_probes) AND u.place = 1 ORDER BY u.o),
+                   -- What had waited for its time or for a limit before the trouble began has not waited for its end.
                    array_agg(CASE WHEN h.account IS NOT NULL AND NOT (u.a = ANY (v_probes) AND u.place = 1)
-                                  THEN v_now - coalesce(o.max_age_seconds * 1000000, p_max_age) * interval '1 microsecond'
+                                  THEN CASE WHEN h.opened_at <= e.since THEN e.since ELSE '-infinity' END
                              END ORDER BY u.o)
                 INTO l_ill, l_probe, l_to
             FROM (SELECT q.a, q.o, row_number() OVER (PARTITION BY q.a ORDER BY q.o) AS place
                   FROM unnest(l_a) WITH ORDINALITY q(a, o)) u
             LEFT JOIN account_health h ON h.account = u.a AND h.state > 0
-            LEFT JOIN account o ON o.tenant = split_part(u.a, '/', 1) AND o.id = split_part(u.a, '/', 2);
+            LEFT JOIN account o ON o.tenant = split_part(u.a, '/', 1) AND o.id = split_part(u.a, '/', 2)
+            CROSS JOIN LATERAL (
+                SELECT v_now - coalesce(o.max_age_seconds * 1000000, p_max_age) * interval '1 microsecond') e(since);
         END IF;
         -- Their limits, read behind the lanes' locks: whoever opens a limit wakes its lanes afterwards.
         v_us := micros(clock_timestamp());
@@ -1504,7 +1510,7 @@ BEGIN
     END LOOP;
     RETURN QUERY
         SELECT x.tenant, x.id, x.level, x.account, x.claim, x.born, x.seq, x.attempt, micros(x.created_at),
-               u.g, u.v, x.reason, x.recipients, x.message_id, x.uncertain, x.body, x.properties,
+               micros(x.tried_at), u.g, u.v, x.reason, x.recipients, x.message_id, x.uncertain, x.body, x.properties,
                x.crashes::integer, x.deaths::integer,
                CASE WHEN l_ill[u.o] IS NOT NULL THEN greatest(l_ill[u.o] - micros(v_now), 0) END, coalesce(l_probe[u.o], false),
                (SELECT c.cap FROM connection_cap c WHERE c.account = x.account)

@@ -307,12 +307,15 @@ fn read(row: &tokio_postgres::Row, request: &AdmitRequest, sent: Instant) -> Res
             sequence: row.try_get(column::SEQ)?,
             attempts: row.try_get::<_, i32>(column::ATTEMPT)?.max(0) as u32,
             created: timestamp(row.try_get(column::CREATED_US)?),
+            // What has needed another attempt waits for it here, and comes out by a release.
+            tried: None,
             recipients: recipients(row.try_get(column::RECIPIENTS)?),
             message_id: row.try_get::<_, Option<&str>>(column::MESSAGE_ID)?.map(Arc::from),
             uncertain: row.try_get::<_, i32>(column::UNCERTAIN)?.max(0) as u32,
             crashes: row.try_get::<_, i32>(column::CRASHES)?.max(0) as u32,
             deaths: row.try_get::<_, i32>(column::DEATHS)?.max(0) as u32,
             probe: row.try_get(column::PROBE)?,
+            overdue: false,
             slot: Slot::new(
                 row.try_get(column::GRANTED)?,
                 row.try_get(column::VALID_US)?,

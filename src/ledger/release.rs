@@ -26,7 +26,8 @@ pub struct ReleaseRequest {
     pub exclude: Vec<AccountKey>,
     /// Only this account, at this level and the more urgent ones.
     pub only: Option<AccountKey>,
-    /// Age at which jobs of accounts in trouble are given up, unless the account says otherwise.
+    /// Jobs that have waited for so long for the end of their account's trouble are given up, unless the account says
+    /// otherwise.
     pub max_age: Duration,
 }
 
@@ -209,6 +210,7 @@ fn read(row: &tokio_postgres::Row, epoch: &Arc<Epoch>, sent: Instant) -> Result<
     let (Ok(tenant), Ok(id)) = (tenant.parse(), id.parse()) else {
         return Ok(None);
     };
+    let probe: bool = row.try_get("probe")?;
     Ok(Some(Released {
         row: Row {
             tenant,
@@ -219,12 +221,15 @@ fn read(row: &tokio_postgres::Row, epoch: &Arc<Epoch>, sent: Instant) -> Result<
             sequence: row.try_get("seq")?,
             attempts: row.try_get::<_, i32>("attempt")?.max(0) as u32,
             created: timestamp(row.try_get("created_us")?),
+            tried: row.try_get::<_, Option<i64>>("tried_us")?.map(timestamp),
             recipients: recipients(row.try_get("recipients")?),
             message_id: row.try_get::<_, Option<&str>>("message_id")?.map(Arc::from),
             uncertain: row.try_get::<_, i32>("uncertain")?.max(0) as u32,
             crashes: row.try_get::<_, i32>("crashes")?.max(0) as u32,
             deaths: row.try_get::<_, i32>("deaths")?.max(0) as u32,
-            probe: row.try_get("probe")?,
+            probe,
+            // Of an account in trouble nothing else comes out.
+            overdue: !probe && row.try_get::<_, Option<i64>>("ill_us")?.is_some(),
             slot: Slot::new(row.try_get("granted")?, row.try_get("valid_us")?, sent),
         },
         level: Level::from_index(row.try_get("level")?).unwrap_or(Level::Medium),

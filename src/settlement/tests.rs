@@ -184,11 +184,29 @@ fn the_last_attempt_refuses_whoever_still_waits() {
 }
 
 #[test]
-fn a_job_older_than_its_policy_allows_is_given_up() {
+fn a_job_tried_for_as_long_as_its_policy_allows_is_given_up() {
     let mut case = Case::new();
     case.retry.max_age = Duration::from_secs(100);
-    let settlement = case.plan(case.concluded(Verdict::Failed(later())));
-    assert_eq!(outcome(&settlement), "mail.failed");
+    for (tried, expected) in [(0, "mail.failed"), (50, "retry")] {
+        case.row.tried = Some(Timestamp::from_second(tried).unwrap());
+        let settlement = case.plan(case.concluded(Verdict::Failed(later())));
+        assert_eq!(outcome(&settlement), expected, "first tried at {tried}");
+    }
+}
+
+#[test]
+fn a_mail_scheduled_beyond_its_max_age_is_retried_after_a_passing_failure() {
+    let mut case = Case::new();
+    case.row.created = Timestamp::UNIX_EPOCH - SignedDuration::from_hours(96);
+    let mut attempt = case.concluded(Verdict::Failed(later()));
+    attempt.started = true;
+    let settlement = case.plan(attempt);
+    assert_eq!((outcome(&settlement), settlement.attempts), ("retry", 1));
+    let unhealthy = Verdict::Wait {
+        reason: WaitReason::Unhealthy,
+        delay: Duration::from_secs(5),
+    };
+    assert_eq!(outcome(&case.plan(case.concluded(unhealthy))), "unhealthy");
 }
 
 #[test]
@@ -263,7 +281,7 @@ fn a_mail_that_waits_for_an_unhealthy_account_for_as_long_as_retries_may_take_fa
     let waits = case.plan(attempt.clone());
     assert_eq!(outcome(&waits), "unhealthy");
     assert_eq!(waits.account, attempt.waits_for);
-    case.retry.max_age = Duration::from_secs(99);
+    case.row.overdue = true;
     let failed = case.plan(attempt);
     assert_eq!(outcome(&failed), "mail.failed");
     assert_eq!((failed.attempts, failed.refund), (3, true));

@@ -150,9 +150,10 @@ impl Ledger {
     async fn let_go(&self, transaction: &Transaction<'_>, row: &Locked) -> Result<(), DbError> {
         let (tenant, id) = (row.tenant.as_str(), row.id.as_str());
         // A held job enters its lane anew; a waiting one keeps its place in it, and how it is counted there. An earlier
-        // cancel is overruled.
+        // cancel is overruled. The time that a decision took does not count as one of retries.
         let sql = self.db.sql(
             "UPDATE {s}.job SET state = CASE WHEN body IS NULL THEN 0 ELSE 2 END, cancel = false, due_at = now(),
+                 tried_at = CASE WHEN state = 2 THEN tried_at END,
                  reason = CASE WHEN state = 2 THEN reason ELSE 2 END, updated_at = clock_timestamp()
              WHERE tenant = $1 AND id = $2",
         );

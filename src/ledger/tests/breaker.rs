@@ -450,10 +450,18 @@ async fn what_has_waited_for_an_open_account_for_too_long_comes_out_to_be_given_
                  UPDATE {s}.lane SET next_at = clock_timestamp(), oldest_at = '-infinity'",
             )
             .await;
+        let due_before_the_trouble = world.ledger.release(&epoch, &request).await.unwrap();
+        assert!(due_before_the_trouble.is_empty(), "{due_before_the_trouble:?}");
+        world
+            .run(
+                "UPDATE {s}.account_health SET opened_at = opened_at - interval '2 hours';
+                 UPDATE {s}.lane SET next_at = clock_timestamp()",
+            )
+            .await;
         let released = world.ledger.release(&epoch, &request).await.unwrap();
         let ids: Vec<_> = released.iter().map(|r| r.row.id.as_str()).collect();
         assert_eq!(ids, ["f1"]);
-        assert!(!released[0].row.probe);
+        assert!(!released[0].row.probe && released[0].row.overdue);
         assert!(world.ledger.health().wait(&account(MAIN)).is_some());
         assert!(world.ledger.release(&epoch, &request).await.unwrap().is_empty());
     })

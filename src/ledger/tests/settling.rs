@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::world::{body, done, in_world, job, park, report, request, result, settlement};
 use crate::ledger::WaitReason;
 use crate::ledger::batches::Batches;
-use crate::ledger::odd::Cancel;
+use crate::ledger::odd::{Cancel, Decision, Resolved};
 use crate::ledger::outbox::{Backlog, ReportNumber};
 use crate::ledger::settle::{Next, Settled};
 use crate::level::Level;
@@ -544,6 +544,42 @@ async fn an_attempts_results_and_delay_come_back_with_the_job() {
             Some(1),
             "only what is open is paid for"
         );
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_age_of_retries_counts_from_the_first_failure_and_anew_after_a_decision() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        world.parked(&epoch, "acme", "1", WaitReason::Schedule).await;
+        let turn = async || {
+            super::world::until("it is due", async || {
+                !world.ledger.due_levels().await.unwrap().is_empty()
+            })
+            .await;
+            world.release(&epoch, Level::Medium, 1).await.remove(0).row
+        };
+        let row = turn().await;
+        assert_eq!(row.tried, None, "it waited for its time");
+        world
+            .settle_one(park(&row, WaitReason::Retry, Duration::ZERO))
+            .await;
+        let row = turn().await;
+        let first = row.tried.expect("it was tried");
+        assert!(first > row.created);
+        world
+            .settle_one(park(&row, WaitReason::Retry, Duration::ZERO))
+            .await;
+        let row = turn().await;
+        assert_eq!(row.tried, Some(first));
+        world
+            .settle_one(settlement(&row, Next::Hold { body: Some(body()) }))
+            .await;
+        let (owner, id) = (super::world::tenant("acme"), job("1"));
+        let decided = world.ledger.resolve(&owner, &id, Decision::NotSent, "ann").await;
+        assert_eq!(decided.unwrap(), Resolved::Done);
+        assert_eq!(turn().await.tried, None);
     })
     .await;
 }
