@@ -210,8 +210,9 @@ impl Pipeline {
             }
             let lease = self.connection(task, attempt, chosen).await?;
             let begun = Instant::now();
-            let mut email =
-                Self::compose(task, chosen, prepared, &message_id, &open).map_err(|f| started(attempt, f))?;
+            let mut email = self
+                .compose(task, chosen, prepared, &message_id, &open)
+                .map_err(|failure| started(attempt, failure))?;
             self.observe("compose", begun);
             // Last of all: a slot is valid only briefly, and the limit has to hold at the provider.
             let granted = match slot.take().filter(Slot::is_valid) {
@@ -257,6 +258,7 @@ impl Pipeline {
     }
 
     pub(super) fn compose(
+        &self,
         task: &Task,
         chosen: &Chosen,
         prepared: &Prepared,
@@ -271,7 +273,7 @@ impl Pipeline {
             envelope_from: chosen.envelope_from.as_ref(),
             recipients,
             message_id,
-            date: task.row.created,
+            date: task.date(self.clock.now()),
             prepared,
         })
     }

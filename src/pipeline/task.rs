@@ -13,6 +13,9 @@ use crate::memory::Held;
 /// Bytes of all files of a job together that are composed in no time, and smaller than what tenants call large.
 const SMALL_FILES: usize = 1 << 20;
 
+/// Clocks of workers and of the database differ by less.
+const CLOCKS: SignedDuration = SignedDuration::from_mins(1);
+
 /// A leased job.
 #[derive(Debug)]
 pub struct Task {
@@ -30,6 +33,8 @@ pub struct Task {
     pub published: Option<Timestamp>,
     /// It came from RabbitMQ just now rather than out of the waiting room.
     pub new: bool,
+    /// When somebody let it go by hand, for the first time.
+    pub released: Option<Timestamp>,
     /// Its share of the memory, free with it.
     pub held: Option<Held>,
 }
@@ -50,6 +55,23 @@ impl Task {
         }
         let since = self.published?.max(self.job.send_at.unwrap_or(Timestamp::MIN));
         Some(Duration::try_from(now.duration_since(since)).unwrap_or_default())
+    }
+
+    /// The Date of its mail: when it first could go. Made of what never changes from its first attempt on, so that a mail
+    /// sent again is the same.
+    #[must_use]
+    pub fn date(&self, now: Timestamp) -> Timestamp {
+        let created = self.row.created;
+        let Some(send_at) = self.job.send_at else {
+            return created;
+        };
+        let due = self.released.map_or(send_at, |released| released.min(send_at));
+        // One that was taken over while it was being parked may come early.
+        if due.duration_since(now) > CLOCKS {
+            created
+        } else {
+            due.max(created)
+        }
     }
 
     /// Whether it can be composed at once: nothing has to be fetched, and its files are so small that hardly anybody wants
@@ -96,53 +118,76 @@ impl SharedClock {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::JobLimits;
     use crate::id::AccountKey;
     use crate::job::decode::{self, Incoming};
     use crate::ledger::Epoch;
 
-    /// So many seconds after some moment.
-    fn second(second: i64) -> Timestamp {
-        Timestamp::from_second(1_800_000_000 + second).unwrap()
-    }
-
-    /// A task of a job that was published at second 100.
-    fn task(send_at: Option<Timestamp>) -> Task {
-        let mut body = serde_json::json!({"id": "1", "tenant": "acme", "to": "a@example.org", "subject": "s", "text": "t"});
-        if let Some(at) = send_at {
-            body["send_at"] = at.to_string().into();
-        }
-        let body = body.to_string();
+    /// A task of the tenant's default account, first claimed at this second.
+    fn task(created: i64, more: &str) -> Task {
+        let body = format!(r#"{{"id":"1","tenant":"acme","to":"a@example.org","text":"t"{more}}}"#);
         let incoming = Incoming {
             body: body.as_bytes(),
             ..Incoming::default()
         };
-        let job = Arc::new(decode::decode(&incoming, &JobLimits::default()).unwrap());
-        let (tenant, account) = (job.tenant.clone(), AccountKey::from_stored("acme/main"));
-        let lease = Epoch::for_tests().claim();
+        let job = decode::decode(&incoming, &crate::config::JobLimits::default()).unwrap();
+        let (account, lease) = (AccountKey::from_stored("acme/main"), Epoch::for_tests().claim());
         Task {
-            row: Row::new(tenant, job.id.clone(), account, lease, 1000),
-            level: Level::High,
+            row: Row::new(job.tenant.clone(), job.id.clone(), account, lease, created * 1000),
             correlation_id: job.id.shared(),
+            job: Arc::new(job),
+            level: Level::High,
             traceparent: None,
-            published: Some(second(100)),
-            new: true,
+            published: None,
+            new: false,
+            released: None,
             held: None,
-            job,
         }
+    }
+
+    fn second(seconds: i64) -> Timestamp {
+        Timestamp::from_second(seconds).unwrap()
+    }
+
+    #[test]
+    fn a_scheduled_mail_is_dated_when_it_is_due() {
+        let day = 86_400;
+        let monday = second(1_793_606_400).as_second();
+        let friday = monday + 4 * day;
+        let mut scheduled = task(monday, r#","send_at":"2026-11-06T08:00:00Z""#);
+        let due = "2026-11-06T08:00:00Z".parse().unwrap();
+        for now in [due, second(friday + day)] {
+            assert_eq!(scheduled.date(now), due);
+        }
+        assert_eq!(task(monday, "").date(due), second(monday));
+        let late = task(friday + day, r#","send_at":"2026-11-06T08:00:00Z""#);
+        assert_eq!(late.date(second(friday + day)), second(friday + day));
+        // Let go by hand before its time: the same at the attempts after it.
+        scheduled.released = Some(second(monday + day));
+        for now in [second(monday + day), second(friday + day)] {
+            assert_eq!(scheduled.date(now), second(monday + day));
+        }
+        // Once it has been due, that changes nothing.
+        scheduled.released = Some(second(friday + 2 * day));
+        assert_eq!(scheduled.date(second(friday + 3 * day)), due);
     }
 
     #[test]
     fn the_age_of_a_job_runs_until_its_first_attempt_from_when_it_could_have_been_sent() {
-        let age = |task: &Task| task.age(second(160)).map(|age| age.as_secs());
-        assert_eq!(age(&task(None)), Some(60));
-        assert_eq!(age(&task(Some(second(50)))), Some(60));
-        assert_eq!(age(&task(Some(second(150)))), Some(10));
-        assert_eq!(age(&task(Some(second(170)))), Some(0), "a clock that is ahead");
-        let mut unknown = task(None);
-        unknown.published = None;
-        assert_eq!(age(&unknown), None);
-        let (mut tried, mut perhaps) = (task(None), task(None));
+        let at = |seconds: i64| second(1_800_000_000 + seconds);
+        let published = |send_at: Option<i64>| {
+            let more = send_at.map_or_else(String::new, |send_at| format!(r#","send_at":"{}""#, at(send_at)));
+            Task {
+                published: Some(at(100)),
+                ..task(1, &more)
+            }
+        };
+        let age = |task: &Task| task.age(at(160)).map(|age| age.as_secs());
+        assert_eq!(age(&published(None)), Some(60));
+        assert_eq!(age(&published(Some(50))), Some(60));
+        assert_eq!(age(&published(Some(150))), Some(10));
+        assert_eq!(age(&published(Some(170))), Some(0), "a clock that is ahead");
+        assert_eq!(age(&task(1, "")), None);
+        let (mut tried, mut perhaps) = (published(None), published(None));
         (tried.row.attempts, perhaps.row.uncertain) = (1, 1);
         assert_eq!((age(&tried), age(&perhaps)), (None, None));
     }

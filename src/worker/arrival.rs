@@ -278,6 +278,7 @@ fn properties(delivery: &Delivery, job: &MailJob) -> Properties {
         recipients: job.recipients().count(),
         tags: job.tags.clone(),
         metadata: job.metadata.clone(),
+        released_at: None,
     }
 }
 

@@ -83,6 +83,7 @@ fn task(arrival: &Arrival, row: Row) -> Task {
         row,
         level: arrival.level,
         new: true,
+        released: None,
         // The delivery holds it.
         held: None,
     }
@@ -169,6 +170,7 @@ impl Worker {
             row: released.row,
             level: released.level,
             new: false,
+            released: properties.released_at,
             held,
         };
         self.spawn_job(task, None, right);

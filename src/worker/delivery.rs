@@ -33,6 +33,9 @@ pub struct Properties {
     /// For reports made without the job in hand.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metadata: Option<serde_json::Value>,
+    /// When somebody let it go by hand, for the first time; added by the ledger.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub released_at: Option<Timestamp>,
 }
 
 impl Properties {

@@ -8,7 +8,7 @@ use postroom_testkit::smtp::{Action, Phase, Script, SmtpServer};
 use serde_json::Value;
 
 use crate::sends::account;
-use crate::support::{World, eventually, mail, mails, taken};
+use crate::support::{World, eventually, header, mail, mails, taken};
 
 fn in_seconds(seconds: i64) -> Timestamp {
     Timestamp::now()
@@ -70,6 +70,8 @@ async fn a_scheduled_job_waits_in_the_ledger_and_is_sent_once_not_before_its_tim
         "{:?} {send_at}",
         mails[0].time
     );
+    let dated = jiff::fmt::rfc2822::parse(&header(&mails[0], "Date")).unwrap();
+    assert_eq!(dated.timestamp().as_second(), send_at.as_second());
     assert!(reports.none_for(Duration::from_millis(500)).await);
     assert_eq!((taken(&server)["soon"], reports.of("soon").len()), (1, 2));
     world.assert_settled().await;

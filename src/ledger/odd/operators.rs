@@ -150,10 +150,13 @@ impl Ledger {
     async fn let_go(&self, transaction: &Transaction<'_>, row: &Locked) -> Result<(), DbError> {
         let (tenant, id) = (row.tenant.as_str(), row.id.as_str());
         // A held job enters its lane anew; a waiting one keeps its place in it, and how it is counted there. An earlier
-        // cancel is overruled. The time that a decision took does not count as one of retries.
+        // cancel is overruled. The time that a decision took does not count as one of retries. The first release is noted: a
+        // mail that goes before its time is dated by it, at every attempt.
         let sql = self.db.sql(
             "UPDATE {s}.job SET state = CASE WHEN body IS NULL THEN 0 ELSE 2 END, cancel = false, due_at = now(),
                  tried_at = CASE WHEN state = 2 THEN tried_at END,
+                 properties = CASE WHEN state = 2 THEN jsonb_build_object('released_at', {s}.iso(now())) || properties
+                                   ELSE properties END,
                  reason = CASE WHEN state = 2 THEN reason ELSE 2 END, updated_at = clock_timestamp()
              WHERE tenant = $1 AND id = $2",
         );

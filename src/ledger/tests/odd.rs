@@ -198,6 +198,25 @@ async fn only_what_waits_or_is_held_can_be_released_by_hand() {
 }
 
 #[tokio::test]
+async fn the_first_release_by_hand_of_a_waiting_job_is_noted() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        world.parked(&epoch, "acme", "1", WaitReason::Schedule).await;
+        let mut noted = Vec::new();
+        for _ in 0..2 {
+            assert_eq!(by_hand(&world, "1").await, ManualRelease::Released);
+            let at = world.column("acme", "1", "properties->>'released_at'").await;
+            noted.push(at.unwrap().parse::<jiff::Timestamp>().unwrap());
+        }
+        assert_eq!(noted[0], noted[1]);
+        let released = world.release(&epoch, Level::Medium, 1).await.remove(0);
+        assert!(noted[0] > released.row.created);
+        assert_eq!(released.properties["recipients"], 1);
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_late_acceptance_of_all_recipients_ends_any_job_as_sent() {
     in_world(|world| async move {
         let (old, new) = (world.epoch().await, world.steady_epoch().await);
