@@ -7,6 +7,7 @@ use secrecy::SecretString;
 
 use crate::address::{Address, Mailbox};
 use crate::id::{AccountId, JobId, TenantId};
+use crate::report::RecipientResult;
 
 mod address;
 mod attachments;
@@ -91,6 +92,14 @@ impl MailJob {
             .chain(&self.bcc)
             .map(|mailbox| &mailbox.address)
             .filter(move |a| seen.insert((a.user().to_owned(), a.domain().to_ascii_lowercase())))
+    }
+
+    /// What is known of them before anybody was tried.
+    #[must_use]
+    pub fn all_pending(&self) -> Vec<RecipientResult> {
+        self.recipients()
+            .map(|address| RecipientResult::pending(address.as_ref()))
+            .collect()
     }
 }
 

@@ -215,7 +215,7 @@ impl Ledger {
             slots: db.sql("SELECT * FROM {s}.slots_v1($1, $2, $3, $4, $5, $6, $7)"),
             absorb: db.sql("SELECT idx FROM {s}.absorb_v1($1, $2, $3, $4)"),
             clear: db.sql("SELECT {s}.clear_outbox_v1($1)"),
-            mark: db.sql("SELECT idx FROM {s}.mark_data_v1($1, $2, $3, $4)"),
+            mark: db.sql("SELECT idx FROM {s}.mark_data_v1($1, $2, $3, $4, $5, $6)"),
             park: db.sql(
                 "SELECT * FROM {s}.park_new_v1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
             ),

@@ -11,9 +11,7 @@ use crate::job::{MailJob, OnUncertain};
 use crate::ledger::settle::{Next, Settlement};
 use crate::ledger::{Row, WaitReason};
 use crate::pipeline::{Attempt, Verdict};
-use crate::report::{
-    RecipientResult, RecipientStatus, Report, ReportData, ReportMessage, ReportType, Timings, event_id,
-};
+use crate::report::{RecipientStatus, Report, ReportData, ReportMessage, ReportType, Timings, event_id};
 use crate::retry::RetryPolicy;
 
 /// Longest wait between two looks for a missing key.
@@ -320,14 +318,6 @@ fn timings(at: &Circumstances<'_>, attempt: &Attempt) -> Option<Timings> {
         total_ms: u64::try_from(total).unwrap_or(0),
         smtp_ms: attempt.smtp.map(|took| took.as_millis() as u64),
     })
-}
-
-/// The recipients of a job that nobody has tried yet.
-#[must_use]
-pub fn all_pending(job: &MailJob) -> Vec<RecipientResult> {
-    job.recipients()
-        .map(|address| RecipientResult::pending(address.as_ref()))
-        .collect()
 }
 
 #[cfg(test)]

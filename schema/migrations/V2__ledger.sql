@@ -1036,16 +1036,21 @@ BEGIN
     PERFORM wake_lanes(v_open, false);
 END $$;
 
--- Marks, for jobs with on_uncertain = hold, that the write that may end the message begins now. Returns whose lease
--- still stands.
-CREATE FUNCTION mark_data_v1(p_epoch bigint, p_tenants text[], p_ids text[], p_claims bigint[])
+-- Marks, for jobs with on_uncertain = hold, that the write that may end the message begins now, and notes to whom, under
+-- which Message-ID: whoever decides about it has to find it in the server's log. Returns whose lease still stands.
+CREATE FUNCTION mark_data_v1(p_epoch bigint, p_tenants text[], p_ids text[], p_claims bigint[], p_recipients text[],
+                             p_message_ids text[])
 RETURNS TABLE (idx integer)
 LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
 SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 BEGIN
     RETURN QUERY
-    UPDATE job x SET phase = 1, leased_at = clock_timestamp()
-    FROM (SELECT * FROM unnest(p_tenants, p_ids, p_claims) WITH ORDINALITY q(t, id, c, o)
+    UPDATE job x SET phase = 1, leased_at = clock_timestamp(),
+        -- What an earlier owner's server took is not overwritten by one who does not know of it.
+        recipients = CASE WHEN x.merged THEN x.recipients ELSE coalesce(u.rc::jsonb, x.recipients) END,
+        message_id = coalesce(u.mid, x.message_id)
+    FROM (SELECT * FROM unnest(p_tenants, p_ids, p_claims, p_recipients, p_message_ids)
+              WITH ORDINALITY q(t, id, c, rc, mid, o)
           ORDER BY q.t COLLATE "C", q.id COLLATE "C") u
     WHERE x.tenant = u.t AND x.id = u.id AND x.state IS NOT DISTINCT FROM 1
       AND x.epoch IS NOT DISTINCT FROM p_epoch AND x.claim = u.c

@@ -133,7 +133,8 @@ impl Batches {
 
     /// Marks the beginning of the final write. `false`: it must not begin.
     pub async fn mark_data(&self, row: Row) -> bool {
-        self.mark.call(row, 64).await.unwrap_or(false)
+        let weight = 128 + 128 * row.recipients.len();
+        self.mark.call(row, weight).await.unwrap_or(false)
     }
 }
 

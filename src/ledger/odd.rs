@@ -6,6 +6,7 @@ mod burial;
 mod operators;
 mod uncertain;
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use deadpool_postgres::Transaction;
@@ -14,8 +15,10 @@ use serde_json::Value;
 
 use super::outbox::ReportNumber;
 use super::{Ledger, recipients};
+use crate::config::JobLimits;
 use crate::db::DbError;
 use crate::id::{JobId, TenantId};
+use crate::job::decode::{self, Incoming};
 use crate::report::{
     RecipientResult, RecipientStatus, Report, ReportData, ReportMessage, ReportType, event_id,
 };
@@ -52,7 +55,8 @@ impl Ledger {
     ) -> Result<Option<Locked>, DbError> {
         let sql = self.db.sql(
             "SELECT state, epoch, claim, seq, attempt, account, level, coalesce(reason IN (1, 4, 7), false) AS in_order,
-                    message_id, batch, recipients, properties, uncertain
+                    message_id, batch, recipients, properties, uncertain,
+                    CASE WHEN recipients IS NULL AND state IN (2, 4) THEN body END AS untried
              FROM {s}.job WHERE tenant = $1 AND id = $2 FOR UPDATE",
         );
         let Some(row) = transaction
@@ -60,6 +64,11 @@ impl Ledger {
             .await?
         else {
             return Ok(None);
+        };
+        let properties = row.try_get::<_, Option<Value>>("properties")?.unwrap_or_default();
+        let recipients = match row.try_get::<_, Option<&[u8]>>("untried")? {
+            Some(body) => untried(body, &properties),
+            None => recipients(row.try_get("recipients")?),
         };
         Ok(Some(Locked {
             tenant: tenant.clone(),
@@ -73,8 +82,8 @@ impl Ledger {
             in_order: row.try_get("in_order")?,
             message_id: row.try_get("message_id")?,
             batch: row.try_get("batch")?,
-            recipients: recipients(row.try_get("recipients")?),
-            properties: row.try_get::<_, Option<Value>>("properties")?.unwrap_or_default(),
+            recipients,
+            properties,
             uncertain: row.try_get("uncertain")?,
         }))
     }
@@ -229,6 +238,28 @@ impl Locked {
         (owner == self.tenant.as_str() && !account.is_empty() && !account.starts_with('~'))
             .then(|| account.to_owned())
     }
+}
+
+/// More than any setting allows: what is stored was checked when it came.
+const STORED: JobLimits = JobLimits {
+    max_bytes: 256 << 20,
+    max_inflated: 256 << 20,
+    max_recipients: 10_000,
+    max_attachments: 1000,
+    max_depth: 100,
+};
+
+/// Whom a stored job is for of which nobody was tried yet; nobody if it cannot be read.
+fn untried(body: &[u8], properties: &Value) -> Vec<RecipientResult> {
+    let incoming = Incoming {
+        body,
+        contract: properties.get("contract").and_then(Value::as_str),
+        ..Incoming::default()
+    };
+    // To read it may be what crashes workers.
+    let read = || decode::decode(&incoming, &STORED).map(|job| job.all_pending());
+    let read = std::panic::catch_unwind(AssertUnwindSafe(read));
+    read.ok().and_then(Result::ok).unwrap_or_default()
 }
 
 fn tags(properties: &Value) -> Vec<String> {

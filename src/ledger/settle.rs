@@ -196,7 +196,7 @@ impl Ledger {
     }
 
     /// Says that the write that may end the message begins now, for jobs that are to be held when its outcome stays
-    /// unknown. Answers for each whether its lease still stands.
+    /// unknown: to the recipients of each row, under its Message-ID. Answers for each whether its lease still stands.
     ///
     /// # Errors
     /// If the database cannot be asked: the write must not begin then.
@@ -207,11 +207,17 @@ impl Ledger {
         let tenants: Vec<&str> = batch.iter().map(|r| r.tenant.as_str()).collect();
         let ids: Vec<&str> = batch.iter().map(|r| r.id.as_str()).collect();
         let claims: Vec<i64> = batch.iter().map(|r| r.lease.claim).collect();
+        let known = |r: &Row| (!r.recipients.is_empty()).then(|| json(&r.recipients)).flatten();
+        let recipients: Vec<Option<String>> = batch.iter().map(known).collect();
+        let message_ids: Vec<Option<&str>> = batch.iter().map(|r| r.message_id.as_deref()).collect();
         let client = self.db.client().await?;
         let statement = client.prepare_cached(&self.sql.mark).await?;
         let mut stands = vec![false; batch.len()];
         for row in client
-            .query(&statement, &[&epoch, &tenants, &ids, &claims])
+            .query(
+                &statement,
+                &[&epoch, &tenants, &ids, &claims, &recipients, &message_ids],
+            )
             .await?
         {
             if let Some(place) = stands.get_mut(row.try_get::<_, i32>(0)? as usize) {

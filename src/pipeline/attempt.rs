@@ -23,7 +23,6 @@ use crate::ledger::{Slot, WaitReason};
 use crate::memory::{Held, Memory};
 use crate::report::LinkedFile;
 use crate::secret::Keys;
-use crate::settlement::all_pending;
 use crate::smtp::{self, CheckoutError, Pools, Submission};
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::traces;
@@ -63,7 +62,7 @@ impl Pipeline {
     pub async fn attempt(&self, task: &Task) -> Attempt {
         let known = &task.row.recipients;
         let recipients = if known.is_empty() {
-            all_pending(&task.job)
+            task.job.all_pending()
         } else {
             known.clone()
         };

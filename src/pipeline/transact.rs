@@ -11,8 +11,8 @@ use crate::compose::Email;
 use crate::fail_point::{self, Point};
 use crate::failure::{Failure, Severity, Stage};
 use crate::job::OnUncertain;
-use crate::ledger::WaitReason;
 use crate::ledger::slots::Slot;
+use crate::ledger::{Row, WaitReason};
 use crate::report::RecipientStatus;
 use crate::smtp::{self, Envelope, NotBegun, Outcome};
 
@@ -50,7 +50,7 @@ impl Pipeline {
         let mark_is_late = attempt.on_uncertain == OnUncertain::Hold && slot.until.is_some();
         if !mark_is_late && lease.may_deliver_at_once(&envelope, mail) {
             // From the first byte on nobody knows: the last look comes before all of it.
-            if !self.may_write(task, attempt.on_uncertain).await {
+            if !self.may_write(task, attempt).await {
                 return Err(Verdict::GiveBack);
             }
             match lease.deliver_at_once(&envelope, mail, &email.message).await {
@@ -73,7 +73,7 @@ impl Pipeline {
         };
         attempt.started = true;
         attempt.reached_mail_from = true;
-        if !self.may_write(task, attempt.on_uncertain).await {
+        if !self.may_write(task, attempt).await {
             transaction.abandon();
             return Err(Verdict::GiveBack);
         }
@@ -82,11 +82,18 @@ impl Pipeline {
     }
 
     /// The last question before the write that may end the message: is the job still ours? For jobs that are to be
-    /// held when the outcome stays unknown, the answer is committed first.
-    async fn may_write(&self, task: &Task, policy: OnUncertain) -> bool {
+    /// held when the outcome stays unknown, the answer is committed first, with what is needed to ask the server.
+    async fn may_write(&self, task: &Task, attempt: &Attempt) -> bool {
         fail_point::hit(Point::EnvelopeAccepted, [task.job.id.as_str()]);
-        if policy == OnUncertain::Hold && !self.batches.mark_data(task.row.clone()).await {
-            return false;
+        if attempt.on_uncertain == OnUncertain::Hold {
+            let row = Row {
+                recipients: attempt.recipients.clone(),
+                message_id: attempt.message_id.clone(),
+                ..task.row.clone()
+            };
+            if !self.batches.mark_data(row).await {
+                return false;
+            }
         }
         let is_ours = task.row.lease.is_good();
         if is_ours {

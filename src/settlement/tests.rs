@@ -74,7 +74,7 @@ impl Case {
 
     /// An attempt in which the server said this about the two recipients.
     fn answered(&self, results: [RecipientStatus; 2]) -> Attempt {
-        let mut attempt = Attempt::of(all_pending(&self.job), Some("<m@example.com>".into()));
+        let mut attempt = Attempt::of(self.job.all_pending(), Some("<m@example.com>".into()));
         for (recipient, status) in attempt.recipients.iter_mut().zip(results) {
             recipient.status = status;
         }
@@ -88,7 +88,7 @@ impl Case {
     }
 
     fn concluded(&self, verdict: Verdict) -> Attempt {
-        let mut attempt = Attempt::of(all_pending(&self.job), None);
+        let mut attempt = Attempt::of(self.job.all_pending(), None);
         attempt.verdict = verdict;
         attempt
     }

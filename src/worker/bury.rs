@@ -26,7 +26,6 @@ use crate::ledger::odd::CRASH_LOOP;
 use crate::ledger::release::Released;
 use crate::memory::Held;
 use crate::report::{FieldError, Report, ReportData, ReportMessage, ReportType, event_id};
-use crate::settlement::all_pending;
 
 impl Worker {
     /// Buries a decoded job that cannot be taken: another content under a known id, or one the database refuses.
@@ -304,7 +303,7 @@ fn complete(data: &mut ReportData, job: Option<&MailJob>, properties: &Propertie
     }
     data.traceparent.clone_from(&properties.traceparent);
     if let Some(job) = job.filter(|_| data.recipients.is_empty()) {
-        data.recipients = all_pending(job);
+        data.recipients = job.all_pending();
     }
 }
 

@@ -29,7 +29,7 @@ use crate::pipeline::attempt::panicked;
 use crate::pipeline::task::Task;
 use crate::pipeline::{Attempt, Verdict};
 use crate::report::{RecipientResult, RecipientStatus};
-use crate::settlement::{Circumstances, all_pending, plan};
+use crate::settlement::{Circumstances, plan};
 use crate::telemetry::traces;
 
 type Right = Option<(Permit, InHand)>;
@@ -365,7 +365,7 @@ impl Worker {
         let recipients = settlement
             .recipients
             .clone()
-            .unwrap_or_else(|| all_pending(&task.job));
+            .unwrap_or_else(|| task.job.all_pending());
         let mut attempt = Attempt::of(recipients, settlement.message_id.clone());
         attempt.verdict = Verdict::Cancelled;
         attempt.reached_mail_from = !settlement.refund;
@@ -473,7 +473,7 @@ enum Unreadable {
 
 fn known_recipients(task: &Task) -> Vec<crate::report::RecipientResult> {
     if task.row.recipients.is_empty() {
-        all_pending(&task.job)
+        task.job.all_pending()
     } else {
         task.row.recipients.clone()
     }

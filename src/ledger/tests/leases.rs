@@ -4,11 +4,13 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::world::{World, absorb, account, in_world, job, request, settlement, tenant};
+use super::world::{World, absorb, account, in_world, job, request, result, settlement, tenant};
 use crate::ledger::lease::Beat;
+use crate::ledger::odd::{Decision, Resolved};
 use crate::ledger::settle::{Next, Settled};
 use crate::ledger::{Epoch, WaitReason};
 use crate::level::Level;
+use crate::report::RecipientStatus;
 
 const DEADLINE: Duration = Duration::from_mins(25);
 
@@ -287,6 +289,62 @@ async fn a_job_held_because_its_worker_died_is_counted_as_uncertain_once() {
             world.ledger.hold_uncertain(&row.tenant, &row.id).await.unwrap();
             assert_eq!(counted(), 1);
         }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_job_held_after_its_worker_died_names_its_recipients_and_message_id() {
+    in_world(|world| async move {
+        let (old, new) = (world.epoch().await, world.steady_epoch().await);
+        let mut row = world.go(request(&old, "acme", "1")).await;
+        row.recipients = vec![result("ann@example.org", RecipientStatus::Pending)];
+        row.message_id = Some("<1@acme>".into());
+        assert_eq!(world.ledger.mark_data(&[row]).await.unwrap(), [true]);
+        world.silence(&old).await;
+        let takeover = world.ledger.takeover(&new, Duration::ZERO).await.unwrap();
+        assert_eq!(takeover.uncertain, [(tenant("acme"), job("1"))]);
+        let (owner, id) = (tenant("acme"), job("1"));
+        world.ledger.hold_uncertain(&owner, &id).await.unwrap();
+        let decided = world.ledger.resolve(&owner, &id, Decision::Sent, "ann").await;
+        assert_eq!(decided.unwrap(), Resolved::Done);
+        let owed = world.owed("1").await;
+        for ((_, _, report), (kind, status)) in owed
+            .iter()
+            .zip([("mail.uncertain", "pending"), ("mail.sent", "accepted")])
+        {
+            let report: serde_json::Value = serde_json::from_str(report).unwrap();
+            assert_eq!(report["type"], kind);
+            assert_eq!(report["data"]["message_id"], "<1@acme>");
+            let told = serde_json::json!([{"address": "ann@example.org", "status": status}]);
+            assert_eq!(report["data"]["recipients"], told);
+        }
+        assert_eq!(owed.len(), 2);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_mark_does_not_overwrite_what_an_earlier_owner_has_brought_about() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        let mut row = world.go(request(&epoch, "acme", "1")).await;
+        let accepted = result("a@b.example", RecipientStatus::Accepted);
+        let results = [accepted, result("c@d.example", RecipientStatus::Pending)];
+        let merged = world
+            .ledger
+            .merge_acceptance(&row.tenant, &row.id, &results, "<1@acme>")
+            .await;
+        assert!(!merged.unwrap());
+        row.recipients = ["a@b.example", "c@d.example"]
+            .map(|address| result(address, RecipientStatus::Pending))
+            .to_vec();
+        assert_eq!(world.ledger.mark_data(&[row]).await.unwrap(), [true]);
+        let status = "recipients->0->>'status'";
+        assert_eq!(
+            world.column("acme", "1", status).await.as_deref(),
+            Some("accepted")
+        );
     })
     .await;
 }

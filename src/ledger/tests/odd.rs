@@ -6,7 +6,7 @@ use super::world::{World, body, done, in_world, job, park, request, result, sett
 use crate::ledger::WaitReason;
 use crate::ledger::admit::Admitted;
 use crate::ledger::odd::{Cancel, ManualRelease};
-use crate::ledger::settle::{Next, Settled};
+use crate::ledger::settle::{Body, Next, Settled};
 use crate::level::Level;
 use crate::report::RecipientStatus::{Accepted, Deferred, Pending, Refused};
 use crate::report::{RecipientResult, ReportType};
@@ -121,6 +121,33 @@ async fn a_cancel_ends_what_is_not_in_flight() {
         assert_eq!(world.fifo("acme/main", Level::Low, "acme").await, Some(1));
         world.assert_lanes_are_right().await;
         assert_eq!(world.release(&epoch, Level::Medium, 9).await.len(), 1);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_waiting_job_that_is_cancelled_reports_every_recipient() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        let stored = r#"{"id": "1", "tenant": "acme", "to": "Ann <ann@example.org>", "cc": ["bob@example.org",
+                         "ann@EXAMPLE.org"], "text": "Hello"}"#;
+        for (id, bytes) in [("1", stored), ("unreadable", "{}")] {
+            let row = world.go(request(&epoch, "acme", id)).await;
+            let body = Some(Body {
+                bytes: bytes.into(),
+                ..body()
+            });
+            let (reason, delay) = (WaitReason::Schedule, Duration::from_hours(1));
+            world
+                .settle_one(settlement(&row, Next::Park { reason, delay, body }))
+                .await;
+            assert_eq!(cancel(&world, id).await, Cancel::Cancelled);
+        }
+        let report: serde_json::Value = serde_json::from_str(&world.owed("1").await[0].2).unwrap();
+        assert_eq!(report["type"], "mail.cancelled");
+        let pending = |address: &str| serde_json::json!({"address": address, "status": "pending"});
+        let everybody = [pending("ann@example.org"), pending("bob@example.org")];
+        assert_eq!(report["data"]["recipients"], serde_json::json!(everybody));
     })
     .await;
 }
