@@ -208,16 +208,21 @@ fn hold(at: &Circumstances<'_>, mut attempt: Attempt) -> Settlement {
 }
 
 fn wait(at: &Circumstances<'_>, attempt: &Attempt, reason: WaitReason, delay: Duration) -> Settlement {
+    let left = at.job.expires_at.map(|expiry| expiry.duration_since(at.now));
+    let left = left.map(|left| Duration::try_from(left).unwrap_or_default());
+    // It will have expired by then: that is told as soon as it is so.
+    let expires = left.is_some_and(|left| left <= delay);
+    let delay = left.map_or(delay, |left| left.min(delay));
     let report = is_reported(at, attempt, reason, delay).then(|| {
         let mut report = report(at, attempt, ReportType::Deferred);
         report
             .data
             .reason
             .get_or_insert_with(|| reason.as_str().to_owned());
-        report.data.next_attempt_at = at
+        let next = at
             .now
-            .checked_add(SignedDuration::try_from(delay).unwrap_or_default())
-            .ok();
+            .checked_add(SignedDuration::try_from(delay).unwrap_or_default());
+        report.data.next_attempt_at = next.ok().filter(|_| !expires);
         report
     });
     let next = Next::Park {

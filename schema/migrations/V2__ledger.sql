@@ -67,6 +67,8 @@ CREATE TABLE job (
     body_size       integer,
     properties      jsonb,
     due_at          timestamptz,
+    -- As the job says. Other than due_at it never changes.
+    expires_at      timestamptz,
     reason          smallint,
     -- Cumulative results per recipient, as in reports; those still open are the envelope of the next attempt.
     recipients      jsonb,
@@ -90,6 +92,8 @@ ALTER TABLE job ALTER body SET STORAGE EXTERNAL;
 
 CREATE INDEX job_leased ON job (epoch) WHERE state = 1;
 CREATE INDEX job_waiting ON job (account, level, tenant, due_at) WHERE state = 2;
+-- What waits beyond it comes out, whatever its account's limits or health: see release_expired_v1.
+CREATE INDEX job_expiring ON job (expires_at) WHERE state = 2 AND expires_at IS NOT NULL;
 -- Cancelled while leased to a worker that then died: to be ended by whoever takes over.
 CREATE INDEX job_cancelled ON job (tenant, id) WHERE cancel AND state IN (0, 2);
 CREATE INDEX job_finished ON job (finished_at) WHERE state IN (3, 5, 6);
@@ -817,9 +821,10 @@ BEGIN
         v_born := floor(extract(epoch FROM v_now))::bigint * 1000;
         WITH made AS (
             INSERT INTO job AS x (tenant, id, state, level, account, digest, born, seq, epoch, claim, leased_at,
-                                  batch, created_at, updated_at)
-            SELECT u.t, u.id, 1, u.l, u.a, u.d, v_born, v_born, p_epoch, u.c, v_now, u.b, v_now, v_now
-            FROM unnest(p_tenants, p_ids, p_levels, p_accounts, p_digests, p_claims, p_batches) u(t, id, l, a, d, c, b)
+                                  expires_at, batch, created_at, updated_at)
+            SELECT u.t, u.id, 1, u.l, u.a, u.d, v_born, v_born, p_epoch, u.c, v_now, u.ea, u.b, v_now, v_now
+            FROM unnest(p_tenants, p_ids, p_levels, p_accounts, p_digests, p_claims, p_expires_at, p_batches)
+                 u(t, id, l, a, d, c, ea, b)
             ORDER BY u.t COLLATE "C", u.id COLLATE "C"
             ON CONFLICT ON CONSTRAINT job_pkey DO NOTHING
             RETURNING x.claim)
@@ -884,11 +889,11 @@ BEGIN
     v_born := floor(extract(epoch FROM v_now))::bigint * 1000;
     WITH made AS (
         INSERT INTO job AS x (tenant, id, state, level, account, digest, born, seq, epoch, claim, leased_at,
-                              slot_at, slot_cost, batch, created_at, updated_at)
+                              slot_at, slot_cost, expires_at, batch, created_at, updated_at)
         SELECT u.t, u.id, 1, u.l, u.a, u.d, v_born, v_born, p_epoch, u.c, v_now, CASE WHEN u.v IS NOT NULL THEN s.slot_us END,
-               CASE WHEN u.v IS NOT NULL THEN u.g END, u.b, v_now, v_now
-        FROM unnest(p_tenants, p_ids, p_levels, p_accounts, p_digests, p_claims, v_valid, v_granted, v_known, p_batches)
-             u(t, id, l, a, d, c, v, g, k, b)
+               CASE WHEN u.v IS NOT NULL THEN u.g END, u.ea, u.b, v_now, v_now
+        FROM unnest(p_tenants, p_ids, p_levels, p_accounts, p_digests, p_claims, v_valid, v_granted, v_known, p_expires_at,
+                    p_batches) u(t, id, l, a, d, c, v, g, k, ea, b)
         WHERE NOT u.k
         ORDER BY u.t COLLATE "C", u.id COLLATE "C"
         ON CONFLICT ON CONSTRAINT job_pkey DO NOTHING
@@ -940,7 +945,7 @@ BEGIN
                 IF NOT coalesce(v_own, false) THEN
                     UPDATE job x SET state = 1, epoch = p_epoch, claim = j.my_claim, leased_at = v_now, phase = 0,
                         cancel = verdict = 10, merged = false, digest = j.my_digest, account = p_accounts[j.idx0 + 1],
-                        level = p_levels[j.idx0 + 1], slot_at = NULL, slot_cost = NULL,
+                        level = p_levels[j.idx0 + 1], slot_at = NULL, slot_cost = NULL, expires_at = j.ea,
                         batch = coalesce(x.batch, p_batches[j.idx0 + 1]), updated_at = v_now
                         WHERE x.tenant = j.tenant AND x.id = j.id;
                 END IF;
@@ -1289,9 +1294,9 @@ DECLARE
 BEGIN
     WITH made AS (
         INSERT INTO job AS x (tenant, id, state, level, account, digest, born, seq, epoch, claim, leased_at, body, body_size,
-                              properties, due_at, reason, batch, created_at, updated_at, report)
+                              properties, due_at, expires_at, reason, batch, created_at, updated_at, report)
         SELECT u.t, u.id, 2, u.l, u.a, u.d, p_born, p_born + CASE WHEN u.rp IS NULL THEN 0 ELSE 1 END, p_epoch,
-               p_claim_base + u.o - 1, v_now, u.body, octet_length(u.body), u.pr::jsonb, u.sa, 3, u.b, v_now, v_now,
+               p_claim_base + u.o - 1, v_now, u.body, octet_length(u.body), u.pr::jsonb, u.sa, u.ea, 3, u.b, v_now, v_now,
                CASE WHEN u.rp IS NOT NULL THEN nextval('outbox_n_seq') END
         FROM unnest(p_tenants, p_ids, p_levels, p_accounts, p_digests, p_send_at, p_expires_at, p_batches, p_bodies,
                     p_properties, p_reports) WITH ORDINALITY u(t, id, l, a, d, sa, ea, b, body, pr, rp, o)
@@ -1521,6 +1526,48 @@ BEGIN
                (SELECT c.cap FROM connection_cap c WHERE c.account = x.account)
         FROM unnest(j_t, j_id, j_granted, j_valid, j_o) u(t, id, g, v, o) JOIN job x ON x.tenant = u.t AND x.id = u.id
         WHERE u.g > 0;
+END $$;
+
+-- Leases what has expired in the waiting room, to be told so: without a slot, whatever its account's limits or health, the
+-- earliest first. Jobs before lanes, as whoever settles takes them; what others are working on is passed over.
+CREATE FUNCTION release_expired_v1(p_epoch bigint, p_max integer, p_max_bytes bigint, p_claim_base bigint)
+RETURNS TABLE (tenant text, id text, level smallint, account text, claim bigint, born bigint, seq bigint,
+               attempt integer, created_us bigint, tried_us bigint, granted integer, valid_us bigint, reason smallint,
+               recipients jsonb, message_id text, uncertain integer, body bytea, properties jsonb,
+               crashes integer, deaths integer, ill_us bigint, probe boolean, cap integer)
+LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
+DECLARE
+    v_now timestamptz := clock_timestamp(); v_t text[]; v_i text[];
+    -- lanes that have counted some of them
+    l_a text[]; l_l smallint[]; l_t text[]; l_n bigint[];
+BEGIN
+    SELECT array_agg(q.tenant ORDER BY q.n), array_agg(q.id ORDER BY q.n) INTO v_t, v_i
+    FROM (SELECT w.tenant, w.id, row_number() OVER turns AS n, sum(w.size) OVER turns - w.size AS before
+          FROM (SELECT y.tenant, y.id, y.expires_at, coalesce(y.body_size, 0) AS size FROM job y
+                WHERE y.state = 2 AND y.expires_at <= v_now AND NOT y.cancel
+                ORDER BY y.expires_at LIMIT p_max FOR UPDATE SKIP LOCKED) w
+          WINDOW turns AS (ORDER BY w.expires_at, w.tenant, w.id)) q
+    WHERE q.before < p_max_bytes;
+    IF v_i IS NULL THEN
+        RETURN;
+    END IF;
+    WITH taken AS (
+        UPDATE job x SET state = 1, epoch = p_epoch, claim = p_claim_base + u.o - 1, leased_at = v_now, phase = 0,
+            merged = false, updated_at = v_now, slot_at = NULL, slot_cost = NULL
+        FROM unnest(v_t, v_i) WITH ORDINALITY u(t, id, o)
+        WHERE x.tenant = u.t AND x.id = u.id
+        RETURNING x.account, x.level, x.tenant, x.reason)
+    SELECT array_agg(g.account), array_agg(g.level), array_agg(g.tenant), array_agg(g.jobs) INTO l_a, l_l, l_t, l_n
+    FROM (SELECT k.account, k.level, k.tenant, count(*) AS jobs FROM taken k WHERE k.reason IN (1, 4, 7)
+          GROUP BY k.account, k.level, k.tenant ORDER BY k.account, k.level, k.tenant) g;
+    UPDATE lane l SET fifo = greatest(l.fifo - u.n, 0) FROM unnest(l_a, l_l, l_t, l_n) u(a, l, t, n)
+        WHERE l.account = u.a AND l.level = u.l AND l.tenant = u.t;
+    RETURN QUERY
+        SELECT x.tenant, x.id, x.level, x.account, x.claim, x.born, x.seq, x.attempt, micros(x.created_at),
+               micros(x.tried_at), 0, NULL::bigint, x.reason, x.recipients, x.message_id, x.uncertain, x.body, x.properties,
+               x.crashes::integer, x.deaths::integer, NULL::bigint, false, NULL::integer
+        FROM unnest(v_t, v_i) WITH ORDINALITY u(t, id, o) JOIN job x ON x.tenant = u.t AND x.id = u.id ORDER BY u.o;
 END $$;
 
 -- Waiting jobs for operators to look at, up to p_max of them by account: a full waiting room takes long to read.

@@ -83,6 +83,49 @@ impl Ledger {
         released
     }
 
+    /// Leases up to `most` waiting jobs that have expired, whatever they wait for, to be told so.
+    ///
+    /// # Errors
+    /// As for [`Self::release`].
+    pub async fn release_expired(
+        &self,
+        epoch: &Arc<Epoch>,
+        most: usize,
+        most_bytes: u64,
+    ) -> Result<Vec<Released>, DbError> {
+        self.take_back(epoch).await?;
+        let base = epoch.claim_block(most);
+        let expired = self.expired_under(epoch, most, most_bytes, base).await;
+        if expired.is_err() {
+            epoch.lose(base, most);
+        }
+        expired
+    }
+
+    async fn expired_under(
+        &self,
+        epoch: &Arc<Epoch>,
+        most: usize,
+        most_bytes: u64,
+        base: i64,
+    ) -> Result<Vec<Released>, DbError> {
+        let sql = self
+            .db
+            .sql("SELECT * FROM {s}.release_expired_v1($1, $2, $3, $4)");
+        let client = self.db.client().await?;
+        let statement = client.prepare_cached(&sql).await?;
+        let sent = Instant::now();
+        let rows = client
+            .query(
+                &statement,
+                &[&epoch.number(), &(most as i32), &(most_bytes as i64), &base],
+            )
+            .await?;
+        self.observe("expire", rows.len(), sent.elapsed());
+        let expired = rows.iter().map(|row| read(row, epoch, sent));
+        expired.filter_map(Result::transpose).collect()
+    }
+
     async fn release_under(
         &self,
         epoch: &Arc<Epoch>,

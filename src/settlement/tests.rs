@@ -270,6 +270,21 @@ fn long_waits_of_new_jobs_are_reported_and_those_of_waiting_ones_are_not() {
 }
 
 #[test]
+fn what_expires_before_its_next_attempt_is_due_when_it_expires() {
+    let mut case = Case::new();
+    for (expires, due, has_next) in [(105, 5, false), (200, 10, true)] {
+        case.job.expires_at = Some(Timestamp::from_second(expires).unwrap());
+        let settlement = case.plan(case.answered([RecipientStatus::Deferred; 2]));
+        let Next::Park { delay, .. } = settlement.next else {
+            panic!("{:?}", settlement.next);
+        };
+        assert_eq!(delay, Duration::from_secs(due));
+        let report = settlement.report.expect("the first is reported");
+        assert_eq!(report.data.next_attempt_at.is_some(), has_next);
+    }
+}
+
+#[test]
 fn a_mail_that_waits_for_an_unhealthy_account_for_as_long_as_retries_may_take_fails() {
     let mut case = Case::new();
     case.row = row(3);

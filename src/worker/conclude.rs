@@ -38,7 +38,8 @@ type Right = Option<(Permit, InHand)>;
 #[derive(Debug)]
 pub struct Over {
     task: Task,
-    origin: Box<Arrival>,
+    /// Where a new one came from.
+    origin: Option<Box<Arrival>>,
     verdict: Verdict,
 }
 
@@ -47,8 +48,17 @@ impl Over {
     pub(super) fn new(origin: Box<Arrival>, row: Row, verdict: Verdict) -> Self {
         Self {
             task: task(&origin, row),
-            origin,
+            origin: Some(origin),
             verdict,
+        }
+    }
+
+    /// One that expired in the waiting room.
+    fn expired(task: Task) -> Self {
+        Self {
+            task,
+            origin: None,
+            verdict: Verdict::Expired,
         }
     }
 
@@ -134,12 +144,34 @@ impl Worker {
         });
     }
 
-    fn begin_released(self: &Arc<Self>, mut released: Released, right: Right, held: Option<Held>) {
+    fn begin_released(self: &Arc<Self>, released: Released, right: Right, held: Option<Held>) {
+        if let Some(task) = self.read_released(released, held) {
+            self.spawn_job(task, None, right);
+        }
+    }
+
+    /// Tells of what has expired in the waiting room: all in one statement.
+    pub(super) async fn conclude_expired(self: &Arc<Self>, expired: Vec<Released>) {
+        let bytes = expired
+            .iter()
+            .map(|job| memory::weight(job.body.len() as u64))
+            .sum();
+        let _held = self.memory.hold(Share::Room, bytes).await;
+        let tasks = expired
+            .into_iter()
+            .filter_map(|job| self.read_released(job, None));
+        let over = tasks.map(Over::expired).collect();
+        self.conclude_together(over).await;
+    }
+
+    /// A job out of the waiting room as the pipeline takes it. `None`: it was dealt with.
+    fn read_released(self: &Arc<Self>, mut released: Released, held: Option<Held>) -> Option<Task> {
         let properties = std::mem::take(&mut released.properties);
         let properties: Properties = serde_json::from_value(properties).unwrap_or_default();
         if released.row.is_poison() {
             let jobs = self.topology.jobs_exchange();
-            return self.bury_poison(Doomed::stored(released, properties, &jobs, held));
+            self.bury_poison(Doomed::stored(released, properties, &jobs, held));
+            return None;
         }
         let incoming = Incoming {
             body: &released.body,
@@ -153,14 +185,16 @@ impl Worker {
             Ok(Err(rejection)) => {
                 let newer = rejection.reason == RejectReason::ContractTooNew;
                 let why = Unreadable::Rejected { newer };
-                return self.give_back_unreadable(released.row, why, &rejection.to_string());
+                self.give_back_unreadable(released.row, why, &rejection.to_string());
+                return None;
             }
             Err(_) => {
                 let message = panicked().to_string();
-                return self.give_back_unreadable(released.row, Unreadable::Crashed, &message);
+                self.give_back_unreadable(released.row, Unreadable::Crashed, &message);
+                return None;
             }
         };
-        let task = Task {
+        Some(Task {
             correlation_id: properties
                 .correlation_id
                 .map_or_else(|| job.id.shared(), Arc::from),
@@ -172,8 +206,7 @@ impl Worker {
             new: false,
             released: properties.released_at,
             held,
-        };
-        self.spawn_job(task, None, right);
+        })
     }
 
     fn spawn_job(self: &Arc<Self>, task: Task, origin: Option<Box<Arrival>>, right: Right) {
@@ -220,18 +253,21 @@ impl Worker {
             return;
         }
         let worker = Arc::clone(self);
-        self.tasks.spawn(async move {
-            let _in_flight = worker.in_flight();
-            // A defect of ours met in one must not take the others along: its delivery goes back, its lease is found forgotten.
-            let concluding = over.into_iter().filter_map(|over| {
-                std::panic::catch_unwind(AssertUnwindSafe(|| worker.plan_at_once(over))).ok()
-            });
-            let (ends, settlements): (Vec<_>, Vec<_>) = concluding.unzip();
-            let settled = worker.batches.settle_together(settlements).await;
-            for (end, (settlement, answer)) in ends.into_iter().zip(settled) {
-                worker.end(end, settlement, answer).await;
-            }
-        });
+        self.tasks
+            .spawn(async move { worker.conclude_together(over).await });
+    }
+
+    async fn conclude_together(self: &Arc<Self>, over: Vec<Over>) {
+        let _in_flight = self.in_flight();
+        // A defect of ours met in one must not take the others along: its delivery goes back, its lease is found forgotten.
+        let concluding = over
+            .into_iter()
+            .filter_map(|over| std::panic::catch_unwind(AssertUnwindSafe(|| self.plan_at_once(over))).ok());
+        let (ends, settlements): (Vec<_>, Vec<_>) = concluding.unzip();
+        let settled = self.batches.settle_together(settlements).await;
+        for (end, (settlement, answer)) in ends.into_iter().zip(settled) {
+            self.end(end, settlement, answer).await;
+        }
     }
 
     /// What is to be written of one of them.
@@ -245,7 +281,7 @@ impl Worker {
         let mut attempt = Attempt::of(known_recipients(&task), task.row.message_id.clone());
         attempt.verdict = verdict;
         attempt.account = task.job.account.as_ref().map(AccountId::shared);
-        self.plan(task, Some(origin), attempt)
+        self.plan(task, origin, attempt)
     }
 
     /// plan → settle → acknowledge → report.

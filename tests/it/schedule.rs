@@ -120,6 +120,40 @@ async fn an_expired_job_is_reported_and_never_sent_also_when_it_expires_while_it
 }
 
 #[tokio::test]
+async fn a_job_that_expires_while_its_account_is_in_trouble_or_over_its_limit_is_reported_at_once() {
+    let mut world = World::ready().await;
+    world.set("POSTROOM_BREAKER_FAULTS", "1");
+    world.set("POSTROOM_BREAKER_COOLDOWN", "10m");
+    let dead = Script::new().on(Phase::Greeting, Action::shutting_down());
+    let dead = SmtpServer::builder().script(dead).start().await;
+    account(&world, "ill", &dead, &[]).await;
+    let free = SmtpServer::builder().start().await;
+    account(&world, "limited", &free, &["--limit", "1/1h"]).await;
+    let mut reports = world.reports().await;
+    let _worker = world.start_worker().await;
+    world.publish_mail(Level::High, "ill", "tried").await;
+    world.publish_mail(Level::High, "limited", "first").await;
+    reports.final_of("first").await;
+    reports.until(|all| all.iter().any(|r| r.job() == "tried")).await;
+    let expires = in_seconds(4);
+    for (tenant, id) in [("ill", "ill"), ("limited", "over")] {
+        let code = with(mail(tenant, id), "expires_at", expires);
+        world.publish(Level::High, tenant, &code).await;
+    }
+    for id in ["ill", "over"] {
+        let report = reports.final_of(id).await;
+        assert_eq!(report.kind(), "mail.expired");
+        assert_eq!(report.json["data"]["account"], "main");
+        assert_eq!(report.json["data"]["attempt"], 0);
+        // Its lane is looked at once a minute.
+        let told: Timestamp = report.json["timestamp"].as_str().unwrap().parse().unwrap();
+        let late = told.duration_since(expires);
+        assert!(late < SignedDuration::from_secs(15), "{late}");
+    }
+    assert_eq!((dead.received_count(), free.received_count()), (0, 1));
+}
+
+#[tokio::test]
 async fn jobs_for_later_are_parked_by_one_statement_each_lot_and_what_is_known_goes_the_ordinary_way() {
     const JOBS: usize = 300;
     let world = World::ready().await;

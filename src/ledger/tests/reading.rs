@@ -75,9 +75,9 @@ impl World {
                  SELECT 'acme', '{who}-done' || i, 3, 1, 'acme/main', '', 0, 0, now(), now(), now() {many}"
             ),
             format!(
-                "INSERT INTO {{s}}.job ({waiting})
+                "INSERT INTO {{s}}.job ({waiting}, expires_at)
                  SELECT 'acme', '{who}-later' || i, 2, 2, 'acme/main', '', 0, 0, now(), now(), now() + interval '1 hour', 3, 'x', 1,
-                        '{{}}' {many};
+                        '{{}}', now() + interval '2 hours' {many};
                  INSERT INTO {{s}}.lane VALUES ('acme/main', 2, 'acme', now() + interval '1 hour') ON CONFLICT DO NOTHING"
             ),
             format!("SELECT {{s}}.set_limits_v1('other/{who}' || i, '[{{\"limit\": 1, \"per\": 60000000, \"unit\": \"messages\"}}]') {many}"),
@@ -264,6 +264,17 @@ impl<'a> Calls<'a> {
         self.of("forgotten leases", ledger.forgotten(&epoch))
             .await
             .unwrap();
+        let expired = self.name("e");
+        world.parked(&epoch, "acme", &expired, WaitReason::Schedule).await;
+        let expire = format!("UPDATE {{s}}.job SET expires_at = now() WHERE id = '{expired}'");
+        world.run(&expire).await;
+        let released = self
+            .of(
+                "release what has expired",
+                ledger.release_expired(&epoch, 9, 1 << 20),
+            )
+            .await;
+        assert_eq!(released.unwrap().len(), 1, "{}", self.time);
     }
 
     async fn of_workers(&mut self) {

@@ -1,14 +1,18 @@
 //! The way out of the waiting room: levels, turns, order, and who gets what.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::world::{World, account, all, in_world, job, park, request, settlement, tenant, until};
-use crate::ledger::WaitReason;
-use crate::ledger::admit::Admitted;
+use jiff::{SignedDuration, Timestamp};
+
+use super::world::{World, account, all, done, in_world, job, park, request, settlement, tenant, until};
+use crate::ledger::admit::{AdmitRequest, Admitted};
 use crate::ledger::release::{ReleaseRequest, Released};
 use crate::ledger::settle::{Next, Settled};
+use crate::ledger::{Epoch, WaitReason};
 use crate::level::Level;
+use crate::report::ReportType;
 
 /// Puts jobs into the waiting room straight away: `tenant/main` of each tenant, oldest first.
 pub(super) async fn fill(
@@ -153,6 +157,92 @@ async fn bodies_are_bounded_in_bytes_but_one_always_goes() {
             world.ledger.release(&epoch, &sized(1 << 20)).await.unwrap().len(),
             6
         );
+    })
+    .await;
+}
+
+/// A request of a job that expires so many seconds from now.
+fn expiring(epoch: &Arc<Epoch>, tenant: &str, id: &str, seconds: i64) -> AdmitRequest {
+    AdmitRequest {
+        expires_at: Some(Timestamp::now() + SignedDuration::from_secs(seconds)),
+        ..request(epoch, tenant, id)
+    }
+}
+
+#[tokio::test]
+async fn what_has_expired_comes_out_whatever_its_account_or_its_limit_says() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        let expired = async || world.ledger.release_expired(&epoch, 9, 1 << 20).await.unwrap();
+        for (tenant, id, seconds) in [
+            ("ill", "soon", 1),
+            ("ill", "later", 3600),
+            ("limited", "soon", 1),
+            ("limited", "whenever", 0),
+        ] {
+            let mut request = expiring(&epoch, tenant, id, seconds);
+            request.expires_at = request.expires_at.filter(|_| seconds > 0);
+            let row = world.go(request).await;
+            world
+                .settle_one(park(&row, WaitReason::Rate, Duration::ZERO))
+                .await;
+        }
+        world
+            .limit("limited/main", &[(1, 3_600_000_000, "messages")])
+            .await;
+        world
+            .run(
+                "INSERT INTO {s}.account_health (account, state, faults, opened_at, until)
+                 VALUES ('ill/main', 1, 5, clock_timestamp(), clock_timestamp() + interval '1 hour');
+                 UPDATE {s}.rate SET next_at = 9e18;
+                 UPDATE {s}.lane SET next_at = clock_timestamp() + interval '1 hour'",
+            )
+            .await;
+        assert!(expired().await.is_empty(), "not before");
+        let mut out = Vec::new();
+        until("two have expired", async || {
+            out.extend(expired().await);
+            out.len() == 2
+        })
+        .await;
+        assert_eq!(ids(&out), ["soon", "soon"]);
+        assert!(out.iter().all(|job| job.row.slot.is_none() && !job.row.overdue));
+        assert_eq!(world.fifo("ill/main", Level::Medium, "ill").await, Some(1));
+        world.assert_lanes_count_right().await;
+        for job in out {
+            let told = world.settle_one(done(&job.row, ReportType::Expired)).await;
+            assert_eq!(told, Settled::Written);
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn expired_jobs_come_out_in_parts_and_each_once_over_two_workers() {
+    in_world(|world| async move {
+        let (one, two) = (world.epoch().await, world.epoch().await);
+        fill(&world, "acme", "acme/main", Level::High, 30, 1000).await;
+        world
+            .run("UPDATE {s}.job SET expires_at = due_at; UPDATE {s}.job SET cancel = true WHERE id LIKE '%-30'")
+            .await;
+        assert_eq!(
+            world.ledger.release_expired(&one, 100, 2500).await.unwrap().len(),
+            3
+        );
+        let (first, second) = tokio::join!(
+            world.ledger.release_expired(&one, 20, 1 << 20),
+            world.ledger.release_expired(&two, 20, 1 << 20)
+        );
+        let mut all = ids(&first.unwrap());
+        all.extend(ids(&second.unwrap()));
+        all.extend(ids(&world
+            .ledger
+            .release_expired(&two, 20, 1 << 20)
+            .await
+            .unwrap()));
+        assert_eq!(all.len(), 26, "the cancelled one ends as such");
+        assert_eq!(all.iter().collect::<HashSet<_>>().len(), 26);
+        world.assert_lanes_count_right().await;
     })
     .await;
 }
