@@ -140,6 +140,13 @@ impl AccountKey {
         &self.0
     }
 
+    /// The account's name, if it is one that this tenant has stored: neither borrowed nor a server of the job's own.
+    #[must_use]
+    pub fn stored_by(&self, tenant: &TenantId) -> Option<&str> {
+        let (owner, account) = self.0.split_once('/')?;
+        (owner == tenant.as_str() && !account.is_empty() && !account.starts_with('~')).then_some(account)
+    }
+
     /// The account's name without its tenant.
     #[must_use]
     pub fn account(&self) -> &str {
@@ -199,5 +206,18 @@ mod tests {
         let key = AccountKey::new(&"acme".parse().unwrap(), &"main".parse().unwrap());
         assert_eq!(key.as_str(), "acme/main");
         assert_eq!(key.account(), "main");
+    }
+
+    #[test]
+    fn an_account_is_named_to_the_tenant_who_stored_it_alone() {
+        let acme: TenantId = "acme".parse().unwrap();
+        let named = |key: &str| {
+            let key = AccountKey::from_stored(key);
+            key.stored_by(&acme).map(str::to_owned)
+        };
+        assert_eq!(named("acme/main").as_deref(), Some("main"));
+        for other in ["-/default", "acme/~override", "acme/", "acme2/main", "acme"] {
+            assert_eq!(named(other), None, "{other}");
+        }
     }
 }

@@ -17,7 +17,7 @@ use super::outbox::ReportNumber;
 use super::{Ledger, recipients};
 use crate::config::JobLimits;
 use crate::db::DbError;
-use crate::id::{JobId, TenantId};
+use crate::id::{AccountKey, JobId, TenantId};
 use crate::job::decode::{self, Incoming};
 use crate::report::{
     RecipientResult, RecipientStatus, Report, ReportData, ReportMessage, ReportType, event_id,
@@ -201,7 +201,9 @@ impl Locked {
             data: ReportData {
                 job: Some(self.id.clone()),
                 tenant: self.tenant.clone(),
-                account: self.own_account().map(Arc::from),
+                account: AccountKey::from_stored(&self.account)
+                    .stored_by(&self.tenant)
+                    .map(Arc::from),
                 sender: None,
                 attempt: self.attempts.max(0) as u32,
                 message_id: self.message_id.as_deref().map(Arc::from),
@@ -230,13 +232,6 @@ impl Locked {
                 links: Vec::new(),
             },
         }
-    }
-
-    /// The account's name, if it is the tenant's own and stored.
-    fn own_account(&self) -> Option<String> {
-        let (owner, account) = self.account.split_once('/')?;
-        (owner == self.tenant.as_str() && !account.is_empty() && !account.starts_with('~'))
-            .then(|| account.to_owned())
     }
 }
 

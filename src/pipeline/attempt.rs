@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use lettre::Address;
 
-use super::resolve::{Entries, account_name};
+use super::resolve::{Entries, is_for};
 use super::task::{SharedClock, Task};
 use super::transact::Covered;
 use super::{Attempt, Verdict, evidence, room};
@@ -60,13 +60,7 @@ pub struct Pipeline {
 impl Pipeline {
     /// Makes one attempt. Never fails: whatever happens is a verdict.
     pub async fn attempt(&self, task: &Task) -> Attempt {
-        let known = &task.row.recipients;
-        let recipients = if known.is_empty() {
-            task.job.all_pending()
-        } else {
-            known.clone()
-        };
-        let mut attempt = Attempt::of(recipients, task.row.message_id.clone());
+        let mut attempt = task.begin();
         attempt.verdict = match self.run(task, &mut attempt).await {
             Ok(verdict) | Err(verdict) => verdict,
         };
@@ -102,6 +96,7 @@ impl Pipeline {
             .job
             .on_uncertain
             .unwrap_or(entries.tenant.tenant.on_uncertain);
+        is_for(attempt, &chosen);
         chosen = self.healthy(task, attempt, &entries, chosen)?;
         let watched = self.watch(task).await?;
         let fetched = Instant::now();
@@ -187,9 +182,7 @@ impl Pipeline {
         prepared: &Prepared,
     ) -> Result<Verdict, Verdict> {
         attempt.sender = Some(chosen.sender());
-        attempt.account = account_name(task, chosen);
-        // An override has no schedule of its own: the installation's holds.
-        attempt.retry = (chosen.via != Via::Override).then_some(chosen.account.retry);
+        is_for(attempt, chosen);
         let message_id = self.message_id(task, chosen, attempt);
         let bound = task.row.slot.is_none_or(|slot| slot.until.is_some());
         let limited = bound || entries.limit(chosen);

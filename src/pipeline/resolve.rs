@@ -8,7 +8,7 @@ use super::task::Task;
 use super::{Attempt, Verdict};
 use crate::directory::{Chosen, DirectoryError, TenantEntry, Via, overrides, sender};
 use crate::failure::{Class, Failure, Fault, Stage};
-use crate::id::{AccountId, TenantId};
+use crate::id::TenantId;
 use crate::job::MailJob;
 use crate::ledger::WaitReason;
 use crate::secret::SharedKeyring;
@@ -121,8 +121,7 @@ impl Pipeline {
         if let Some(other) = other.filter(|other| self.trouble(task, other).is_none()) {
             return Ok(other);
         }
-        attempt.account = account_name(task, &chosen);
-        attempt.retry = Some(chosen.account.retry);
+        is_for(attempt, &chosen);
         attempt.waits_for = (chosen.account.key != task.row.account).then(|| chosen.account.key.clone());
         Err(Verdict::Wait {
             reason: WaitReason::Unhealthy,
@@ -131,10 +130,12 @@ impl Pipeline {
     }
 }
 
-/// The tenant's own account the job is for, by name.
-pub(super) fn account_name(task: &Task, chosen: &Chosen) -> Option<Arc<str>> {
-    match chosen.via {
-        Via::Account => Some(chosen.account.key.account().into()),
-        _ => task.job.account.as_ref().map(AccountId::shared),
+/// Notes the tenant's own account that is to send, and the retries of whoever sends. Where another stands in for that account
+/// the job is for it all the same.
+pub(super) fn is_for(attempt: &mut Attempt, chosen: &Chosen) {
+    if chosen.via == Via::Account {
+        attempt.account = Some(chosen.account.key.account().into());
     }
+    // An override has no schedule of its own: the installation's holds.
+    attempt.retry = (chosen.via != Via::Override).then_some(chosen.account.retry);
 }

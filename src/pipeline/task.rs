@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 
+use super::Attempt;
+use crate::id::AccountId;
 use crate::job::{MailJob, Source};
 use crate::ledger::Row;
 use crate::level::Level;
@@ -44,6 +46,21 @@ impl Task {
     #[must_use]
     pub fn is_expired(&self, now: Timestamp) -> bool {
         self.job.expires_at.is_some_and(|at| at <= now)
+    }
+
+    /// An attempt at it of which nothing is known yet but whose it is.
+    #[must_use]
+    pub fn begin(&self) -> Attempt {
+        let known = &self.row.recipients;
+        let recipients = if known.is_empty() {
+            self.job.all_pending()
+        } else {
+            known.clone()
+        };
+        let mut attempt = Attempt::of(recipients, self.row.message_id.clone());
+        let admitted = || self.row.account.stored_by(&self.row.tenant).map(Arc::from);
+        attempt.account = self.job.account.as_ref().map(AccountId::shared).or_else(admitted);
+        attempt
     }
 
     /// How long it has waited for its first attempt, if it has had none and that is known. The time until `send_at` is no wait.
@@ -142,6 +159,16 @@ mod tests {
             released: None,
             held: None,
         }
+    }
+
+    #[test]
+    fn a_deferred_or_expired_job_of_the_default_account_names_it() {
+        assert_eq!(task(0, "").begin().account.as_deref(), Some("main"));
+        let named = task(0, r#","account":"second""#);
+        assert_eq!(named.begin().account.as_deref(), Some("second"));
+        let mut borrowed = task(0, "");
+        borrowed.row.account = AccountKey::from_stored("-/default");
+        assert_eq!(borrowed.begin().account, None);
     }
 
     fn second(seconds: i64) -> Timestamp {

@@ -17,7 +17,6 @@ use super::permits::Permit;
 use crate::broker::Delivery;
 use crate::fail_point::{self, Point};
 use crate::failure::Failure;
-use crate::id::AccountId;
 use crate::job::MailJob;
 use crate::job::decode::{self, Incoming, RejectReason};
 use crate::ledger::admit::{Absorb, Admitted};
@@ -278,9 +277,8 @@ impl Worker {
             verdict,
         } = over;
         fail_point::hit(Point::Planning, [task.job.id.as_str()]);
-        let mut attempt = Attempt::of(known_recipients(&task), task.row.message_id.clone());
+        let mut attempt = task.begin();
         attempt.verdict = verdict;
-        attempt.account = task.job.account.as_ref().map(AccountId::shared);
         self.plan(task, origin, attempt)
     }
 
@@ -398,11 +396,11 @@ impl Worker {
 
     /// A cancel that came in between wins over anything but an outcome.
     async fn settle_cancelled(&self, task: &Task, settlement: Settlement) -> (Settlement, Answer) {
-        let recipients = settlement
-            .recipients
-            .clone()
-            .unwrap_or_else(|| task.job.all_pending());
-        let mut attempt = Attempt::of(recipients, settlement.message_id.clone());
+        let mut attempt = task.begin();
+        if let Some(recipients) = &settlement.recipients {
+            attempt.recipients.clone_from(recipients);
+        }
+        attempt.message_id.clone_from(&settlement.message_id);
         attempt.verdict = Verdict::Cancelled;
         attempt.reached_mail_from = !settlement.refund;
         let traceparent = traces::traceparent();
@@ -507,17 +505,9 @@ enum Unreadable {
     Crashed,
 }
 
-fn known_recipients(task: &Task) -> Vec<crate::report::RecipientResult> {
-    if task.row.recipients.is_empty() {
-        task.job.all_pending()
-    } else {
-        task.row.recipients.clone()
-    }
-}
-
 fn crashed(task: &Task) -> Attempt {
     let failure: Failure = panicked();
-    let mut attempt = Attempt::of(known_recipients(task), task.row.message_id.clone());
+    let mut attempt = task.begin();
     attempt.started = true;
     // Nobody knows how far it came: the slot counts.
     attempt.reached_mail_from = true;

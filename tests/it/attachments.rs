@@ -185,6 +185,34 @@ async fn a_file_is_fetched_again_after_a_passing_error_and_a_lasting_one_fails_t
     assert_eq!(worker.count("postroom_attachment_bytes").await, 0);
 }
 
+#[tokio::test]
+async fn a_file_that_cannot_be_fetched_is_given_up_when_its_account_says_so_and_the_report_names_that_account()
+ {
+    let mut world = World::new().await;
+    world.set("POSTROOM_RETRY_BASE", "100ms");
+    world.prepare().await;
+    let server = SmtpServer::builder().start().await;
+    account(&world, "acme", &server, &["--max-attempts", "2"]).await;
+    let host = FileServer::start().await.unwrap();
+    let mut reports = world.reports().await;
+    let _worker = world.start_worker().await;
+    let busy = host.put("/busy", Answer::status(503));
+    let file = |url: &str| json!([{"filename": "a.bin", "url": url}]);
+    world
+        .publish(Level::High, "acme", &job("busy", &file(&busy)))
+        .await;
+    let failed = reports.final_of("busy").await;
+    let data = &failed.json["data"];
+    assert_eq!(
+        (failed.kind(), &data["attempt"], failed.reason()),
+        ("mail.failed", &json!(2), "attachment_unreachable")
+    );
+    for report in reports.of("busy") {
+        assert_eq!(report.json["data"]["account"], "main");
+    }
+    assert_eq!((host.requests("/busy"), server.received_count()), (2, 0));
+}
+
 /// A world whose large files go to this server.
 async fn rewriting(s3: &S3Server, smtp: &SmtpServer) -> World {
     let mut world = World::new().await;

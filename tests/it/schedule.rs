@@ -39,6 +39,7 @@ async fn a_scheduled_job_waits_in_the_ledger_and_is_sent_once_not_before_its_tim
         ("mail.deferred", "schedule")
     );
     assert_eq!(deferred.json["data"]["attempt"], 0);
+    assert_eq!(deferred.json["data"]["account"], "main");
     world.wait_depth("mail.jobs.high", 0).await;
     let listed = world
         .postroom(&["job", "list", "--tenant", "acme"])
