@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Worker;
 use super::arrival::Arrival;
+use super::bury::Refusal;
 use super::conclude::Over;
 use super::load::InHand;
 use super::park;
@@ -395,7 +396,7 @@ async fn admit(worker: &Arc<Worker>, batch: Vec<Picked>) {
             }
             Err(error) => {
                 for picked in batch {
-                    worker.bury(picked.arrival, "refused_by_database", &error.to_string());
+                    worker.bury(picked.arrival, Refusal::ByDatabase(error.to_string()));
                 }
                 return;
             }

@@ -93,12 +93,12 @@ impl Worker {
         let job = match decoded {
             Ok(job) => job,
             Err(rejection) => {
-                self.reject(delivery, rejection, ended);
+                self.reject(delivery, rejection, None, ended);
                 return None;
             }
         };
         if self.is_older_than_ledger(&delivery) {
-            self.reject(delivery, too_old(&job), ended);
+            self.reject(delivery, too_old(&job), Some(job), ended);
             return None;
         }
         Some(Decoded { delivery, job, since })
@@ -124,7 +124,7 @@ impl Worker {
         let (account, connections, may_detour) = match self.expected_account(&job).await {
             Ok(found) => found,
             Err(failure) => {
-                self.reject(delivery, rejected(&job, &failure), ended);
+                self.reject(delivery, rejected(&job, &failure), Some(job), ended);
                 return None;
             }
         };
@@ -192,9 +192,15 @@ impl Worker {
         u64::try_from(age).is_ok_and(|age| age > memory) && !delivery.has_header(REPLAY)
     }
 
-    /// Dead-letters a delivery that is no valid job and tells its tenant, then acknowledges it. Beside the queue: the
-    /// next delivery does not wait for the confirms.
-    fn reject(self: &Arc<Self>, delivery: Delivery, rejection: Rejection, ended: &CancellationToken) {
+    /// Dead-letters a delivery that is no valid job, or a `job` that is not allowed, and tells its tenant, then acknowledges
+    /// it. Beside the queue: the next delivery does not wait for the confirms.
+    fn reject(
+        self: &Arc<Self>,
+        delivery: Delivery,
+        rejection: Rejection,
+        job: Option<MailJob>,
+        ended: &CancellationToken,
+    ) {
         if rejection.reason == RejectReason::ContractTooNew {
             return self.leave_to_newer(delivery, &rejection, ended);
         }
@@ -208,7 +214,9 @@ impl Worker {
                 masked_in(&rejection.to_string())
             );
             worker.metrics.jobs.with_label_values(&["rejected"]).inc();
-            worker.bury_rejected(delivery, rejection, &ended).await;
+            worker
+                .bury_rejected(delivery, rejection, job.as_ref(), &ended)
+                .await;
         });
     }
 

@@ -17,7 +17,7 @@ use super::delivery::Properties;
 use crate::broker::{DeadLetter, Delivery, PublishError, Receipt};
 use crate::directory::overrides;
 use crate::fail_point::{self, Point};
-use crate::id::{JobId, TenantId};
+use crate::id::{AccountId, JobId, TenantId};
 use crate::job::MailJob;
 use crate::job::decode::{self, Rejection};
 use crate::ledger::Row;
@@ -28,23 +28,18 @@ use crate::memory::Held;
 use crate::report::{FieldError, Report, ReportData, ReportMessage, ReportType, event_id};
 
 impl Worker {
-    /// Buries a decoded job that cannot be taken: another content under a known id, or one the database refuses.
-    pub fn bury(self: &Arc<Self>, arrival: Box<Arrival>, reason: &'static str, detail: &str) {
+    /// Buries a decoded job that the ledger does not take.
+    pub fn bury(self: &Arc<Self>, arrival: Box<Arrival>, refusal: Refusal) {
         let worker = Arc::clone(self);
-        let detail = detail.to_owned();
         self.tasks.spawn(async move {
             let job = &arrival.job;
+            let (reason, detail) = (refusal.reason(), refusal.detail());
             tracing::warn!(job = %job.id, tenant = %job.tenant, reason, "dead-lettered: {detail}");
             let (tenant, id) = (job.tenant.clone(), job.id.clone());
-            let errors = vec![FieldError {
-                pointer: "/id".to_owned(),
-                message: detail.clone(),
-            }];
-            // Not final: the first job under this id stands, and has its own reports.
-            let report = rejection_report(&tenant, Some(&id), reason, errors, &arrival.delivery, false);
+            let report = refusal.report(job, &arrival.delivery);
             let death = Death {
                 reason,
-                detail: &detail,
+                detail,
                 tenant: Some(&tenant),
                 id: Some(&id),
                 kept: Kept::Message,
@@ -113,18 +108,27 @@ impl Worker {
             .map(Arc::new)
     }
 
+    /// Buries what is no valid job, or names what does not exist: then there is a `job`.
     pub(super) async fn bury_rejected(
         &self,
         delivery: Delivery,
         rejection: Rejection,
+        job: Option<&MailJob>,
         ended: &CancellationToken,
     ) {
         let reason = rejection.reason.as_str();
         let detail = rejection.to_string();
         let tenant = told(&rejection);
         let report = tenant.map(|tenant| {
-            let errors = rejection.errors.clone();
-            rejection_report(tenant, rejection.id.as_ref(), reason, errors, &delivery, true)
+            let rejected = Rejected {
+                tenant,
+                id: rejection.id.as_ref(),
+                reason,
+                errors: rejection.errors.clone(),
+                job,
+                is_final: true,
+            };
+            rejected.report(&delivery)
         });
         let death = Death {
             reason,
@@ -340,54 +344,190 @@ async fn wait_again(
     }
 }
 
-fn rejection_report(
-    tenant: &crate::id::TenantId,
-    id: Option<&crate::id::JobId>,
-    reason: &str,
-    errors: Vec<FieldError>,
-    delivery: &Delivery,
-    is_final: bool,
-) -> Report {
-    let digest = Sha256::digest(&delivery.body);
-    let mut number = "r".to_owned();
-    for byte in &digest[..8] {
-        let _ = write!(number, "{byte:02x}");
+/// Why the ledger does not take a job.
+#[derive(Debug)]
+pub enum Refusal {
+    /// Another content has been seen under its id.
+    IdConflict,
+    /// Postgres says this about it.
+    ByDatabase(String),
+}
+
+impl Refusal {
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::IdConflict => "id_conflict",
+            Self::ByDatabase(_) => "refused_by_database",
+        }
     }
-    let subject = id.map_or("-", crate::id::JobId::as_str);
-    let correlation = delivery
-        .correlation_id()
-        .map(storable)
-        .or_else(|| id.map(ToString::to_string));
-    Report {
-        id: event_id(tenant.as_str(), "job", subject, &number),
-        kind: ReportType::Rejected.as_str(),
-        timestamp: Timestamp::now(),
-        data: ReportData {
-            job: id.cloned(),
-            tenant: tenant.clone(),
-            account: None,
-            sender: None,
-            attempt: 0,
-            message_id: None,
-            recipients: Vec::new(),
-            partial: false,
-            reason: Some(reason.to_owned()),
-            detail: errors.first().map(|error| error.message.clone()),
-            class: None,
-            fault: None,
-            stage: Some("decode"),
-            errors,
-            is_final,
-            sequence: 0,
-            correlation_id: correlation.map(Arc::from),
-            traceparent: trace_parent(delivery),
-            next_attempt_at: None,
-            uncertain_attempts: 0,
-            timings: None,
-            batch: None,
-            tags: Vec::new(),
-            metadata: None,
-            links: Vec::new(),
-        },
+
+    fn detail(&self) -> &str {
+        match self {
+            Self::IdConflict => {
+                "another job with different content has been published under this id; ids must be unique per tenant"
+            }
+            Self::ByDatabase(error) => error,
+        }
+    }
+
+    fn report(&self, job: &MailJob, delivery: &Delivery) -> Report {
+        let is_conflict = matches!(self, Self::IdConflict);
+        let rejected = Rejected {
+            tenant: &job.tenant,
+            id: Some(&job.id),
+            reason: self.reason(),
+            errors: vec![FieldError {
+                pointer: if is_conflict { "/id" } else { "" }.to_owned(),
+                message: self.detail().to_owned(),
+            }],
+            job: Some(job),
+            // The first job under this id stands, and has its own reports.
+            is_final: !is_conflict,
+        };
+        rejected.report(delivery)
+    }
+}
+
+/// What is told about a message that is not taken.
+struct Rejected<'a> {
+    tenant: &'a TenantId,
+    id: Option<&'a JobId>,
+    reason: &'a str,
+    errors: Vec<FieldError>,
+    /// The job, if it could be read.
+    job: Option<&'a MailJob>,
+    is_final: bool,
+}
+
+impl Rejected<'_> {
+    fn report(self, delivery: &Delivery) -> Report {
+        let id = self.id;
+        let subject = id.map_or("-", JobId::as_str);
+        let correlation = delivery
+            .correlation_id()
+            .map(storable)
+            .or_else(|| id.map(ToString::to_string));
+        let job = self.job;
+        Report {
+            id: event_id(self.tenant.as_str(), "job", subject, &self.number(&delivery.body)),
+            kind: ReportType::Rejected.as_str(),
+            timestamp: Timestamp::now(),
+            data: ReportData {
+                job: id.cloned(),
+                tenant: self.tenant.clone(),
+                account: job.and_then(|job| job.account.as_ref().map(AccountId::shared)),
+                sender: None,
+                attempt: 0,
+                message_id: None,
+                recipients: Vec::new(),
+                partial: false,
+                reason: Some(self.reason.to_owned()),
+                detail: self.errors.first().map(|error| error.message.clone()),
+                class: None,
+                fault: None,
+                stage: Some("decode"),
+                errors: self.errors,
+                is_final: self.is_final,
+                sequence: 0,
+                correlation_id: correlation.map(Arc::from),
+                traceparent: trace_parent(delivery),
+                next_attempt_at: None,
+                uncertain_attempts: 0,
+                timings: None,
+                batch: job.and_then(|job| job.batch.clone()),
+                tags: job.map(|job| job.tags.clone()).unwrap_or_default(),
+                metadata: job.and_then(|job| job.metadata.clone()),
+                links: Vec::new(),
+            },
+        }
+    }
+
+    /// What its event is numbered by: the same when the message comes again, and another when it is refused for another
+    /// reason.
+    fn number(&self, body: &[u8]) -> String {
+        let digest = Sha256::new_with_prefix(self.reason)
+            .chain_update([0])
+            .chain_update(body)
+            .finalize();
+        let mut number = "r".to_owned();
+        for byte in &digest[..8] {
+            let _ = write!(number, "{byte:02x}");
+        }
+        number
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job::decode::Incoming;
+
+    const BODY: &str = r#"{"id":"1","tenant":"acme","account":"second","to":"a@example.org","text":"t","batch":"spring",
+                           "tags":["x"],"metadata":{"order":7}}"#;
+
+    fn job() -> MailJob {
+        let incoming = Incoming {
+            body: BODY.as_bytes(),
+            ..Incoming::default()
+        };
+        decode::decode(&incoming, &crate::config::JobLimits::default()).unwrap()
+    }
+
+    fn delivery(body: &'static str) -> Delivery {
+        Delivery {
+            level: None,
+            queue: "mail.jobs.high".into(),
+            generation: 0,
+            redelivered: false,
+            exchange: "mail.jobs".to_owned(),
+            routing_key: "high.acme".to_owned(),
+            properties: crate::broker::Properties::default(),
+            body: body.into(),
+            held: None,
+            receipt: Receipt::none(),
+        }
+    }
+
+    fn rejected<'a>(reason: &'a str, job: &'a MailJob) -> Rejected<'a> {
+        Rejected {
+            tenant: &job.tenant,
+            id: Some(&job.id),
+            reason,
+            errors: Vec::new(),
+            job: Some(job),
+            is_final: true,
+        }
+    }
+
+    #[test]
+    fn a_job_that_the_database_refuses_is_rejected_for_good() {
+        let refused = Refusal::ByDatabase("22021: no".to_owned()).report(&job(), &delivery(BODY));
+        assert!(refused.data.is_final);
+        assert_eq!(refused.data.reason.as_deref(), Some("refused_by_database"));
+        assert_eq!(refused.data.errors[0].pointer, "");
+        let conflict = Refusal::IdConflict.report(&job(), &delivery(BODY));
+        assert!(!conflict.data.is_final, "the first job stands");
+        assert_eq!(conflict.data.errors[0].pointer, "/id");
+    }
+
+    #[test]
+    fn a_job_rejected_for_another_reason_has_another_event_id() {
+        let job = job();
+        let id = |reason, body| rejected(reason, &job).report(&delivery(body)).id;
+        assert_eq!(id("unknown_tenant", BODY), id("unknown_tenant", BODY));
+        assert_ne!(id("unknown_tenant", BODY), id("unknown_account", BODY));
+        assert_ne!(id("unknown_tenant", BODY), id("unknown_tenant", "{}"));
+    }
+
+    #[test]
+    fn a_rejected_job_that_could_be_read_echoes_metadata_tags_and_batch() {
+        let job = job();
+        let data = rejected("unknown_account", &job).report(&delivery(BODY)).data;
+        assert_eq!(data.metadata, Some(serde_json::json!({"order": 7})));
+        assert_eq!(
+            (data.tags, data.batch.as_deref()),
+            (vec!["x".to_owned()], Some("spring"))
+        );
+        assert_eq!(data.account.as_deref(), Some("second"));
     }
 }

@@ -10,7 +10,7 @@ use tracing::Instrument as _;
 use super::Worker;
 use super::admission::Picked;
 use super::arrival::{Arrival, plain};
-use super::bury::Doomed;
+use super::bury::{Doomed, Refusal};
 use super::delivery::{Properties, stored};
 use super::load::InHand;
 use super::permits::Permit;
@@ -121,11 +121,7 @@ impl Worker {
                 self.metrics.jobs.with_label_values(&["duplicate"]).inc();
                 arrival.ack();
             }
-            Admitted::Conflict => self.bury(
-                arrival,
-                "id_conflict",
-                "another job with different content has been published under this id; ids must be unique per tenant",
-            ),
+            Admitted::Conflict => self.bury(arrival, Refusal::IdConflict),
         }
         None
     }
