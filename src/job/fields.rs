@@ -325,6 +325,7 @@ fn metadata(node: Node<'_>, at: &Pointer<'_>, errors: &mut Errors) -> Option<ser
         values::mistyped(&node, "an object", at, errors);
         return None;
     }
+    check_numbers(&node, at, errors);
     let value = node.into_value();
     let size = serde_json::to_vec(&value).map_or(usize::MAX, |text| text.len());
     if size > MAX_METADATA {
@@ -332,4 +333,34 @@ fn metadata(node: Node<'_>, at: &Pointer<'_>, errors: &mut Errors) -> Option<ser
         return None;
     }
     Some(value)
+}
+
+/// Names numbers that would come back as others: what is beyond 64 bits was read as a double.
+fn check_numbers(node: &Node<'_>, at: &Pointer<'_>, errors: &mut Errors) {
+    /// 2^64, one more than the largest integer.
+    const ABOVE: f64 = 18_446_744_073_709_551_616.0;
+    /// -2^63: as a double it may have been one less, which is no integer of 64 bits any more.
+    const BELOW: f64 = -9_223_372_036_854_775_808.0;
+    match node {
+        Node::Number(number) => {
+            let double = number.as_f64().filter(|_| number.is_f64());
+            if double.is_some_and(|double| double >= ABOVE || double <= BELOW) {
+                errors.push(
+                    at,
+                    "is a number beyond 64 bits, which would not come back as it is; write it as a string",
+                );
+            }
+        }
+        Node::Array(items) => {
+            for (index, item) in items.iter().enumerate() {
+                check_numbers(item, &at.index(index), errors);
+            }
+        }
+        Node::Object(entries) => {
+            for (name, value) in entries {
+                check_numbers(value, &at.key(name), errors);
+            }
+        }
+        _ => {}
+    }
 }

@@ -544,6 +544,40 @@ fn all_errors_come_at_once() {
 }
 
 #[test]
+fn an_integer_that_metadata_cannot_hold_is_refused() {
+    let of = |number: &str| {
+        let job =
+            r#"{"id":"1","tenant":"acme","to":"a@b.example","text":"","metadata":{"a":{"b":[0,NUMBER]}}}"#;
+        read(&job.replace("NUMBER", number))
+    };
+    for number in [
+        "18446744073709551616",
+        "-9223372036854775809",
+        "123456789012345678901234567890",
+        "1e20",
+    ] {
+        let rejection = of(number).unwrap_err();
+        assert_eq!(rejection.errors[0].pointer, "/metadata/a/b/1", "{number}");
+        assert!(rejection.errors[0].message.contains("64 bits"), "{number}");
+        assert_eq!(
+            (rejection.reason, rejection.errors.len()),
+            (RejectReason::Invalid, 1)
+        );
+    }
+    for number in [
+        "18446744073709551615",
+        "-9223372036854775808",
+        "0.1",
+        "1e19",
+        "-2.5e-9",
+    ] {
+        let metadata = of(number).unwrap().metadata.unwrap();
+        let value: serde_json::Value = serde_json::from_str(number).unwrap();
+        assert_eq!(metadata["a"]["b"][1], value, "{number}");
+    }
+}
+
+#[test]
 fn forms_that_are_not_fields_have_their_own_reason() {
     for (body, reason, part) in [
         (
