@@ -65,7 +65,7 @@ pub struct MailJob {
     pub send_at: Option<Timestamp>,
     /// Not after.
     pub expires_at: Option<Timestamp>,
-    /// Campaign or batch, for suspending and cancelling.
+    /// Campaign or batch; echoed in reports.
     pub batch: Option<String>,
     /// For the tenant's statistics; echoed in reports.
     pub tags: Vec<String>,

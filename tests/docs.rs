@@ -222,6 +222,74 @@ fn every_reason_of_a_refused_mail_is_in_the_reports_page() {
     assert!(missing.is_empty(), "{missing:?}");
 }
 
+/// The words of several parts in a file's literals, without its tests and comments.
+fn words(path: &Path) -> Vec<String> {
+    let text = fs::read_to_string(path).unwrap();
+    let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
+    let lines = code.lines().filter(|line| !line.trim_start().starts_with("//"));
+    let code: Vec<_> = lines.collect();
+    let is_word = |text: &&str| {
+        let parts: Vec<_> = text.split('_').collect();
+        let is_part = |part: &&str| {
+            !part.is_empty() && part.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit())
+        };
+        parts.len() > 1 && parts.iter().all(is_part)
+    };
+    let code = code.join("\n");
+    // Every piece: a quote among the characters would turn the literals out.
+    code.split('"')
+        .skip(1)
+        .filter(is_word)
+        .map(str::to_owned)
+        .collect()
+}
+
+#[test]
+fn every_reason_of_a_report_is_in_the_reports_page() {
+    /// Words of these modules that are none: why the platform sends, a column, a decision.
+    const OTHERS: &[&str] = &["not_configured", "send_error", "in_order", "not_sent"];
+    let modules = [
+        "attachment",
+        "compose",
+        "directory",
+        "smtp",
+        "pipeline",
+        "ledger/odd",
+    ];
+    let mut sources: Vec<_> = modules
+        .iter()
+        .flat_map(|module| files(&format!("src/{module}"), "rs"))
+        .collect();
+    sources.extend(modules.map(|module| top().join(format!("src/{module}.rs"))));
+    sources.extend(["failure", "settlement", "worker/bury"].map(|file| top().join(format!("src/{file}.rs"))));
+    sources.retain(|path| !path.iter().any(|part| part == "tests" || part == "tests.rs"));
+    let reasons: BTreeSet<_> = sources.iter().flat_map(|path| words(path)).collect();
+    assert!(
+        reasons.len() > 60,
+        "reasons are written otherwise than this test reads them: {reasons:?}"
+    );
+    let page = read("docs/reports.md");
+    let is_missing =
+        |reason: &&String| !OTHERS.contains(&reason.as_str()) && !page.contains(&format!("`{reason}`"));
+    let missing: Vec<_> = reasons.iter().filter(is_missing).collect();
+    assert!(missing.is_empty(), "{missing:?}");
+}
+
+#[test]
+fn every_reason_of_a_rejection_is_in_the_contract() {
+    let page = read("docs/contract.md");
+    let source = read("src/job/decode.rs");
+    let (_, table) = source.split_once("\nreasons! {").unwrap();
+    let (table, _) = table.split_once("\n}").unwrap();
+    let reasons: Vec<_> = table.lines().filter_map(|line| line.split('"').nth(1)).collect();
+    assert!(reasons.len() > 10, "{reasons:?}");
+    let missing: Vec<_> = reasons
+        .iter()
+        .filter(|reason| !page.contains(&format!("`{reason}`")))
+        .collect();
+    assert!(missing.is_empty(), "{missing:?}");
+}
+
 #[test]
 fn programs_in_python_and_node_are_run_by_a_test() {
     let mut tests = String::new();

@@ -1,7 +1,7 @@
 //! Addresses in their three notations: `"a@b"`, `"Name <a@b>"`, `{address, name}`.
 //! Messages here never show an address: they end in logs.
 
-use super::bounds::{MAX_ADDRESS, MAX_ADDRESS_TEXT, MAX_NAME};
+use super::bounds::{MAX_ADDRESS, MAX_ADDRESS_TEXT, MAX_LOCAL_PART, MAX_NAME};
 use super::errors::{Errors, Pointer};
 use super::json::Node;
 use super::object::Fields;
@@ -161,6 +161,11 @@ fn bare(text: &str) -> Result<Address, String> {
     if text.len() > MAX_ADDRESS {
         return Err(format!("the address must be at most {MAX_ADDRESS} bytes long"));
     }
+    if text.rfind('@').is_some_and(|end| end > MAX_LOCAL_PART) {
+        return Err(format!(
+            "the part before the `@` must be at most {MAX_LOCAL_PART} bytes long"
+        ));
+    }
     if text.contains(|c| values::is_blank(c) || matches!(c, '<' | '>')) {
         return Err(format!("must be {NOTATIONS}; the address itself without blanks"));
     }
@@ -213,6 +218,15 @@ mod tests {
                 Ok((name.map(str::to_owned), address.to_owned())),
                 "{text}"
             );
+        }
+    }
+
+    #[test]
+    fn a_local_part_has_at_most_64_octets() {
+        let of = |local: &str| read(&format!("{local}@b.example"));
+        assert!(of(&"a".repeat(64)).is_ok() && of(&"é".repeat(32)).is_ok());
+        for long in ["a".repeat(65), "é".repeat(33)] {
+            assert!(of(&long).unwrap_err().contains("at most 64 bytes"), "{long}");
         }
     }
 

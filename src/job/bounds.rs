@@ -3,6 +3,8 @@
 
 /// Octets of an address (RFC 5321 §4.5.3.1.3 allows a path of 256 with its angle brackets).
 pub const MAX_ADDRESS: usize = 254;
+/// Octets of what stands before the `@` (RFC 5321 §4.5.3.1.1).
+pub const MAX_LOCAL_PART: usize = 64;
 /// Characters of an address with its display name in one string.
 pub const MAX_ADDRESS_TEXT: usize = 600;
 /// Characters of a display name.
