@@ -40,21 +40,21 @@ pub struct Circumstances<'a> {
     pub jitter: f64,
 }
 
-/// Decides what is to be written. Where the job has to wait, the body is still to be put in: only the worker has it, and
-/// few jobs need it.
+/// Decides what is to be written; what follows for the recipients, and the failure that is told, are noted in the attempt.
+/// Where the job has to wait, the body is still to be put in: only the worker has it, and few jobs need it.
 #[must_use]
-pub fn plan(at: &Circumstances<'_>, attempt: Attempt) -> Settlement {
+pub fn plan(at: &Circumstances<'_>, attempt: &mut Attempt) -> Settlement {
     match &attempt.verdict {
-        Verdict::Expired => finish(at, &attempt, ReportType::Expired, Some("expires_at has passed")),
-        Verdict::Cancelled => finish(at, &attempt, ReportType::Cancelled, None),
-        Verdict::GiveBack => settlement(at, &attempt, Next::GiveBack, None),
+        Verdict::Expired => finish(at, attempt, ReportType::Expired, Some("expires_at has passed")),
+        Verdict::Cancelled => finish(at, attempt, ReportType::Cancelled, None),
+        Verdict::GiveBack => settlement(at, attempt, Next::GiveBack, None),
         Verdict::Wait {
             reason: WaitReason::Unhealthy,
             ..
         } if at.row.overdue => fail(at, attempt, &unhealthy()),
         Verdict::Wait { reason, delay } => {
             let (reason, delay) = (*reason, *delay);
-            wait(at, &attempt, reason, delay)
+            wait(at, attempt, reason, delay)
         }
         Verdict::Uncertain(_) if attempt.on_uncertain == OnUncertain::Hold => hold(at, attempt),
         Verdict::Uncertain(failure) | Verdict::Failed(failure) => {
@@ -80,7 +80,7 @@ fn unhealthy() -> Failure {
 }
 
 /// The server spoke: final if nobody is left, else the rest is tried again.
-fn attempted(at: &Circumstances<'_>, attempt: Attempt) -> Settlement {
+fn attempted(at: &Circumstances<'_>, attempt: &mut Attempt) -> Settlement {
     let deferred = attempt
         .recipients
         .iter()
@@ -95,7 +95,7 @@ fn attempted(at: &Circumstances<'_>, attempt: Attempt) -> Settlement {
     }
     if pending {
         // Only a part of the envelope was covered by the slot; the rest waits for the next one.
-        return wait(at, &attempt, WaitReason::Rate, Duration::ZERO);
+        return wait(at, attempt, WaitReason::Rate, Duration::ZERO);
     }
     let accepted = attempt
         .recipients
@@ -103,7 +103,7 @@ fn attempted(at: &Circumstances<'_>, attempt: Attempt) -> Settlement {
         .any(|r| r.status == RecipientStatus::Accepted);
     finish(
         at,
-        &attempt,
+        attempt,
         if accepted {
             ReportType::Sent
         } else {
@@ -124,14 +124,14 @@ fn unknown_refusal() -> Failure {
 }
 
 /// A passing failure: come back, unless that has been tried long enough.
-fn again(at: &Circumstances<'_>, mut attempt: Attempt, failure: &Failure) -> Settlement {
+fn again(at: &Circumstances<'_>, attempt: &mut Attempt, failure: &Failure) -> Settlement {
     let since = |at_first: Timestamp| Duration::try_from(at.now.duration_since(at_first)).unwrap_or_default();
     if failure.is_missing_key() {
         // However long it takes: keys are the operator's to bring.
         let delay = since(at.row.created).clamp(at.retry.base, LONGEST_KEY_WAIT.max(at.retry.base));
         let delay = delay.mul_f64(0.85 + 0.3 * at.jitter);
         attempt.failure = Some(failure.clone());
-        return wait(at, &attempt, WaitReason::Key, delay);
+        return wait(at, attempt, WaitReason::Key, delay);
     }
     let attempts = attempt.number(at.row);
     let retry = attempt.retry.unwrap_or(at.retry);
@@ -141,11 +141,11 @@ fn again(at: &Circumstances<'_>, mut attempt: Attempt, failure: &Failure) -> Set
         return give_up(at, attempt, failure);
     };
     attempt.failure = Some(failure.clone());
-    wait(at, &attempt, WaitReason::Retry, delay)
+    wait(at, attempt, WaitReason::Retry, delay)
 }
 
 /// Retries are used up: whoever still waits will not get it.
-fn give_up(at: &Circumstances<'_>, mut attempt: Attempt, failure: &Failure) -> Settlement {
+fn give_up(at: &Circumstances<'_>, attempt: &mut Attempt, failure: &Failure) -> Settlement {
     for recipient in attempt.recipients.iter_mut().filter(|r| r.is_open()) {
         recipient.status = RecipientStatus::Refused;
     }
@@ -159,7 +159,7 @@ fn give_up(at: &Circumstances<'_>, mut attempt: Attempt, failure: &Failure) -> S
     fail(at, attempt, &failure)
 }
 
-fn fail(at: &Circumstances<'_>, mut attempt: Attempt, failure: &Failure) -> Settlement {
+fn fail(at: &Circumstances<'_>, attempt: &mut Attempt, failure: &Failure) -> Settlement {
     let accepted = attempt
         .recipients
         .iter()
@@ -170,7 +170,7 @@ fn fail(at: &Circumstances<'_>, mut attempt: Attempt, failure: &Failure) -> Sett
     attempt.failure = Some(failure.clone());
     finish(
         at,
-        &attempt,
+        attempt,
         if accepted {
             ReportType::Sent
         } else {
@@ -199,12 +199,12 @@ fn finish(at: &Circumstances<'_>, attempt: &Attempt, kind: ReportType, detail: O
     settlement(at, attempt, Next::Done(kind), Some(report))
 }
 
-fn hold(at: &Circumstances<'_>, mut attempt: Attempt) -> Settlement {
+fn hold(at: &Circumstances<'_>, attempt: &mut Attempt) -> Settlement {
     if let Verdict::Uncertain(failure) = &attempt.verdict {
         attempt.failure = Some(failure.clone());
     }
-    let report = report(at, &attempt, ReportType::Uncertain);
-    settlement(at, &attempt, Next::Hold { body: None }, Some(report))
+    let report = report(at, attempt, ReportType::Uncertain);
+    settlement(at, attempt, Next::Hold { body: None }, Some(report))
 }
 
 fn wait(at: &Circumstances<'_>, attempt: &Attempt, reason: WaitReason, delay: Duration) -> Settlement {

@@ -199,29 +199,19 @@ impl Worker {
         Ok(())
     }
 
-    /// One line per attempt.
+    /// Counts what became of recipients, once it is known what follows.
+    fn count_recipients(&self, task: &Task, attempt: &Attempt) {
+        for (status, class) in news(&task.row.recipients, attempt) {
+            self.metrics.recipients.with_label_values(&[status, class]).inc();
+        }
+    }
+
+    /// One line per attempt, once it is known what follows.
     fn log_attempt(&self, task: &Task, attempt: &Attempt) {
         if !attempt.started {
             return;
         }
         let count = |status| attempt.recipients.iter().filter(|r| r.status == status).count();
-        let before = &task.row.recipients;
-        let news = |place: usize| before.get(place).is_none_or(RecipientResult::is_open);
-        for (_, recipient) in attempt
-            .recipients
-            .iter()
-            .enumerate()
-            .filter(|(place, _)| news(*place))
-        {
-            let class = attempt.failure.as_ref().map_or("", |f| f.class.as_str());
-            let (status, class) = match recipient.status {
-                RecipientStatus::Accepted => ("accepted", ""),
-                RecipientStatus::Deferred => ("deferred", class),
-                RecipientStatus::Refused => ("refused", class),
-                RecipientStatus::Pending => continue,
-            };
-            self.metrics.recipients.with_label_values(&[status, class]).inc();
-        }
         if let Some(failure) = &attempt.failure {
             self.metrics
                 .failures
@@ -256,5 +246,65 @@ impl Worker {
             Next::GiveBack => "given_back",
         };
         self.metrics.jobs.with_label_values(&[outcome]).inc();
+    }
+}
+
+/// What an attempt, once it is planned, brought to those recipients that were open before: status and class of failure.
+fn news<'a>(
+    before: &'a [RecipientResult],
+    attempt: &'a Attempt,
+) -> impl Iterator<Item = (&'static str, &'static str)> + 'a {
+    let class = attempt
+        .failure
+        .as_ref()
+        .map_or("", |failure| failure.class.as_str());
+    let was_open = |place: usize| before.get(place).is_none_or(RecipientResult::is_open);
+    let recipients = attempt.recipients.iter().enumerate();
+    recipients
+        .filter(move |(place, _)| was_open(*place))
+        .filter_map(move |(_, recipient)| match recipient.status {
+            RecipientStatus::Accepted => Some(("accepted", "")),
+            // Who is given up was not tried for that.
+            RecipientStatus::Refused => Some(("refused", class)),
+            RecipientStatus::Deferred => attempt.started.then_some(("deferred", class)),
+            RecipientStatus::Pending => None,
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::failure::{Class, Failure, Fault, Stage};
+
+    /// An attempt after which the recipients stand like this.
+    fn attempt(statuses: &[RecipientStatus], started: bool) -> Attempt {
+        let recipients = statuses.iter().map(|status| RecipientResult {
+            status: *status,
+            ..RecipientResult::pending("a@example.org")
+        });
+        let mut attempt = Attempt::of(recipients.collect(), None);
+        attempt.started = started;
+        let (class, fault) = (Class::Infrastructure, Fault::Provider);
+        attempt.failure = Some(Failure::permanent(class, fault, Stage::Resolve, "reason", "text"));
+        attempt
+    }
+
+    #[test]
+    fn what_is_new_about_a_recipient_is_counted_once() {
+        use RecipientStatus::{Accepted, Deferred, Pending, Refused};
+        let all = [Accepted, Deferred, Refused, Pending];
+        let tried = attempt(&all, true);
+        let counted: Vec<_> = news(&[], &tried).collect();
+        let class = "infrastructure";
+        assert_eq!(
+            counted,
+            [("accepted", ""), ("deferred", class), ("refused", class)]
+        );
+        let known = attempt(&all, true).recipients;
+        let again: Vec<_> = news(&known, &tried).collect();
+        assert_eq!(again, [("deferred", class)], "only those that were open");
+        let not_tried = attempt(&[Deferred, Refused], false);
+        let given_up: Vec<_> = news(&[], &not_tried).collect();
+        assert_eq!(given_up, [("refused", class)]);
     }
 }

@@ -57,7 +57,7 @@ impl Case {
         }
     }
 
-    fn plan(&self, attempt: Attempt) -> Settlement {
+    fn plan(&self, mut attempt: Attempt) -> Settlement {
         let at = Circumstances {
             job: &self.job,
             row: &self.row,
@@ -69,7 +69,7 @@ impl Case {
             now: Timestamp::UNIX_EPOCH + SignedDuration::from_secs(100),
             jitter: 0.5,
         };
-        plan(&at, attempt)
+        plan(&at, &mut attempt)
     }
 
     /// An attempt in which the server said this about the two recipients.

@@ -304,7 +304,7 @@ impl Worker {
     }
 
     /// What is to be written of an attempt, and what is left to do then.
-    fn plan(&self, task: Task, origin: Option<Box<Arrival>>, attempt: Attempt) -> (End, Settlement) {
+    fn plan(&self, task: Task, origin: Option<Box<Arrival>>, mut attempt: Attempt) -> (End, Settlement) {
         let accepted = |r: &RecipientResult| r.status == RecipientStatus::Accepted;
         // True even if the lease is lost. All of them: those that were not accepted are still to be tried.
         let results = if attempt.recipients.iter().any(accepted) {
@@ -313,11 +313,12 @@ impl Worker {
             Vec::new()
         };
         let message_id = attempt.message_id.clone().unwrap_or_default();
-        self.log_attempt(&task, &attempt);
         let queue = origin.as_ref().map(|origin| &*origin.delivery.queue);
         self.summarise(&task, queue, &attempt);
         let traceparent = traces::traceparent();
-        let mut settlement = plan(&self.circumstances(&task, traceparent.as_deref()), attempt);
+        let mut settlement = plan(&self.circumstances(&task, traceparent.as_deref()), &mut attempt);
+        self.count_recipients(&task, &attempt);
+        self.log_attempt(&task, &attempt);
         if let Some(origin) = &origin {
             self.keep_body(&task, origin, &mut settlement.next);
         }
@@ -400,7 +401,7 @@ impl Worker {
         attempt.verdict = Verdict::Cancelled;
         attempt.reached_mail_from = !settlement.refund;
         let traceparent = traces::traceparent();
-        let mut cancelled = plan(&self.circumstances(task, traceparent.as_deref()), attempt);
+        let mut cancelled = plan(&self.circumstances(task, traceparent.as_deref()), &mut attempt);
         // What the attempt found out is true all the same.
         cancelled.evidence = settlement.evidence;
         cancelled.uncertain = settlement.uncertain;

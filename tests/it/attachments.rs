@@ -8,7 +8,7 @@ use mail_parser::{Message, MessageParser, MimeHeaders as _};
 use postroom::level::Level;
 use postroom_testkit::files::{Answer, FileServer};
 use postroom_testkit::s3::S3Server;
-use postroom_testkit::smtp::{Action, Phase, Received, Script, SmtpServer};
+use postroom_testkit::smtp::{Action, Phase, RcptRule, Received, Script, SmtpServer};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
@@ -211,6 +211,34 @@ async fn a_file_that_cannot_be_fetched_is_given_up_when_its_account_says_so_and_
         assert_eq!(report.json["data"]["account"], "main");
     }
     assert_eq!((host.requests("/busy"), server.received_count()), (2, 0));
+}
+
+#[tokio::test]
+async fn recipients_given_up_or_failed_before_rcpt_are_counted_as_refused() {
+    let world = World::ready().await;
+    let script = Script::new().recipient("tired", RcptRule::refuse("451 4.7.1 Greylisted, come back"));
+    let server = SmtpServer::builder().script(script).start().await;
+    account(&world, "acme", &server, &["--max-attempts", "1"]).await;
+    let host = FileServer::start().await.unwrap();
+    let mut reports = world.reports().await;
+    let worker = world.start_worker().await;
+    let absent = json!([{"filename": "a.bin", "url": host.url("/absent")}]);
+    let mut given_up = job("given-up", &json!([]));
+    given_up["to"] = json!("tired@example.org");
+    for job in [&job("absent", &absent), &given_up] {
+        world.publish(Level::High, "acme", job).await;
+    }
+    for id in ["absent", "given-up"] {
+        assert_eq!(reports.final_of(id).await.kind(), "mail.failed");
+    }
+    for (class, status, count) in [
+        ("content", "refused", 1),
+        ("policy", "refused", 1),
+        ("policy", "deferred", 0),
+    ] {
+        let series = format!("postroom_recipients_total{{class=\"{class}\",status=\"{status}\"}}");
+        assert_eq!(worker.count(&series).await, count, "{series}");
+    }
 }
 
 /// A world whose large files go to this server.
