@@ -190,8 +190,8 @@ async fn no_copy_is_acknowledged_before_postgres_has_its_body() {
 async fn a_worker_killed_in_the_middle_of_a_takeover_leaves_it_to_the_next() {
     let mut scene = Scene::new(Script::new()).await;
     scene.dies("leased=kill", || job("first")).await;
-    // Its last deed is to commit that the dead worker's jobs wait again.
-    let mut second = scene.worker("taken_over=kill;released=pause(30s)").await;
+    // Its last deed is to commit that the dead worker's jobs wait again; on a slow machine that is before it is ready.
+    let mut second = scene.spawn("worker", "taken_over=kill;released=pause(30s)", &[]);
     was_killed(&mut second).await;
     let _third = scene.worker("").await;
     scene.reports.final_of("first").await;
