@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use lettre::Address;
 
 use super::resolve::{Entries, is_for};
@@ -73,9 +74,7 @@ impl Pipeline {
     /// resolve → fetch → connect → compose → slot → send, down the ladder of senders.
     async fn run(&self, task: &Task, attempt: &mut Attempt) -> Result<Verdict, Verdict> {
         fail_point::hit(Point::Leased, [task.job.id.as_str()]);
-        if task.is_expired(self.clock.now()) {
-            return Err(Verdict::Expired);
-        }
+        in_its_time(task, self.clock.now())?;
         if task.row.probe {
             // The account may have been mended a moment ago.
             self.directory.forget(&[&task.job.tenant, &TenantId::platform()]);
@@ -202,8 +201,7 @@ impl Pipeline {
             }
             let lease = self.connection(task, attempt, chosen).await?;
             let begun = Instant::now();
-            let mut email = self
-                .compose(task, chosen, prepared, &message_id, &open)
+            let mut email = Self::compose(task, chosen, prepared, &message_id, &open)
                 .map_err(|failure| started(attempt, failure))?;
             self.observe("compose", begun);
             // Last of all: a slot is valid only briefly, and the limit has to hold at the provider.
@@ -250,7 +248,6 @@ impl Pipeline {
     }
 
     pub(super) fn compose(
-        &self,
         task: &Task,
         chosen: &Chosen,
         prepared: &Prepared,
@@ -265,7 +262,7 @@ impl Pipeline {
             envelope_from: chosen.envelope_from.as_ref(),
             recipients,
             message_id,
-            date: task.date(self.clock.now()),
+            date: task.date(),
             prepared,
         })
     }
@@ -352,6 +349,20 @@ impl Pipeline {
             .stage
             .with_label_values(&[stage])
             .observe(since.elapsed().as_secs_f64());
+    }
+}
+
+/// Neither too early nor too late.
+fn in_its_time(task: &Task, now: Timestamp) -> Result<(), Verdict> {
+    if task.is_expired(now) {
+        return Err(Verdict::Expired);
+    }
+    match task.is_early_by(now) {
+        Some(delay) => Err(Verdict::Wait {
+            reason: WaitReason::Schedule,
+            delay,
+        }),
+        None => Ok(()),
     }
 }
 

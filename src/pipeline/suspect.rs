@@ -36,7 +36,7 @@ impl Pipeline {
         let message_id = self.message_id(task, chosen, attempt);
         let open = open_recipients(attempt, &HashSet::new());
         // Its failure is told when it is composed to be sent.
-        drop(self.compose(task, chosen, prepared, &message_id, &open));
+        drop(Self::compose(task, chosen, prepared, &message_id, &open));
     }
 
     pub(super) async fn unwatch(&self, task: &Task, watched: Watched<'_>) -> Result<(), Verdict> {

@@ -77,18 +77,22 @@ impl Task {
     /// The Date of its mail: when it first could go. Made of what never changes from its first attempt on, so that a mail
     /// sent again is the same.
     #[must_use]
-    pub fn date(&self, now: Timestamp) -> Timestamp {
+    pub fn date(&self) -> Timestamp {
         let created = self.row.created;
-        let Some(send_at) = self.job.send_at else {
-            return created;
-        };
-        let due = self.released.map_or(send_at, |released| released.min(send_at));
-        // One that was taken over while it was being parked may come early.
-        if due.duration_since(now) > CLOCKS {
-            created
-        } else {
-            due.max(created)
-        }
+        self.due().map_or(created, |due| due.max(created))
+    }
+
+    /// How long it still has to wait if it comes before its time: one that was taken over while it was being parked.
+    #[must_use]
+    pub fn is_early_by(&self, now: Timestamp) -> Option<Duration> {
+        let early = self.due()?.duration_since(now);
+        Duration::try_from(early).ok().filter(|_| early > CLOCKS)
+    }
+
+    /// When it may go, if its producer or an operator has said so.
+    fn due(&self) -> Option<Timestamp> {
+        let send_at = self.job.send_at?;
+        Some(self.released.map_or(send_at, |released| released.min(send_at)))
     }
 
     /// Whether it can be composed at once: nothing has to be fetched, and its files are so small that hardly anybody wants
@@ -182,20 +186,30 @@ mod tests {
         let friday = monday + 4 * day;
         let mut scheduled = task(monday, r#","send_at":"2026-11-06T08:00:00Z""#);
         let due = "2026-11-06T08:00:00Z".parse().unwrap();
-        for now in [due, second(friday + day)] {
-            assert_eq!(scheduled.date(now), due);
-        }
-        assert_eq!(task(monday, "").date(due), second(monday));
+        assert_eq!(scheduled.date(), due);
+        assert_eq!(task(monday, "").date(), second(monday));
         let late = task(friday + day, r#","send_at":"2026-11-06T08:00:00Z""#);
-        assert_eq!(late.date(second(friday + day)), second(friday + day));
+        assert_eq!(late.date(), second(friday + day));
         // Let go by hand before its time: the same at the attempts after it.
         scheduled.released = Some(second(monday + day));
-        for now in [second(monday + day), second(friday + day)] {
-            assert_eq!(scheduled.date(now), second(monday + day));
-        }
+        assert_eq!(scheduled.date(), second(monday + day));
         // Once it has been due, that changes nothing.
         scheduled.released = Some(second(friday + 2 * day));
-        assert_eq!(scheduled.date(second(friday + 3 * day)), due);
+        assert_eq!(scheduled.date(), due);
+    }
+
+    #[test]
+    fn a_job_is_early_before_its_time_unless_somebody_let_it_go() {
+        let due: Timestamp = "2026-11-06T08:00:00Z".parse().unwrap();
+        let before = |seconds: i64| due - SignedDuration::from_secs(seconds);
+        let mut scheduled = task(0, r#","send_at":"2026-11-06T08:00:00Z""#);
+        let hour = Some(Duration::from_hours(1));
+        assert_eq!(scheduled.is_early_by(before(3600)), hour);
+        assert_eq!(scheduled.is_early_by(before(1)), None, "by another clock");
+        assert_eq!(scheduled.is_early_by(before(-3600)), None);
+        assert_eq!(task(0, "").is_early_by(before(3600)), None);
+        scheduled.released = Some(before(3600));
+        assert_eq!(scheduled.is_early_by(before(3600)), None);
     }
 
     #[test]

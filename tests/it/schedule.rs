@@ -79,6 +79,35 @@ async fn a_scheduled_job_waits_in_the_ledger_and_is_sent_once_not_before_its_tim
 }
 
 #[tokio::test]
+async fn a_scheduled_job_that_comes_out_before_its_time_goes_back_to_wait_for_it() {
+    let world = World::ready().await;
+    let server = SmtpServer::builder().start().await;
+    account(&world, "acme", &server, &[]).await;
+    let mut reports = world.reports().await;
+    let _worker = world.start_worker().await;
+    let send_at = in_seconds(3600);
+    let job = with(mail("acme", "later"), "send_at", send_at);
+    world.publish(Level::High, "acme", &job).await;
+    world.wait_depth("mail.jobs.high", 0).await;
+    // As a takeover leaves a job that was being parked.
+    let sql = world.sql().await;
+    let early = "UPDATE job SET due_at = clock_timestamp(), reason = 2;
+                 SELECT touch_lanes(ARRAY['acme'], ARRAY['later'])";
+    let waits = "SELECT count(*) FROM job WHERE state = 2 AND reason = 3 AND due_at > clock_timestamp() + interval '59 min'";
+    let is_waiting = || async { sql.query_one(waits, &[]).await.unwrap().get::<_, i64>(0) == 1 };
+    eventually(Duration::from_secs(30), is_waiting).await;
+    sql.batch_execute(early).await.unwrap();
+    eventually(Duration::from_secs(30), is_waiting).await;
+    assert_eq!(server.received_count(), 0);
+    // By hand it goes at once.
+    world
+        .postroom(&["job", "release", "acme", "later"])
+        .await
+        .success();
+    assert_eq!(reports.final_of("later").await.kind(), "mail.sent");
+}
+
+#[tokio::test]
 async fn an_expired_job_is_reported_and_never_sent_also_when_it_expires_while_it_waits() {
     let mut world = World::ready().await;
     world.set("POSTROOM_RETRY_BASE", "3s");
