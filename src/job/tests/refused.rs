@@ -548,7 +548,7 @@ fn an_integer_that_metadata_cannot_hold_is_refused() {
     let of = |number: &str| {
         let job =
             r#"{"id":"1","tenant":"acme","to":"a@b.example","text":"","metadata":{"a":{"b":[0,NUMBER]}}}"#;
-        read(&job.replace("NUMBER", number))
+        read(job.replace("NUMBER", number))
     };
     for number in [
         "18446744073709551616",

@@ -273,8 +273,12 @@ impl<'a> Calls<'a> {
                 "release what has expired",
                 ledger.release_expired(&epoch, 9, 1 << 20),
             )
+            .await
+            .unwrap();
+        assert_eq!(released.len(), 1, "{}", self.time);
+        world
+            .settle_one(done(&released[0].row, ReportType::Expired))
             .await;
-        assert_eq!(released.unwrap().len(), 1, "{}", self.time);
     }
 
     async fn of_workers(&mut self) {
