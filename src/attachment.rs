@@ -38,22 +38,37 @@ use fetch::Fetcher;
 use memory::{Budget, Held, Memory};
 pub use policy::{LargeFileAction, LargeFiles};
 pub use prepared::{Link, Part, Prepared, Reservation};
+use slots::{Slot, Slots};
 pub use store::{StorageError, Store};
 
-/// Time limit of all files of a job together, waiting for slots and uploads among it. With the transaction's limits it
-/// stays below the broker's 30 minutes for an unacknowledged job.
+/// Time limit of all files of a job together, with their uploads. With the line before it and the transaction's limits it stays
+/// below the broker's 30 minutes for an unacknowledged job.
 const TOGETHER: Duration = Duration::from_mins(5);
+
+/// How long a mail stands in line for its turn.
+const LINE: Duration = Duration::from_mins(2);
 
 /// Gets attachments, for the whole process.
 #[derive(Debug)]
 pub struct Attachments {
     fetcher: Fetcher,
+    /// Mails whose files are fetched.
+    mails: Slots,
     memory: Memory,
     cache: Cache,
     store: Option<Store>,
     /// Time limit of all files of a job together.
     together: Duration,
+    /// Time limit of the line before.
+    line: Duration,
     metrics: Arc<Metrics>,
+}
+
+/// The right to fetch the files of a mail, until dropped. The mails of a tenant take turns as wholes: were it their files, all
+/// mails would have some of their files, and none would have all in time.
+#[derive(Debug)]
+pub struct Turn<'a> {
+    _slot: Option<Slot<'a>>,
 }
 
 /// What holds for all files of a job.
@@ -106,14 +121,29 @@ impl Attachments {
         Ok(Self {
             memory: Memory::new(limits.memory, limits.timeout / 2, Arc::clone(&metrics)),
             cache: Cache::new(limits.cache()),
+            mails: Slots::new(limits.concurrency),
             fetcher: Fetcher::new(limits, guard).map_err(|_| StorageError::HttpClient)?,
             store,
             together: TOGETHER,
+            line: LINE,
             metrics,
         })
     }
 
-    /// Gets all attachments of a job, each by the tenant's policy. The first failure ends it: nobody waits, or has others
+    /// Waits until it is the turn of a mail with these attachments, at once if none has to be fetched. `None`: too many of its
+    /// tenant, or of all, are before it.
+    pub async fn turn(&self, tenant: &TenantId, attachments: &[Attachment]) -> Option<Turn<'_>> {
+        let fetches = attachments.iter().any(|a| matches!(a.source, Source::Url(_)));
+        if !fetches {
+            return Some(Turn { _slot: None });
+        }
+        let slot = tokio::time::timeout(self.line, self.mails.take(tenant)).await;
+        Some(Turn {
+            _slot: Some(slot.ok()??),
+        })
+    }
+
+    /// Gets all attachments of a job whose [`Turn`] it is, each by the tenant's policy. The first failure ends it: nobody waits, or has others
     /// wait, for the files of a mail that is not sent.
     ///
     /// # Errors

@@ -573,6 +573,49 @@ async fn the_memory_bound_holds_for_all_jobs_together() {
     assert_eq!(metrics.attachment_bytes.get(), 0);
 }
 
+/// Takes its turn and prepares it, as the pipeline does; `None` if its turn does not come.
+async fn in_turn(attachments: &Attachments, files: &[Attachment]) -> Option<Result<Prepared, Failure>> {
+    let _turn = attachments.turn(&acme(), files).await?;
+    Some(prepare(attachments, files).await)
+}
+
+#[tokio::test]
+async fn mails_of_one_tenant_get_their_files_one_after_another_and_not_all_too_late() {
+    let web = FileServer::start().await.unwrap();
+    let mut attachments = without_store(config::Fetch {
+        concurrency: 2,
+        ..limits()
+    });
+    // Enough for the files of one mail, and not for those of all.
+    attachments.together = Duration::from_secs(4);
+    let slow = web.put("/slow", Answer::file("x").after(Duration::from_millis(100)));
+    let files = vec![by_url("a", &slow); 8];
+    let mails = (0..8).map(|_| in_turn(&attachments, &files));
+    for prepared in futures_util::future::join_all(mails).await {
+        assert_eq!(prepared.unwrap().unwrap().parts.len(), 8);
+    }
+}
+
+#[tokio::test]
+async fn who_stands_in_line_in_vain_has_asked_for_nothing() {
+    let web = FileServer::start().await.unwrap();
+    let mut attachments = without_store(config::Fetch {
+        concurrency: 2,
+        ..limits()
+    });
+    attachments.line = Duration::from_millis(50);
+    let there = web.put("/there", Answer::file("there"));
+    let files = [by_url("a", &there)];
+    let first = attachments.turn(&acme(), &files).await.unwrap();
+    assert!(in_turn(&attachments, &files).await.is_none());
+    assert_eq!(web.requests("/there"), 0);
+    assert!(attachments.turn(&acme(), &[]).await.is_some(), "nothing to fetch");
+    let other: TenantId = "other".parse().unwrap();
+    assert!(attachments.turn(&other, &files).await.is_some());
+    drop(first);
+    assert!(in_turn(&attachments, &files).await.is_some());
+}
+
 #[tokio::test]
 async fn files_of_unknown_length_count_with_their_real_size() {
     let web = FileServer::start().await.unwrap();

@@ -11,13 +11,14 @@ use super::resolve::{Entries, is_for};
 use super::task::{SharedClock, Task};
 use super::transact::Covered;
 use super::{Attempt, Verdict, evidence, room};
-use crate::attachment::{Attachments, Part, Prepared};
+use crate::attachment::{self, Attachments, Part, Prepared};
 use crate::compose::{self, Composition, Email};
 use crate::config::UnknownTenant;
 use crate::directory::{Chosen, Directory, Via, sender};
 use crate::fail_point::{self, Point};
 use crate::failure::{Class, Failure, Fault, Stage};
 use crate::id::TenantId;
+use crate::job::MailJob;
 use crate::ledger::batches::Batches;
 use crate::ledger::slots::{SlotAnswer, SlotRequest};
 use crate::ledger::{Slot, WaitReason};
@@ -30,6 +31,8 @@ use crate::telemetry::traces;
 
 /// How long a job waits in the waiting room when its account has no connection free.
 const BUSY_DELAY: Duration = Duration::from_millis(250);
+/// How long a mail waits that has stood in line for its files in vain.
+const FILES_DELAY: Duration = Duration::from_secs(10);
 
 /// Everything an attempt talks to.
 #[derive(Debug)]
@@ -97,17 +100,16 @@ impl Pipeline {
             .unwrap_or(entries.tenant.tenant.on_uncertain);
         is_for(attempt, &chosen);
         chosen = self.healthy(task, attempt, &entries, chosen)?;
+        let turn = self.turn_for_files(&task.job).await?;
         let watched = self.watch(task).await?;
         let fetched = Instant::now();
+        let large_files = &entries.tenant.tenant.large_files;
         let prepared = self
             .attachments
-            .prepare(
-                &task.job.tenant,
-                &task.job.attachments,
-                &entries.tenant.tenant.large_files,
-            )
+            .prepare(&task.job.tenant, &task.job.attachments, large_files)
             .await
             .map_err(|failure| started(attempt, failure))?;
+        drop(turn);
         self.note_files(task, attempt, &prepared, fetched);
         let copy = self.room_for_copy(task, &prepared).await;
         let _copy = copy.map_err(|failure| started(attempt, failure))?;
@@ -142,6 +144,15 @@ impl Pipeline {
                 _ => return Ok(verdict),
             }
         }
+    }
+
+    /// No attempt if it does not come: nobody has been asked for a file.
+    async fn turn_for_files(&self, job: &MailJob) -> Result<attachment::Turn<'_>, Verdict> {
+        let turn = self.attachments.turn(&job.tenant, &job.attachments).await;
+        turn.ok_or(Verdict::Wait {
+            reason: WaitReason::Busy,
+            delay: FILES_DELAY,
+        })
     }
 
     async fn room_for_copy(&self, task: &Task, prepared: &Prepared) -> Result<Option<Held>, Failure> {
