@@ -13,6 +13,7 @@ pub mod bury;
 pub mod conclude;
 pub mod delivery;
 pub mod dispatcher;
+mod expiry;
 pub mod housekeeping;
 pub mod intake;
 pub mod load;

@@ -940,7 +940,7 @@ BEGIN
                 IF j.anew THEN
                     attempt := 0; crashes := 0; deaths := 0; uncertain := 0; created_us := micros(v_now);
                     UPDATE job x SET attempt = 0, tried_at = NULL, crashes = 0, deaths = 0, uncertain = 0, created_at = v_now, outcome = NULL,
-                        finished_at = NULL WHERE x.tenant = j.tenant AND x.id = j.id;
+                        properties = NULL, finished_at = NULL WHERE x.tenant = j.tenant AND x.id = j.id;
                 END IF;
                 IF NOT coalesce(v_own, false) THEN
                     UPDATE job x SET state = 1, epoch = p_epoch, claim = j.my_claim, leased_at = v_now, phase = 0,
@@ -1529,8 +1529,10 @@ BEGIN
 END $$;
 
 -- Leases what has expired in the waiting room, to be told so: without a slot, whatever its account's limits or health, the
--- earliest first. Jobs before lanes, as whoever settles takes them; what others are working on is passed over.
-CREATE FUNCTION release_expired_v1(p_epoch bigint, p_max integer, p_max_bytes bigint, p_claim_base bigint)
+-- earliest first. Jobs before lanes, as whoever settles takes them; what others are working on is passed over, and what cannot
+-- be read (contract) rests as long as it does otherwise. p_recent: only what has expired within so many µs, if the caller has
+-- looked for all before that: the index entries of jobs long gone stay as long as any transaction is open anywhere (a backup).
+CREATE FUNCTION release_expired_v1(p_epoch bigint, p_max integer, p_max_bytes bigint, p_claim_base bigint, p_recent bigint)
 RETURNS TABLE (tenant text, id text, level smallint, account text, claim bigint, born bigint, seq bigint,
                attempt integer, created_us bigint, tried_us bigint, granted integer, valid_us bigint, reason smallint,
                recipients jsonb, message_id text, uncertain integer, body bytea, properties jsonb,
@@ -1539,13 +1541,15 @@ LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generi
 SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 DECLARE
     v_now timestamptz := clock_timestamp(); v_t text[]; v_i text[];
+    v_since timestamptz := coalesce(v_now - p_recent * interval '1 microsecond', '-infinity');
     -- lanes that have counted some of them
     l_a text[]; l_l smallint[]; l_t text[]; l_n bigint[];
 BEGIN
     SELECT array_agg(q.tenant ORDER BY q.n), array_agg(q.id ORDER BY q.n) INTO v_t, v_i
     FROM (SELECT w.tenant, w.id, row_number() OVER turns AS n, sum(w.size) OVER turns - w.size AS before
           FROM (SELECT y.tenant, y.id, y.expires_at, coalesce(y.body_size, 0) AS size FROM job y
-                WHERE y.state = 2 AND y.expires_at <= v_now AND NOT y.cancel
+                WHERE y.state = 2 AND y.expires_at BETWEEN v_since AND v_now AND NOT y.cancel
+                    AND (y.reason <> 5 OR y.due_at <= v_now)
                 ORDER BY y.expires_at LIMIT p_max FOR UPDATE SKIP LOCKED) w
           WINDOW turns AS (ORDER BY w.expires_at, w.tenant, w.id)) q
     WHERE q.before < p_max_bytes;
@@ -1570,14 +1574,23 @@ BEGIN
         FROM unnest(v_t, v_i) WITH ORDINALITY u(t, id, o) JOIN job x ON x.tenant = u.t AND x.id = u.id ORDER BY u.o;
 END $$;
 
--- Waiting jobs for operators to look at, up to p_max of them by account: a full waiting room takes long to read.
+-- Waiting jobs for operators to look at, up to p_max of them by account: a full waiting room takes long to read. Those of a
+-- tenant by its lanes, however many others wait.
 CREATE FUNCTION waiting_jobs_v1(p_tenant text, p_max integer) RETURNS TABLE (tenant text, id text, created_at timestamptz)
 LANGUAGE plpgsql STABLE SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off
 SET jit = off AS $$
 BEGIN
-    RETURN QUERY SELECT x.tenant, x.id, x.created_at FROM job x
-        WHERE x.state = 2 AND (p_tenant IS NULL OR x.tenant = p_tenant)
-        ORDER BY x.account, x.level, x.tenant, x.due_at LIMIT p_max;
+    IF p_tenant IS NULL THEN
+        RETURN QUERY SELECT x.tenant, x.id, x.created_at FROM job x
+            WHERE x.state = 2 ORDER BY x.account, x.level, x.tenant, x.due_at LIMIT p_max;
+    ELSE
+        RETURN QUERY SELECT w.tenant, w.id, w.created_at FROM lane l
+            CROSS JOIN LATERAL (
+                SELECT x.tenant, x.id, x.created_at FROM job x
+                WHERE x.state = 2 AND x.account = l.account AND x.level = l.level AND x.tenant = l.tenant
+                ORDER BY x.due_at LIMIT p_max) w
+            WHERE l.tenant = p_tenant LIMIT p_max;
+    END IF;
 END $$;
 
 -- ── Outbox ───────────────────────────────────────────────────────────────────────────────────────────────────────

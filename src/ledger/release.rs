@@ -90,12 +90,12 @@ impl Ledger {
     pub async fn release_expired(
         &self,
         epoch: &Arc<Epoch>,
-        most: usize,
-        most_bytes: u64,
+        (most, most_bytes): (usize, u64),
+        recent: Option<Duration>,
     ) -> Result<Vec<Released>, DbError> {
         self.take_back(epoch).await?;
         let base = epoch.claim_block(most);
-        let expired = self.expired_under(epoch, most, most_bytes, base).await;
+        let expired = self.expired_under(epoch, (most, most_bytes), base, recent).await;
         if expired.is_err() {
             epoch.lose(base, most);
         }
@@ -105,20 +105,26 @@ impl Ledger {
     async fn expired_under(
         &self,
         epoch: &Arc<Epoch>,
-        most: usize,
-        most_bytes: u64,
+        (most, most_bytes): (usize, u64),
         base: i64,
+        recent: Option<Duration>,
     ) -> Result<Vec<Released>, DbError> {
         let sql = self
             .db
-            .sql("SELECT * FROM {s}.release_expired_v1($1, $2, $3, $4)");
+            .sql("SELECT * FROM {s}.release_expired_v1($1, $2, $3, $4, $5)");
         let client = self.db.client().await?;
         let statement = client.prepare_cached(&sql).await?;
         let sent = Instant::now();
         let rows = client
             .query(
                 &statement,
-                &[&epoch.number(), &(most as i32), &(most_bytes as i64), &base],
+                &[
+                    &epoch.number(),
+                    &(most as i32),
+                    &(most_bytes as i64),
+                    &base,
+                    &recent.map(micros),
+                ],
             )
             .await?;
         self.observe("expire", rows.len(), sent.elapsed());

@@ -1,12 +1,11 @@
-//! What a worker does besides mail: heartbeats, taking over from the dead, forgetting the old, counting the waiting, telling
-//! of what has expired among them.
+//! What a worker does besides mail: heartbeats, taking over from the dead, forgetting the old, counting the waiting.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use super::{Worker, reporter};
+use super::{Worker, expiry, reporter};
 use crate::fail_point::{self, Point};
 use crate::ledger::lease::Beat;
 
@@ -14,10 +13,6 @@ use crate::ledger::lease::Beat;
 const SILENT: Duration = Duration::from_secs(1);
 /// How often the accounts in trouble are read: so old may this worker's view of them be.
 const HEALTH: Duration = Duration::from_secs(1);
-/// How often expired jobs are looked for in the waiting room.
-const EXPIRY: Duration = Duration::from_secs(2);
-/// Most of them in one statement, and statements in one look.
-const EXPIRED: (usize, usize) = (128, 16);
 /// How often waiting jobs are counted.
 const CENSUS: Duration = Duration::from_secs(15);
 /// Up to where.
@@ -30,7 +25,7 @@ pub async fn run(worker: Arc<Worker>, stop: CancellationToken, end: Cancellation
         every(CENSUS, stop.clone(), || count_waiting(&worker)),
         every(worker.lease / 3, stop.clone(), || take_over(&worker)),
         every(Duration::from_mins(5), stop.clone(), || forget(&worker, &stop)),
-        every(EXPIRY, stop.clone(), || expire(&worker, &stop)),
+        expiry::run(Arc::clone(&worker), stop.clone()),
         every(HEALTH, stop.clone(), || refresh_health(&worker)),
         every(Duration::from_secs(2), stop.clone(), || reporter::measure(
             &worker
@@ -150,31 +145,6 @@ async fn find_forgotten(worker: &Arc<Worker>) {
             worker.nudge.notify_one();
         }
         Err(error) => worker.database_trouble("forgotten", &error),
-    }
-}
-
-/// Jobs that expire while they wait for a limit, for their account or for their next attempt are told at once, not when
-/// their turn comes.
-async fn expire(worker: &Arc<Worker>, stop: &CancellationToken) {
-    let (most, rounds) = EXPIRED;
-    // Counts as a job in flight: what it takes out is waited for when the worker ends.
-    let _taking = worker.tasks.token();
-    for _ in 0..rounds {
-        let bytes = worker.releasable_bytes();
-        let may_begin = !worker.reporter.is_full() && worker.epoch().is_fresh();
-        if stop.is_cancelled() || bytes == 0 || !may_begin {
-            return;
-        }
-        match worker.ledger.release_expired(&worker.epoch(), most, bytes).await {
-            Ok(expired) => {
-                let is_all = expired.len() < most;
-                worker.conclude_expired(expired).await;
-                if is_all {
-                    return;
-                }
-            }
-            Err(error) => return worker.database_trouble("expire", &error),
-        }
     }
 }
 

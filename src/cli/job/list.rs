@@ -183,6 +183,11 @@ mod tests {
                     SELECT 'acme', 'w' || i, 2, 1, 'acme/' || i % 3, '', 0, 0, now() - i * interval '1 s', now(), now(), 1, 'x'
                     FROM generate_series(1, 30000) i";
         scratch.execute(room).await;
+        let few = "INSERT INTO {s}.job (tenant, id, state, level, account, digest, born, seq, created_at, updated_at, due_at, reason, body)
+                   SELECT 'small', 'w' || i, 2, 1, 'zoo/main', '', 0, 0, now(), now(), now(), 1, 'x' FROM generate_series(1, 20) i;
+                   INSERT INTO {s}.lane (account, level, tenant, next_at)
+                   SELECT DISTINCT account, level, tenant, now() FROM {s}.job WHERE state = 2";
+        scratch.execute(few).await;
         analyze(&scratch.db).await;
         for words in [
             "",
@@ -198,6 +203,11 @@ mod tests {
             let most = 2 * MOST_WAITING as i64 + MOST;
             assert!(read <= most, "{words}: {read} rows");
         }
+        let before = rows_read(&scratch.db).await;
+        let found = list(&scratch.db, "--state waiting --tenant small").await.unwrap();
+        let read = rows_read(&scratch.db).await - before;
+        assert_eq!(found.len(), 20);
+        assert!(read <= MOST, "{read} rows");
         scratch.end().await;
     }
 

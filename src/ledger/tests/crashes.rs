@@ -144,6 +144,8 @@ async fn a_buried_job_is_final_and_begins_anew_only_when_it_is_replayed() {
         assert_eq!(fresh.born, row.born, "the same mail");
         assert!(fresh.sequence > row.sequence, "reports go on");
         assert!(fresh.created >= row.created);
+        let former = world.column("acme", "1", "properties::text").await;
+        assert_eq!(former, None, "it knows nothing of its former life");
         let mut sent = settlement(&fresh, Next::Done(ReportType::Sent));
         sent.report = Some(report(&fresh, ReportType::Sent).into());
         assert_eq!(world.settle_one(sent).await, Settled::Written);

@@ -271,7 +271,7 @@ impl<'a> Calls<'a> {
         let released = self
             .of(
                 "release what has expired",
-                ledger.release_expired(&epoch, 9, 1 << 20),
+                ledger.release_expired(&epoch, (9, 1 << 20), None),
             )
             .await
             .unwrap();

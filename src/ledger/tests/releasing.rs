@@ -173,7 +173,13 @@ fn expiring(epoch: &Arc<Epoch>, tenant: &str, id: &str, seconds: i64) -> AdmitRe
 async fn what_has_expired_comes_out_whatever_its_account_or_its_limit_says() {
     in_world(|world| async move {
         let epoch = world.epoch().await;
-        let expired = async || world.ledger.release_expired(&epoch, 9, 1 << 20).await.unwrap();
+        let expired = async || {
+            world
+                .ledger
+                .release_expired(&epoch, (9, 1 << 20), None)
+                .await
+                .unwrap()
+        };
         for (tenant, id, seconds) in [
             ("ill", "soon", 1),
             ("ill", "later", 3600),
@@ -218,6 +224,48 @@ async fn what_has_expired_comes_out_whatever_its_account_or_its_limit_says() {
 }
 
 #[tokio::test]
+async fn an_expired_job_that_cannot_be_read_rests_like_any_other() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        let expired = async || {
+            let found = world.ledger.release_expired(&epoch, (9, 1 << 20), None).await;
+            ids(&found.unwrap())
+        };
+        world.parked(&epoch, "acme", "newer", WaitReason::Contract).await;
+        world.parked(&epoch, "acme", "tried", WaitReason::Retry).await;
+        world
+            .run(
+                "UPDATE {s}.job SET expires_at = clock_timestamp() - interval '1 hour',
+                     due_at = clock_timestamp() + interval '1 minute'",
+            )
+            .await;
+        assert_eq!(expired().await, ["tried"]);
+        world.run("UPDATE {s}.job SET due_at = clock_timestamp()").await;
+        assert_eq!(expired().await, ["newer"]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_has_expired_lately_is_found_without_what_was_looked_for_before() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        for (id, ago) in [("old", "1 hour"), ("new", "1 second")] {
+            world.parked(&epoch, "acme", id, WaitReason::Retry).await;
+            let expire = format!(
+                "UPDATE {{s}}.job SET expires_at = clock_timestamp() - interval '{ago}' WHERE id = '{id}'"
+            );
+            world.run(&expire).await;
+        }
+        for (recent, found) in [(Some(Duration::from_mins(5)), "new"), (None, "old")] {
+            let expired = world.ledger.release_expired(&epoch, (9, 1 << 20), recent).await;
+            assert_eq!(ids(&expired.unwrap()), [found]);
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn expired_jobs_come_out_in_parts_and_each_once_over_two_workers() {
     in_world(|world| async move {
         let (one, two) = (world.epoch().await, world.epoch().await);
@@ -226,18 +274,18 @@ async fn expired_jobs_come_out_in_parts_and_each_once_over_two_workers() {
             .run("UPDATE {s}.job SET expires_at = due_at; UPDATE {s}.job SET cancel = true WHERE id LIKE '%-30'")
             .await;
         assert_eq!(
-            world.ledger.release_expired(&one, 100, 2500).await.unwrap().len(),
+            world.ledger.release_expired(&one, (100, 2500), None).await.unwrap().len(),
             3
         );
         let (first, second) = tokio::join!(
-            world.ledger.release_expired(&one, 20, 1 << 20),
-            world.ledger.release_expired(&two, 20, 1 << 20)
+            world.ledger.release_expired(&one, (20, 1 << 20), None),
+            world.ledger.release_expired(&two, (20, 1 << 20), None)
         );
         let mut all = ids(&first.unwrap());
         all.extend(ids(&second.unwrap()));
         all.extend(ids(&world
             .ledger
-            .release_expired(&two, 20, 1 << 20)
+            .release_expired(&two, (20, 1 << 20), None)
             .await
             .unwrap()));
         assert_eq!(all.len(), 26, "the cancelled one ends as such");
