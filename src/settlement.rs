@@ -51,7 +51,7 @@ pub fn plan(at: &Circumstances<'_>, attempt: &mut Attempt) -> Settlement {
         Verdict::Wait {
             reason: WaitReason::Unhealthy,
             ..
-        } if at.row.overdue => fail(at, attempt, &unhealthy()),
+        } if at.row.overdue && attempt.waits_for.is_none() => fail(at, attempt, &unhealthy()),
         Verdict::Wait { reason, delay } => {
             let (reason, delay) = (*reason, *delay);
             wait(at, attempt, reason, delay)
