@@ -22,7 +22,7 @@ pub enum Replay {
     Received {
         /// From then on.
         since: Timestamp,
-        /// Up to then.
+        /// Up to then, at most to now.
         until: Option<Timestamp>,
     },
     /// Those that were given up.
@@ -45,7 +45,7 @@ pub async fn replay(
     name: &AccountId,
     what: &Replay,
 ) -> Result<u64, EndpointError> {
-    let endpoint = find(db, tenant, name).await?;
+    let (endpoint, now) = find(db, tenant, name).await?;
     let mut replayed = 0;
     match what {
         Replay::Event(id) => {
@@ -54,7 +54,9 @@ pub async fn replay(
         }
         Replay::Received { since, until } => {
             let mut after = (*since, 0);
-            while let Some(looked) = received(db, endpoint, after, *until).await? {
+            // Not what comes meanwhile: on a busy installation that has no end.
+            let until = until.unwrap_or(now);
+            while let Some(looked) = received(db, endpoint, after, until).await? {
                 for chunk in looked.wanted.chunks(CHUNK) {
                     replayed += make_due(db, endpoint, chunk).await?;
                 }
@@ -81,12 +83,14 @@ struct Looked<C> {
     last: C,
 }
 
-async fn find(db: &Database, tenant: &TenantId, name: &AccountId) -> Result<i64, EndpointError> {
-    let sql = db.sql("SELECT id FROM {s}.endpoint WHERE tenant = $1 AND name = $2");
+/// Its number, and the time of the database.
+async fn find(db: &Database, tenant: &TenantId, name: &AccountId) -> Result<(i64, Timestamp), EndpointError> {
+    let sql = db.sql("SELECT id, clock_timestamp() FROM {s}.endpoint WHERE tenant = $1 AND name = $2");
     let key: [(&(dyn ToSql + Sync), Type); 2] =
         [(&tenant.as_str(), Type::TEXT), (&name.as_str(), Type::TEXT)];
     let row = db.client().await?.query_typed_opt(&sql, &key).await?;
-    Ok(row.ok_or_else(|| store::unknown(tenant, name))?.try_get(0)?)
+    let row = row.ok_or_else(|| store::unknown(tenant, name))?;
+    Ok((row.try_get(0)?, row.try_get(1)?))
 }
 
 /// The event of this id, if it is the endpoint's to see.
@@ -110,13 +114,13 @@ async fn received(
     db: &Database,
     endpoint: i64,
     after: (Timestamp, i64),
-    until: Option<Timestamp>,
+    until: Timestamp,
 ) -> Result<Option<Looked<(Timestamp, i64)>>, EndpointError> {
     let sql = db.sql(
         "SELECT v.received_at, v.id, e.tenant IN (v.tenant, '-') AND {s}.endpoint_wants_v1(e, v.tenant, v.type, \
                 NOT EXISTS (SELECT FROM {s}.endpoint o WHERE o.tenant = v.tenant)) \
          FROM (SELECT received_at, id, tenant, type FROM {s}.webhook_event \
-                WHERE received_at >= $2 AND (received_at, id) > ($2, $3) AND ($4 IS NULL OR received_at < $4) \
+                WHERE received_at >= $2 AND (received_at, id) > ($2, $3) AND received_at < $4 \
                 ORDER BY received_at, id LIMIT $5) v \
          JOIN {s}.endpoint e ON e.id = $1 ORDER BY v.received_at, v.id",
     );
