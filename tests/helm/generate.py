@@ -161,7 +161,10 @@ def settings_schema() -> Object:
     for name, form, default, meaning in setting_rows():
         if name not in ELSEWHERE:
             note = "" if default == "–" else f" Default: {default}."
-            properties[camel(name)] = {**setting_schema(form), "description": f"{name}: {meaning}{note}"}
+            schema = {**setting_schema(form), "description": f"{name}: {meaning}{note}"}
+            if least := re.search(r"\bat least (\d+):", meaning):
+                schema["minimum"] = int(least[1])
+            properties[camel(name)] = schema
     return {"type": "object", "additionalProperties": False, "properties": properties}
 
 

@@ -51,7 +51,7 @@ class Schema(unittest.TestCase):
             ("setup__mode", "job"),
             ("http__port", 80),
             ("settings__gracePeriod", "60"),
-            ("settings__concurrency", 0),
+            ("settings__concurrency", 7),
             ("settings__topology", "declare"),
             ("settings__queues", ["acme"]),
             ("settings__jobMaxBytes", "8 MiB"),
