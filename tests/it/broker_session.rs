@@ -17,7 +17,8 @@ use tokio_util::sync::CancellationToken;
 use crate::support::{World, eventually, eventually_some, producers_names};
 
 const QUEUE: &str = "mail.jobs.low";
-const LIMIT: Duration = Duration::from_secs(20);
+/// RabbitMQ, killed and started again on a busy machine, takes longer than half a minute until it lets anybody in.
+const LIMIT: Duration = Duration::from_secs(90);
 
 /// A supervisor that hands its sessions to the test.
 pub(crate) struct Running {
