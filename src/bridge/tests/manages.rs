@@ -274,6 +274,26 @@ async fn a_replay_holds_up_nobody_while_it_looks_through_the_events_of_others() 
 }
 
 #[tokio::test]
+async fn a_replay_ends_at_the_events_that_were_there_when_it_began() {
+    let world = World::new(&["acme"]).await;
+    let hook = WebhookReceiver::start().await.unwrap();
+    world.set("acme", "default", &hook, &[]).await;
+    world.backlog("acme", 2).await;
+    world
+        .sql("UPDATE {s}.webhook_delivery SET state = 'delivered'")
+        .await;
+    // One that comes while it looks.
+    world
+        .sql("UPDATE {s}.webhook_event SET received_at = clock_timestamp() + interval '1 minute' WHERE event_id = 'evt_1'")
+        .await;
+    let (output, _) = world
+        .endpoint(&["replay", "acme", "--since", "1h"], "")
+        .await
+        .unwrap();
+    assert_eq!(output, "1 events will be sent again\n");
+}
+
+#[tokio::test]
 async fn an_event_of_another_tenant_is_not_replayed() {
     let world = World::new(&["acme", "umbrella"]).await;
     let hook = WebhookReceiver::start().await.unwrap();
