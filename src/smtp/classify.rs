@@ -101,8 +101,10 @@ fn by_detail(stage: Stage, reply: &Reply, detail: &str, text: &str) -> Option<Ve
         "4.1" | "4.2" | "4.3" | "4.4" | "4.6" | "4.7" => ROUTING_FAILED,
         "5.3" => TOO_MANY_RECIPIENTS,
         "6.7" => SMTPUTF8_UNSUPPORTED,
-        "7.8" | "7.139" => AUTH_REFUSED,
-        "7.9" | "7.30" => AUTH_MECHANISM_REFUSED,
+        "7.8" | "7.139" if is_about_login(stage) => AUTH_REFUSED,
+        "7.9" | "7.30" if is_about_login(stage) => AUTH_MECHANISM_REFUSED,
+        // Gmail: neither SPF nor DKIM has passed.
+        "7.30" => SENDER_NOT_AUTHENTICATED,
         "7.10" | "7.11" => ENCRYPTION_REQUIRED,
         "7.13" => ACCOUNT_DISABLED,
         "7.57" => AUTH_REQUIRED,
@@ -117,6 +119,11 @@ fn by_detail(stage: Stage, reply: &Reply, detail: &str, text: &str) -> Option<Ve
         _ if reply.code < 500 && detail.len() == 5 && matches!(&detail[..3], "7.5" | "7.6") => RATE_LIMITED,
         _ => return None,
     })
+}
+
+/// Whether a refusal may be the login's. Later ones are about recipient and mail: Yahoo refuses those with 5.7.9 too.
+fn is_about_login(stage: Stage) -> bool {
+    matches!(stage, Stage::Auth | Stage::MailFrom)
 }
 
 /// Words of servers whose codes say little. The first that fits.

@@ -60,7 +60,7 @@ pub(super) const GENERAL: &[Row] = &[
         CLIENT_BLOCKED,
     ),
     (&["not owned by user", "send as", "sendasdenied"], SENDER_REFUSED),
-    (&["spf", "dkim", "dmarc"], SENDER_NOT_AUTHENTICATED),
+    (&["spf", "dkim", "dmarc", "sender is unauthenticated"], SENDER_NOT_AUTHENTICATED),
     (&["spam", "junk", "unsolicited"], SPAM),
     (
         &[
