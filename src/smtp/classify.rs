@@ -91,7 +91,7 @@ fn by_detail(stage: Stage, reply: &Reply, detail: &str, text: &str) -> Option<Ve
         "1.7" | "1.8" | "7.60" => SENDER_REFUSED,
         "2.252" if text.contains("sendasdenied") => SENDER_REFUSED,
         "1.10" => DOMAIN_REFUSES_MAIL,
-        "2.1" => throttled(text).unwrap_or(MAILBOX_DISABLED),
+        "2.1" => throttled(text).unwrap_or_else(|| disabled(stage, text)),
         // The mailbox that sends, full: Exchange stores what it submits there.
         "2.2" if text.contains("storedrv.submission") => QUOTA_EXCEEDED,
         "2.2" => MAILBOX_FULL,
@@ -135,8 +135,16 @@ fn by_text(stage: Stage, text: &str) -> Option<Verdict> {
     };
     throttled(text)
         .or_else(|| words::find(words::SENDER, text))
+        .or_else(|| words::find(words::OWN_ACCOUNT, text))
         .or_else(|| words::find(of_stage, text))
         .or_else(|| words::find(words::GENERAL, text))
+        .or_else(|| words::find(words::SOME_ACCOUNT, text).map(|_| disabled(stage, text)))
+}
+
+/// Whose account is disabled: after MAIL it is the recipient's, unless the server says otherwise.
+fn disabled(stage: Stage, text: &str) -> Verdict {
+    let own = is_about_login(stage) || words::find(words::OWN_ACCOUNT, text).is_some();
+    if own { ACCOUNT_DISABLED } else { MAILBOX_DISABLED }
 }
 
 /// Whether the server asks to go slower, and how.

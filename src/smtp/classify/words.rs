@@ -62,16 +62,36 @@ pub(super) const GENERAL: &[Row] = &[
     (&["not owned by user", "send as", "sendasdenied"], SENDER_REFUSED),
     (&["spf", "dkim", "dmarc", "sender is unauthenticated"], SENDER_NOT_AUTHENTICATED),
     (&["spam", "junk", "unsolicited"], SPAM),
-    (
-        &[
-            "account disabled",
-            "account is disabled",
-            "account suspended",
-            "account has been",
-        ],
-        ACCOUNT_DISABLED,
-    ),
 ];
+
+/// About the account that sends, at any stage.
+pub(super) const OWN_ACCOUNT: &[Row] = &[(
+    &[
+        // cPanel, of a domain whose mail its operator has stopped.
+        "outgoing mail suspension",
+        "outgoing mail from",
+        "your account has been",
+        "your account is disabled",
+        "your account is suspended",
+        "your account is blocked",
+        "your account is locked",
+        "your account was",
+        "sender account is",
+        "sender account has been",
+    ],
+    ACCOUNT_DISABLED,
+)];
+
+/// About an account: the stage tells whose.
+pub(super) const SOME_ACCOUNT: &[Row] = &[(
+    &[
+        "account disabled",
+        "account is disabled",
+        "account suspended",
+        "account has been",
+    ],
+    ACCOUNT_DISABLED,
+)];
 
 /// About the sender's address, whatever else is said: that its user is unknown, for one.
 pub(super) const SENDER: &[Row] = &[(
