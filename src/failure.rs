@@ -305,7 +305,7 @@ impl Failure {
     }
 
     /// Whether it says that the account or its server does not work, rather than something about one mail: no connection,
-    /// no TLS, no login, a server that talks to nobody at our address; a conversation that breaks off, or is ended with 421. Replies about a recipient or a mail, and
+    /// no TLS, no login, a server that takes nothing from our address; a conversation that breaks off, or is ended with 421. Replies about a recipient or a mail, and
     /// requests to go slower, say that the server works. What will not pass by itself ends its mail, and is no matter of
     /// waiting.
     #[must_use]
@@ -314,7 +314,7 @@ impl Failure {
         match self.class {
             _ if !self.is_transient() => false,
             Class::Auth | Class::Tls => of_account,
-            Class::Policy => self.stage == Stage::Connect,
+            Class::Policy => self.stage == Stage::Connect || self.fault == Fault::Us,
             Class::Infrastructure if self.fault == Fault::Provider => {
                 matches!(self.stage, Stage::Connect | Stage::Auth)
                     || self.reply.as_ref().is_none_or(|reply| reply.code == 421)

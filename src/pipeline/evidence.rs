@@ -74,6 +74,7 @@ mod tests {
             (C::Policy, F::Recipient, S::RcptTo, Some(451), false),
             (C::Policy, F::Sender, S::MailFrom, Some(550), false),
             (C::Policy, F::Us, S::Connect, Some(554), true),
+            (C::Policy, F::Us, S::RcptTo, Some(554), true),
             (C::Content, F::Sender, S::Data, Some(554), false),
             // It asks for patience, and gets it: the retry waits as long as it asks.
             (C::Rate, F::Provider, S::Connect, Some(421), false),

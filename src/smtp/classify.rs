@@ -30,8 +30,8 @@ pub fn refusal(stage: Stage, reply: Reply) -> Failure {
     );
     failure.severity = match (verdict.severity, verdict.class) {
         (Some(severity), _) => severity,
-        // What is wrong with the account, or with our address, says nothing about the mail, which the server has not heard
-        // of: it waits for somebody to mend that.
+        // What is wrong with the account, or with our address, says nothing about the mail: it waits for somebody to mend
+        // that.
         (None, Class::Auth) => Severity::Transient,
         (None, _) if stage == Stage::Connect => Severity::Transient,
         (None, _) => reply.severity(),
@@ -47,6 +47,7 @@ fn verdict(stage: Stage, reply: &Reply) -> Verdict {
     let detail = reply.enhanced.as_deref().and_then(|code| code.split_once('.'));
     let detail = detail.map_or("", |(_, detail)| detail);
     by_decisive_code(stage, reply.code, detail, &text)
+        .or_else(|| words::find(words::CLIENT, &text))
         .or_else(|| by_detail(stage, reply, detail, &text))
         .or_else(|| by_text(stage, &text))
         .or_else(|| by_subject(stage, detail))

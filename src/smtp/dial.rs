@@ -193,9 +193,23 @@ fn hello(name: &str) -> ClientId {
     }
 }
 
+/// Whether a name for EHLO is that of a host without its domain, which servers that look refuse (Postfix'
+/// `reject_non_fqdn_helo_hostname`).
+pub(super) fn lacks_domain(name: &str) -> bool {
+    !name.contains(['.', ':'])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_name_of_a_host_alone_lacks_its_domain() {
+        assert!(lacks_domain("worker-0") && lacks_domain("localhost"));
+        for name in ["mail.example", "192.0.2.1", "[192.0.2.1]", "[IPv6:2001:db8::1]"] {
+            assert!(!lacks_domain(name), "{name}");
+        }
+    }
 
     #[test]
     fn an_address_is_said_as_a_literal() {

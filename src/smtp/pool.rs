@@ -17,6 +17,7 @@ use crate::id::AccountKey;
 use crate::telemetry::metrics::Metrics;
 
 use super::caps::{CapLease, ConnectionCaps};
+use super::dial::lacks_domain;
 use super::server::{Resolver, Server, Submission};
 use super::tls::TlsSetupError;
 
@@ -91,6 +92,13 @@ impl Pools {
         caps: Arc<dyn ConnectionCaps>,
         metrics: Arc<Metrics>,
     ) -> Result<Arc<Self>, TlsSetupError> {
+        if lacks_domain(&config.ehlo_name) {
+            tracing::warn!(
+                name = config.ehlo_name,
+                "SMTP servers that look at the name given in EHLO refuse mail from one without a domain: set \
+                 POSTROOM_EHLO_NAME to a name in DNS"
+            );
+        }
         Self::tuned(config, resolver, caps, metrics, Tuning::default())
     }
 

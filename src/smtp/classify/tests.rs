@@ -1,5 +1,7 @@
 use std::time::Duration;
 
+use proptest::prelude::{Just, prop_oneof};
+
 use super::*;
 use crate::failure::Class::{Auth, Content, Infrastructure, Policy, Rate, Recipient, Tls};
 use crate::failure::Fault;
@@ -73,6 +75,13 @@ const POLICY: &[Row] = &[
     (Data, 550, "DMARC check failed", Policy, Fault::Sender, Permanent, "sender_not_authenticated"),
     (Connect, 554, "5.7.1 Service unavailable; Client host [192.0.2.1] blocked using zen.spamhaus.org", Policy, Fault::Us, Transient, "client_blocked"),
     (Connect, 554, "No SMTP service here", Policy, Fault::Us, Transient, "client_blocked"),
+    (RcptTo, 554, "5.7.1 Service unavailable; Client host [192.0.2.1] blocked using zen.spamhaus.org", Policy, Fault::Us, Transient, "client_blocked"),
+    (RcptTo, 450, "4.7.25 Client host rejected: cannot find your reverse hostname, [192.0.2.1]", Policy, Fault::Us, Transient, "client_blocked"),
+    (RcptTo, 504, "5.5.2 <worker-0>: Helo command rejected: need fully-qualified hostname", Policy, Fault::Us, Transient, "client_blocked"),
+    (MailFrom, 550, "5.7.1 <worker-0>: Helo command rejected: Host not found", Policy, Fault::Us, Transient, "client_blocked"),
+    (RcptTo, 550, "rejected because 192.0.2.1 is in a black list at zen.spamhaus.org", Policy, Fault::Us, Transient, "client_blocked"),
+    (Data, 554, "5.7.1 a link in the mail is listed by spamhaus", Policy, Fault::Us, Permanent, "client_blocked"),
+    (RcptTo, 554, "5.7.1 Service unavailable; Sender address [a@b.example] blocked using dbl.spamhaus.org", Policy, Fault::Sender, Permanent, "sender_refused"),
     (RcptTo, 451, "4.7.1 Greylisted, try again in 5 minutes", Policy, Fault::Recipient, Transient, "greylisted"),
     (RcptTo, 450, "Greylisting in effect", Policy, Fault::Recipient, Transient, "greylisted"),
 ];
@@ -189,10 +198,18 @@ fn short_words_must_stand_alone() {
 
 proptest::proptest! {
     #[test]
-    fn every_reply_has_a_class_and_only_the_code_a_limit_the_account_or_connecting_makes_it_pass(code in 400u16..600, text in ".{0,80}") {
+    fn every_reply_has_a_class_and_only_the_code_a_limit_the_account_connecting_or_our_address_makes_it_pass(
+        code in 400u16..600,
+        text in prop_oneof![9 => ".{0,80}", 1 => Just("Client host rejected".to_owned())],
+    ) {
         for stage in [Stage::Connect, Stage::Auth, Stage::MailFrom, Stage::RcptTo, Stage::Data] {
             let failure = refusal(stage, Reply::new(code, &text));
-            let passes = code < 500 || code == 503 || matches!(failure.class, Rate | Auth) || stage == Stage::Connect;
+            let is_about_us = failure.reason == "client_blocked";
+            let passes = code < 500
+                || code == 503
+                || matches!(failure.class, Rate | Auth)
+                || stage == Stage::Connect
+                || is_about_us;
             proptest::prop_assert_eq!(failure.is_transient(), passes);
         }
     }

@@ -64,7 +64,7 @@ verdicts! {
     SENDER_REFUSED = Policy Sender "sender_refused" "The server refuses the sender's address";
     SENDER_NOT_AUTHENTICATED = Policy Sender "sender_not_authenticated" "SPF, DKIM, DMARC or reverse DNS of the sender failed";
     RELAY_DENIED = Policy Sender "relay_denied" "The server does not relay for this account";
-    CLIENT_BLOCKED = Policy Us "client_blocked" "The server refuses mail from our address";
+    CLIENT_BLOCKED = Policy Us "client_blocked" "The server refuses mail from our address, or from the name that we say in EHLO";
     POLICY_REFUSED = Policy Sender "policy_refused" "The server refuses the mail by policy";
     GREYLISTED = Policy Recipient "greylisted" "The server takes mail from strangers only at the second attempt";
     AUTH_REFUSED = Auth Sender "auth_refused" "The server refuses the user name or password";
@@ -80,6 +80,8 @@ verdicts! {
     STARTTLS_REFUSED = Tls Provider "starttls_refused" "The server does not start TLS now";
 }
 
+/// Whoever the mail is for: it waits until address, name or list are mended.
+pub(super) const CLIENT_REFUSED: Verdict = passing(CLIENT_BLOCKED);
 pub(super) const CONNECTION_LIMIT: Verdict = passing(verdict(
     Class::Rate,
     Fault::Provider,

@@ -1,7 +1,7 @@
 //! The words by which servers say what their codes do not. All in lower case; the first row that fits counts.
 
 use super::verdict::{
-    ACCOUNT_DISABLED, CLIENT_BLOCKED, CONNECTION_LIMIT, DOMAIN_UNKNOWN, GREYLISTED, MAILBOX_DISABLED,
+    ACCOUNT_DISABLED, CLIENT_BLOCKED, CLIENT_REFUSED, CONNECTION_LIMIT, DOMAIN_UNKNOWN, GREYLISTED, MAILBOX_DISABLED,
     MAILBOX_FULL, MESSAGE_TOO_LARGE, QUOTA_EXCEEDED, RATE_LIMITED, RECIPIENT_UNKNOWN, RELAY_DENIED,
     SENDER_NOT_AUTHENTICATED, SENDER_REFUSED, SPAM, TOO_MANY_RECIPIENTS, VIRUS, Verdict,
 };
@@ -97,6 +97,7 @@ pub(super) const SOME_ACCOUNT: &[Row] = &[(
 pub(super) const SENDER: &[Row] = &[(
     &[
         "sender address rejected",
+        "sender address [",
         "sender verify",
         "sender verification fail",
     ],
@@ -105,6 +106,13 @@ pub(super) const SENDER: &[Row] = &[(
 
 /// Not in answers to RCPT, where it may be the recipient's.
 pub(super) const ELSEWHERE: &[Row] = &[(&["email quota exceeded"], QUOTA_EXCEEDED)];
+
+/// About our address, or the name that we say in EHLO. Many servers check those with the first recipient (Postfix'
+/// `smtpd_delay_reject`). That something is on a list alone may as well mean a link in the mail.
+pub(super) const CLIENT: &[Row] = &[(
+    &["client host", "helo command", "is in a black list at"],
+    CLIENT_REFUSED,
+)];
 
 /// Only in answers to RCPT.
 pub(super) const RECIPIENT: &[Row] = &[
