@@ -115,9 +115,16 @@ fn write_node(node: &Node<'_>, boundaries: &mut Boundaries<'_>, out: &mut String
         Node::File(part) => write_file(part, out),
         Node::Multi { subtype, children } => {
             let boundary = boundaries.next();
+            // RFC 2387 §3.1 wants the type of the first part, which is the HTML.
+            let kind = if *subtype == "related" {
+                "; type=\"text/html\""
+            } else {
+                ""
+            };
             out.extend([
                 "Content-Type: multipart/",
                 subtype,
+                kind,
                 ";\r\n boundary=\"",
                 &boundary,
                 "\"\r\n\r\n",

@@ -191,6 +191,8 @@ fn all_parts_come_back_in_their_places() {
             "application/pdf"
         ]
     );
+    let related = message.parts[3].content_type().unwrap();
+    assert_eq!(related.attribute("type"), Some("text/html"));
     assert_eq!(body(&message, false), "Hi");
     assert_eq!(body(&message, true), "<p>Grüße <img src=cid:logo></p>");
     assert_eq!(message.parts[5].content_id(), Some("logo"));

@@ -98,6 +98,10 @@ fn by_detail(stage: Stage, reply: &Reply, detail: &str, text: &str) -> Option<Ve
         "2.2" => MAILBOX_FULL,
         "2.3" | "3.4" => MESSAGE_TOO_LARGE,
         "3.1" => SERVER_FULL,
+        // Exchange Online, of a recipient that its directory does not have.
+        "4.1" if stage == Stage::RcptTo && text.contains("recipient address rejected: access denied") => {
+            RECIPIENT_UNKNOWN
+        }
         "4.5" => throttled(text).unwrap_or(RATE_LIMITED),
         "4.1" | "4.2" | "4.3" | "4.4" | "4.6" | "4.7" => ROUTING_FAILED,
         "5.3" => TOO_MANY_RECIPIENTS,

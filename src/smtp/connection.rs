@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
 use crate::config::SmtpTimeouts;
-use crate::failure::{Failure, Reply, Stage};
+use crate::failure::{Class, Failure, Reply, Stage};
 
 use super::classify;
 use super::extensions::Extensions;
@@ -111,6 +111,11 @@ impl Connection {
         let broken = |trouble: Trouble| trouble::no_tls("tls_failed", format!("STARTTLS failed: {trouble}"));
         let reply = self.exchange(b"STARTTLS\r\n", limit).await.map_err(broken)?;
         if reply.code != 220 {
+            // "Too many connections" says nothing about TLS, whatever it answers.
+            let refusal = classify::refusal(Stage::Connect, reply.clone());
+            if reply.code == 421 || refusal.class == Class::Rate {
+                return Err(refusal);
+            }
             let mut failure = trouble::no_tls("starttls_refused", "The server refuses STARTTLS");
             failure.retry_after = classify::delay_hint(&reply.text);
             return Err(failure.with_reply(reply));

@@ -16,6 +16,7 @@ const RECIPIENTS: &[Row] = &[
     (RcptTo, 550, "5.1.1 User unknown", Recipient, Fault::Recipient, Permanent, "recipient_unknown"),
     (RcptTo, 550, "No such user here", Recipient, Fault::Recipient, Permanent, "recipient_unknown"),
     (RcptTo, 550, "The account does not exist", Recipient, Fault::Recipient, Permanent, "recipient_unknown"),
+    (RcptTo, 550, "5.4.1 Recipient address rejected: Access denied. [AM0PR01.prod.protection.outlook.com]", Recipient, Fault::Recipient, Permanent, "recipient_unknown"),
     (RcptTo, 450, "4.1.1 unverified address", Recipient, Fault::Recipient, Transient, "recipient_unknown"),
     (RcptTo, 550, "5.1.2 bad destination system", Recipient, Fault::Recipient, Permanent, "domain_unknown"),
     (RcptTo, 501, "5.1.3 Bad recipient address syntax", Recipient, Fault::Recipient, Permanent, "address_refused"),
@@ -49,6 +50,7 @@ const CONTENT: &[Row] = &[
     (Data, 541, "rejected", Content, Fault::Sender, Permanent, "spam"),
     (Data, 554, "Virus Eicar-Test found", Content, Fault::Sender, Permanent, "virus"),
     (Data, 550, "5.6.0 malformed header", Content, Fault::Sender, Permanent, "content_refused"),
+    (Data, 554, "Executables are not taken, please resend as zip", Content, Fault::Sender, Permanent, "content_refused"),
     (Data, 554, "Transaction failed", Content, Fault::Sender, Permanent, "content_refused"),
     (RcptTo, 553, "5.6.7 SMTPUTF8 needed", Content, Fault::Sender, Permanent, "smtputf8_not_supported"),
 ];
@@ -56,6 +58,7 @@ const CONTENT: &[Row] = &[
 #[rustfmt::skip] // one row per reply
 const POLICY: &[Row] = &[
     (RcptTo, 554, "5.7.1 <a@b>: Relay access denied", Policy, Fault::Sender, Permanent, "relay_denied"),
+    (RcptTo, 550, "relay not permitted", Policy, Fault::Sender, Permanent, "relay_denied"),
     (RcptTo, 550, "5.7.1 Unable to relay", Policy, Fault::Sender, Permanent, "relay_denied"),
     (RcptTo, 550, "5.7.1 not authorized", Policy, Fault::Sender, Permanent, "policy_refused"),
     (Data, 550, "5.7.1 refused", Policy, Fault::Sender, Permanent, "policy_refused"),
@@ -130,6 +133,7 @@ const RATES: &[Row] = &[
     (Data, 550, "5.7.1 Email quota exceeded.", Rate, Fault::Provider, Transient, "quota_exceeded"),
     (RcptTo, 550, "Domain example.com has exceeded the max emails per hour (100/100 (100%)) allowed. Message discarded.", Rate, Fault::Provider, Transient, "rate_limited"),
     (RcptTo, 550, "Domain example.com has exceeded the max defers and failures per hour (5/5 (100%)) allowed. Message discarded.", Rate, Fault::Provider, Transient, "rate_limited"),
+    (RcptTo, 554, "5.7.1 <a@b.example>: Recipient address rejected: Policy Rejection; Quota exceeded.", Rate, Fault::Provider, Transient, "quota_exceeded"),
     (Data, 550, "You may send 500 emails per day", Rate, Fault::Provider, Transient, "quota_exceeded"),
     (Data, 550, "5.2.251 Sender throttled due to continuous mailbox full errors.", Rate, Fault::Provider, Transient, "rate_limited"),
     (Data, 550, "5.2.252 Sender throttled due to continuous send as denied errors.", Rate, Fault::Provider, Transient, "rate_limited"),

@@ -42,6 +42,7 @@ pub(super) const GENERAL: &[Row] = &[
             "relay denied",
             "unable to relay",
             "not permitted to relay",
+            "relay not permitted",
         ],
         RELAY_DENIED,
     ),
@@ -59,7 +60,16 @@ pub(super) const GENERAL: &[Row] = &[
         ],
         CLIENT_BLOCKED,
     ),
-    (&["not owned by user", "send as", "sendasdenied"], SENDER_REFUSED),
+    (
+        &[
+            "not owned by user",
+            "permission to send as",
+            "permissions to send as",
+            "allowed to send as",
+            "sendasdenied",
+        ],
+        SENDER_REFUSED,
+    ),
     (&["spf", "dkim", "dmarc", "sender is unauthenticated"], SENDER_NOT_AUTHENTICATED),
     (&["spam", "junk", "unsolicited"], SPAM),
 ];
@@ -173,6 +183,9 @@ pub(super) const THROTTLED: &[Row] = &[
             "message quota",
             "submission quota",
             "submissionquotaexceeded",
+            // The policy daemons of Postfix and Zimbra, of the sender although it stands in answers to RCPT.
+            "policy rejection; quota",
+            "policy rejection: quota",
             "quota of messages",
             "number of allowed outgoing",
             "exceeded the recipient limit",

@@ -136,6 +136,22 @@ async fn a_stripped_or_refused_starttls_never_falls_back_to_plain() {
     }
 }
 
+#[tokio::test]
+async fn a_server_that_has_no_room_at_starttls_says_nothing_about_tls() {
+    let ca = TestCa::new();
+    for (reply, class, reason) in [
+        ("421 4.7.0 Too many connections", Class::Rate, "connection_limit"),
+        ("454 4.7.0 Too many concurrent connections, no TLS now", Class::Rate, "connection_limit"),
+        ("421 4.3.2 Service shutting down", Class::Infrastructure, "service_unavailable"),
+    ] {
+        let script = Script::new().on(Phase::StartTls, Action::reply(reply));
+        let tls = TlsSetup::StartTls(ca.server(&["localhost"]));
+        let smtp = SmtpServer::builder().tls(tls).script(script).start().await;
+        let failure = refused(&pools(), secured(&smtp, TlsMode::StartTls, &ca)).await;
+        assert_eq!((failure.class, failure.reason), (class, reason), "{reply}");
+    }
+}
+
 /// Answers EHLO, and STARTTLS with `reply`, then speaks TLS as a man in the middle could not prevent.
 async fn injecting(ca: &TestCa, reply: &'static str) -> (u16, tokio::task::JoinHandle<bool>) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
