@@ -8,6 +8,7 @@ mod room;
 mod suspect;
 pub mod task;
 mod transact;
+mod turns;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,6 +1,5 @@
 //! The stages of one attempt.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,6 +9,7 @@ use lettre::Address;
 use super::resolve::{Entries, is_for};
 use super::task::{SharedClock, Task};
 use super::transact::Covered;
+use super::turns::Turns;
 use super::{Attempt, Verdict, evidence, room};
 use crate::attachment::{self, Attachments, Part, Prepared};
 use crate::compose::{self, Composition, Email};
@@ -197,10 +197,10 @@ impl Pipeline {
         let bound = task.row.slot.is_none_or(|slot| slot.until.is_some());
         let limited = bound || entries.limit(chosen);
         let mut slot = task.row.slot.filter(|_| chosen.account.key == task.row.account);
-        let mut tried = HashSet::new();
+        let mut turns = Turns::default();
         let since = Instant::now();
         loop {
-            let mut open = open_recipients(attempt, &tried);
+            let mut open = turns.next(attempt);
             if open.is_empty() {
                 return Ok(Verdict::Attempted);
             }
@@ -220,13 +220,13 @@ impl Pipeline {
                 Some(slot) => slot,
                 None if !limited => Slot::unlimited(),
                 None => {
-                    self.take_slot(task, chosen, open.len(), !tried.is_empty())
+                    self.take_slot(task, chosen, open.len(), turns.have_begun())
                         .await?
                 }
             };
             open.truncate(granted.recipients as usize);
             email.recipients.truncate(open.len());
-            tried.extend(open.iter().map(ToString::to_string));
+            turns.begin(&open);
             if task.is_expired(self.clock.now()) {
                 return Err(Verdict::Expired);
             }
@@ -238,7 +238,7 @@ impl Pipeline {
             let result = self.transact(task, attempt, lease, &email, part).await;
             attempt.smtp = Some(attempt.smtp.unwrap_or_default() + begun.elapsed());
             self.observe("send", begun);
-            result?;
+            turns.give_back(&result?);
         }
     }
 
@@ -387,16 +387,6 @@ fn has_become_unhealthy(verdict: &Verdict) -> bool {
 fn started(attempt: &mut Attempt, failure: Failure) -> Verdict {
     attempt.started = true;
     Verdict::Failed(failure)
-}
-
-/// Recipients that still wait and have not had their turn in this attempt.
-pub(super) fn open_recipients(attempt: &Attempt, tried: &HashSet<String>) -> Vec<Address> {
-    attempt
-        .recipients
-        .iter()
-        .filter(|r| r.is_open() && !tried.contains(&*r.address))
-        .filter_map(|r| r.address.parse().ok())
-        .collect()
 }
 
 /// What a panic in an attempt is told as.

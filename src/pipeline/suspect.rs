@@ -1,9 +1,8 @@
 //! Suspects: jobs that may crash whoever works on them. What we do with their content is watched.
 
-use std::collections::HashSet;
-
-use super::attempt::{Pipeline, open_recipients};
+use super::attempt::Pipeline;
 use super::task::Task;
+use super::turns::Turns;
 use super::{Attempt, Verdict};
 use crate::attachment::Prepared;
 use crate::directory::Chosen;
@@ -34,7 +33,7 @@ impl Pipeline {
     /// All of our own work on a suspect's content, while it is watched; what follows is a conversation like any other.
     pub(super) fn rehearse(&self, task: &Task, attempt: &mut Attempt, chosen: &Chosen, prepared: &Prepared) {
         let message_id = self.message_id(task, chosen, attempt);
-        let open = open_recipients(attempt, &HashSet::new());
+        let open = Turns::default().next(attempt);
         // Its failure is told when it is composed to be sent.
         drop(Self::compose(task, chosen, prepared, &message_id, &open));
     }

@@ -14,7 +14,7 @@ use crate::job::OnUncertain;
 use crate::ledger::slots::Slot;
 use crate::ledger::{Row, WaitReason};
 use crate::report::RecipientStatus;
-use crate::smtp::{self, Envelope, NotBegun, Outcome};
+use crate::smtp::{self, Envelope, NotBegun, Outcome, RcptResult};
 
 /// Some of a job's recipients, and the slot that covers them.
 pub(super) struct Covered<'a> {
@@ -24,7 +24,7 @@ pub(super) struct Covered<'a> {
 
 impl Pipeline {
     /// One transaction: in one flight where the server takes that, else MAIL, RCPT and DATA, the last look at the lease,
-    /// the mail.
+    /// the mail. Gives those of whom nothing was said, because the server hung up over somebody else.
     pub(super) async fn transact(
         &self,
         task: &Task,
@@ -35,7 +35,7 @@ impl Pipeline {
             recipients: part,
             slot,
         }: Covered<'_>,
-    ) -> Result<(), Verdict> {
+    ) -> Result<Vec<Address>, Verdict> {
         let envelope = Envelope {
             from: email.envelope_from.clone(),
             to: email.recipients.clone(),
@@ -115,7 +115,11 @@ fn in_time(slot: &Slot) -> Result<(), Verdict> {
 }
 
 /// No recipient can be sent to: what the server said to each, or why it was not asked.
-fn not_opened(attempt: &mut Attempt, error: smtp::OpenError, part: &[Address]) -> Result<(), Verdict> {
+fn not_opened(
+    attempt: &mut Attempt,
+    error: smtp::OpenError,
+    part: &[Address],
+) -> Result<Vec<Address>, Verdict> {
     attempt.started = true;
     attempt.reached_mail_from |= error.mail_sent;
     // After MAIL on a connection that turned out dead, there may be no other: that says nothing about anybody either.
@@ -123,18 +127,23 @@ fn not_opened(attempt: &mut Attempt, error: smtp::OpenError, part: &[Address]) -
     if !error.mail_sent || connecting {
         return Err(Verdict::Failed(error.failure));
     }
-    record(attempt, part, error.results.iter().map(|(_, result)| result));
-    Ok(())
+    let results = error.results.iter().map(|(_, result)| result);
+    Ok(record(attempt, part, results))
 }
 
 /// What became of the mail.
-fn conclude(attempt: &mut Attempt, outcome: Outcome, email: &Email, part: &[Address]) -> Result<(), Verdict> {
+fn conclude(
+    attempt: &mut Attempt,
+    outcome: Outcome,
+    email: &Email,
+    part: &[Address],
+) -> Result<Vec<Address>, Verdict> {
     attempt.started = true;
     attempt.reached_mail_from = true;
     match outcome {
         Outcome::Done(results) => {
-            record(attempt, part, results.iter().map(|(_, result)| result));
-            Ok(())
+            let results = results.iter().map(|(_, result)| result);
+            Ok(record(attempt, part, results))
         }
         Outcome::Uncertain { refused, failure, .. } => {
             for (address, result) in &refused {
@@ -149,23 +158,34 @@ fn conclude(attempt: &mut Attempt, outcome: Outcome, email: &Email, part: &[Addr
     }
 }
 
-/// Notes what the server said about each recipient of this transaction, and the failure most worth telling.
-fn record<'a>(attempt: &mut Attempt, part: &[Address], results: impl Iterator<Item = &'a smtp::RcptResult>) {
+/// Notes what the server said about each recipient of this transaction, and the failure most worth telling. Gives those of
+/// whom it said nothing.
+fn record<'a>(
+    attempt: &mut Attempt,
+    part: &[Address],
+    results: impl Iterator<Item = &'a RcptResult>,
+) -> Vec<Address> {
+    let mut untold = Vec::new();
     for (address, result) in part.iter().zip(results) {
-        let address: &str = address.as_ref();
-        let Some(mine) = attempt.recipients.iter_mut().find(|r| *r.address == *address) else {
+        let name: &str = address.as_ref();
+        let Some(mine) = attempt.recipients.iter_mut().find(|r| *r.address == *name) else {
             continue;
         };
-        let status = match result.failure() {
-            None => RecipientStatus::Accepted,
-            Some(failure) if failure.is_transient() => RecipientStatus::Deferred,
-            Some(_) => RecipientStatus::Refused,
+        let status = match result {
+            RcptResult::Accepted(_) => RecipientStatus::Accepted,
+            RcptResult::Failed(failure) if failure.is_transient() => RecipientStatus::Deferred,
+            RcptResult::Failed(_) => RecipientStatus::Refused,
+            RcptResult::Untold => {
+                untold.push(address.clone());
+                continue;
+            }
         };
         mine.record(status, result.reply());
         if let Some(failure) = result.failure() {
             keep_worse(attempt, failure);
         }
     }
+    untold
 }
 
 /// A transient failure decides when to come back, so it is the one to keep.

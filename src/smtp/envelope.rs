@@ -21,6 +21,8 @@ pub enum RcptResult {
     Accepted(Reply),
     /// It does not, or could not be asked; `reply` of the failure has its words.
     Failed(Failure),
+    /// Nothing that counts: the server ended the conversation over another recipient.
+    Untold,
 }
 
 impl RcptResult {
@@ -36,6 +38,7 @@ impl RcptResult {
         match self {
             Self::Accepted(reply) => Some(reply),
             Self::Failed(failure) => failure.reply.as_ref(),
+            Self::Untold => None,
         }
     }
 
@@ -43,7 +46,7 @@ impl RcptResult {
     #[must_use]
     pub fn failure(&self) -> Option<&Failure> {
         match self {
-            Self::Accepted(_) => None,
+            Self::Accepted(_) | Self::Untold => None,
             Self::Failed(failure) => Some(failure),
         }
     }

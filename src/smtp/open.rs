@@ -406,12 +406,22 @@ impl<'a> Opening<'a> {
         }
     }
 
-    /// The conversation broke: refusals already heard stand, the rest fails with it.
+    /// The conversation broke: refusals already heard stand, the rest fails with it. A 421 to RCPT is that recipient's
+    /// alone (Google ends the session over one whose domain wants TLS, say): it tells nothing of the others.
     pub(super) fn broken(self, failure: Failure) -> OpenError {
         let mut results = self.results;
-        fail_accepted(&mut results, &failure);
         let rest = &self.envelope.to[results.len()..];
-        results.extend(all_failed(rest, &failure));
+        let of_recipient = failure.stage == Stage::RcptTo && failure.reply.is_some();
+        if let Some((recipient, others)) = rest.split_first().filter(|_| of_recipient) {
+            for (_, result) in results.iter_mut().filter(|(_, result)| result.is_accepted()) {
+                *result = RcptResult::Untold;
+            }
+            results.push((recipient.clone(), RcptResult::Failed(failure.clone())));
+            results.extend(others.iter().map(|other| (other.clone(), RcptResult::Untold)));
+        } else {
+            fail_accepted(&mut results, &failure);
+            results.extend(all_failed(rest, &failure));
+        }
         OpenError {
             failure,
             results,

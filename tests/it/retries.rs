@@ -200,3 +200,32 @@ async fn a_mail_that_keeps_being_deferred_fails_after_the_last_attempt_allowed()
     assert!(taken(&server).is_empty());
     world.assert_settled().await;
 }
+
+#[tokio::test]
+async fn a_server_that_hangs_up_over_one_recipient_keeps_the_mail_from_no_other() {
+    let world = quick_retries().await;
+    let script = Script::new().recipients_with(|address| {
+        let hangs_up = address.starts_with("bank");
+        hangs_up.then(|| "421 4.7.0 TLS required for RCPT domain, closing connection".to_owned())
+    });
+    let server = SmtpServer::builder().script(script).start().await;
+    account(&world, "acme", &server, &["--max-attempts", "2"]).await;
+    let mut reports = world.reports().await;
+    let _worker = world.start_worker().await;
+    let mut job = mail("acme", "three");
+    job["to"] = json!(["ann@example.org", "bank@example.net", "bob@example.org"]);
+    world.publish(Level::High, "acme", &job).await;
+    let sent = reports.final_of("three").await;
+    assert_eq!(
+        (sent.kind(), &sent.json["data"]["partial"]),
+        ("mail.sent", &json!(true))
+    );
+    let first = &reports.of("three")[0].json["data"]["recipients"];
+    assert_eq!(
+        [&first[0]["status"], &first[1]["status"], &first[2]["status"]],
+        ["accepted", "deferred", "accepted"]
+    );
+    let envelopes: Vec<_> = server.received().iter().map(|mail| mail.to.clone()).collect();
+    assert_eq!(envelopes, [["ann@example.org", "bob@example.org"]]);
+    world.assert_settled().await;
+}

@@ -1,9 +1,9 @@
 //! The words by which servers say what their codes do not. All in lower case; the first row that fits counts.
 
 use super::verdict::{
-    ACCOUNT_DISABLED, CLIENT_BLOCKED, CLIENT_REFUSED, CONNECTION_LIMIT, DOMAIN_UNKNOWN, GREYLISTED, MAILBOX_DISABLED,
-    MAILBOX_FULL, MESSAGE_TOO_LARGE, QUOTA_EXCEEDED, RATE_LIMITED, RECIPIENT_UNKNOWN, RELAY_DENIED,
-    SENDER_NOT_AUTHENTICATED, SENDER_REFUSED, SPAM, TOO_MANY_RECIPIENTS, VIRUS, Verdict,
+    ACCOUNT_DISABLED, CLIENT_BLOCKED, CLIENT_REFUSED, CONNECTION_LIMIT, DOMAIN_UNKNOWN, GREYLISTED,
+    MAILBOX_DISABLED, MAILBOX_FULL, MESSAGE_TOO_LARGE, QUOTA_EXCEEDED, RATE_LIMITED, RECIPIENT_UNKNOWN,
+    RELAY_DENIED, SENDER_NOT_AUTHENTICATED, SENDER_REFUSED, SPAM, TOO_MANY_RECIPIENTS, VIRUS, Verdict,
 };
 
 type Row = (&'static [&'static str], Verdict);
@@ -70,7 +70,10 @@ pub(super) const GENERAL: &[Row] = &[
         ],
         SENDER_REFUSED,
     ),
-    (&["spf", "dkim", "dmarc", "sender is unauthenticated"], SENDER_NOT_AUTHENTICATED),
+    (
+        &["spf", "dkim", "dmarc", "sender is unauthenticated"],
+        SENDER_NOT_AUTHENTICATED,
+    ),
     (&["spam", "junk", "unsolicited"], SPAM),
 ];
 

@@ -158,7 +158,7 @@ async fn a_refusal_of_data_counts_for_the_recipients_that_were_accepted() {
 }
 
 #[tokio::test]
-async fn a_421_between_recipients_keeps_refusals_and_defers_the_rest() {
+async fn a_421_to_one_recipient_is_its_own_and_tells_nothing_of_those_who_were_not_refused() {
     let script = Script::new()
         .recipient("nobody", RcptRule::refuse("550 5.1.1 No such user"))
         .once_after(2, Phase::Rcpt, Action::shutting_down());
@@ -172,8 +172,11 @@ async fn a_421_between_recipients_keeps_refusals_and_defers_the_rest() {
         "c@example.org",
     ]);
     let error = open(lease(&pools, &account).await, &envelope).await.unwrap_err();
-    assert_eq!(codes(&error.results), [421, 550, 421, 421]);
-    assert!(error.failure.is_transient());
+    assert_eq!(codes(&error.results), [0, 550, 421, 0]);
+    for untold in [0, 3] {
+        assert_eq!(error.results[untold].1, RcptResult::Untold);
+    }
+    assert!(error.failure.is_transient() && error.mail_sent);
     send(&pools, &account).await;
     assert_eq!(smtp.counters().connections, 2, "421 ends a connection");
 }

@@ -141,8 +141,16 @@ async fn a_server_that_has_no_room_at_starttls_says_nothing_about_tls() {
     let ca = TestCa::new();
     for (reply, class, reason) in [
         ("421 4.7.0 Too many connections", Class::Rate, "connection_limit"),
-        ("454 4.7.0 Too many concurrent connections, no TLS now", Class::Rate, "connection_limit"),
-        ("421 4.3.2 Service shutting down", Class::Infrastructure, "service_unavailable"),
+        (
+            "454 4.7.0 Too many concurrent connections, no TLS now",
+            Class::Rate,
+            "connection_limit",
+        ),
+        (
+            "421 4.3.2 Service shutting down",
+            Class::Infrastructure,
+            "service_unavailable",
+        ),
     ] {
         let script = Script::new().on(Phase::StartTls, Action::reply(reply));
         let tls = TlsSetup::StartTls(ca.server(&["localhost"]));
