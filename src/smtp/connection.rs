@@ -38,6 +38,8 @@ pub(super) struct Connection {
     pub(super) opened: Instant,
     /// Mails begun.
     pub(super) messages: u32,
+    /// MAIL was accepted on it.
+    pub(super) carried: bool,
     pub(super) bdat: Bdat,
     /// Commands sent whose replies were not read.
     unanswered: u32,
@@ -87,6 +89,7 @@ impl Connection {
             timeouts,
             opened: Instant::now(),
             messages: 0,
+            carried: false,
             bdat: Bdat::Untried,
             unanswered: 0,
             deadline: None,

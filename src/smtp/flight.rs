@@ -67,7 +67,14 @@ async fn conclude(mut flight: Opening<'_>, envelope: &Envelope) -> Result<Outcom
         let failure = Trouble::Malformed.failure(Stage::Data);
         return broken_off(flight, envelope, failure, None).map_err(|error| *error);
     };
-    let nobody = flight.mail_refused().is_some() || !flight.any_accepted();
+    let mail_refused = flight.mail_refused();
+    if let Some(failure) = mail_refused
+        .clone()
+        .filter(|_| flight.is_used_up() && !reply.is_positive())
+    {
+        return Err(flight.sender_refused(failure));
+    }
+    let nobody = mail_refused.is_some() || !flight.any_accepted();
     if nobody {
         // A server that takes a mail for nobody is not to be trusted with another one.
         if reply.is_positive() {
@@ -102,6 +109,9 @@ fn broken_off(
     unwritten: Option<Unwritten>,
 ) -> Result<Outcome, Box<NotOpen>> {
     flight.connection.give_up();
+    if let Some(failure) = flight.mail_refused().filter(|_| flight.is_used_up()) {
+        return Err(Box::new(flight.sender_refused(failure)));
+    }
     let all_answered = flight.results.len() == envelope.to.len();
     if flight.mail_refused().is_some() || (all_answered && !flight.any_accepted()) {
         return Ok(Outcome::Done(refusals(flight, envelope)));

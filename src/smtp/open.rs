@@ -73,7 +73,8 @@ pub struct OpenError {
 
 /// How opening failed.
 pub(super) enum NotOpen {
-    /// Before any reply to MAIL: a connection used before was dead, and a fresh one may do.
+    /// Before any reply to MAIL, or by a refusal of MAIL that passes, after others were accepted: a connection used before
+    /// was dead or used up, and a fresh one may do.
     Stale(OpenError),
     /// At BDAT, which the server does not know after all: it has nothing of the mail, and a fresh connection may do, by
     /// DATA.
@@ -264,7 +265,10 @@ impl<'a> Opening<'a> {
             return Err(Box::new(Trouble::Malformed.failure(stage)));
         }
         match command {
-            Command::Mail => self.mail_reply = Some(reply),
+            Command::Mail => {
+                self.connection.carried |= reply.is_positive();
+                self.mail_reply = Some(reply);
+            }
             Command::Rcpt => {
                 let address = self.envelope.to[self.results.len()].clone();
                 let result = if reply.is_positive() {
@@ -320,7 +324,7 @@ impl<'a> Opening<'a> {
             if self.is_probing() && data_reply.is_some() {
                 self.connection.reset(limit).await;
             }
-            return Err(NotOpen::Failed(self.refused_for_all(failure)));
+            return Err(self.sender_refused(failure));
         }
         // After a first chunk that was read as a command, the reply to RSET is not the one that is read: the connection is
         // over then.
@@ -355,7 +359,7 @@ impl<'a> Opening<'a> {
             self.connection.bdat = Bdat::Broken;
         }
         if let Some(refusal) = self.mail_refused() {
-            return NotOpen::Failed(self.refused_for_all(refusal));
+            return self.sender_refused(refusal);
         }
         let stale = self.mail_reply.is_none();
         let mistrusted = at_first_chunk && self.any_accepted() && failure.reply.is_none();
@@ -373,6 +377,23 @@ impl<'a> Opening<'a> {
     pub(super) fn mail_refused(&self) -> Option<Failure> {
         let refusal = self.mail_reply.as_ref().filter(|reply| !reply.is_positive());
         refusal.map(|reply| classify::refusal(Stage::MailFrom, reply.clone()))
+    }
+
+    /// Whether MAIL was refused for now after others were accepted. Some servers end a session's allowance so, and the
+    /// connection would be taken first for every mail to come; a fresh one shows whether it is that.
+    pub(super) fn is_used_up(&self) -> bool {
+        let passes = |reply: &Reply| (400..500).contains(&reply.code) || reply.code == 503;
+        self.connection.carried && self.mail_reply.as_ref().is_some_and(passes)
+    }
+
+    /// MAIL was refused, by a connection that may be used up.
+    pub(super) fn sender_refused(self, failure: Failure) -> NotOpen {
+        let error = self.refused_for_all(failure);
+        if self.is_used_up() {
+            self.connection.give_up();
+            return NotOpen::Stale(error);
+        }
+        NotOpen::Failed(error)
     }
 
     fn refused_for_all(&self, failure: Failure) -> OpenError {

@@ -113,8 +113,8 @@ impl Lease {
 
     /// Announces a mail. Its first line may go out at once; without its end the server does not take it.
     ///
-    /// A connection that was used before and turns out to be dead is replaced by a fresh one, once, and so is one on which
-    /// BDAT does not work although it is offered.
+    /// A connection that was used before and turns out to be dead, or to take no more mails, is replaced by a fresh one,
+    /// once, and so is one on which BDAT does not work although it is offered.
     ///
     /// # Errors
     /// [`NotBegun::Fresh`] has the replacement; [`NotBegun::Failed`] when no recipient was accepted, and the connection is back

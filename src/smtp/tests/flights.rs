@@ -638,3 +638,25 @@ async fn a_cancelled_flight_does_not_give_back_a_connection_out_of_step() {
     scene.smtp.wait_closed(5 * SECOND).await;
     assert_eq!(scene.pools.checked_out(&scene.account.key), 0);
 }
+
+#[tokio::test]
+async fn a_flight_on_a_connection_that_takes_no_more_mails_is_repeated_on_a_fresh_one() {
+    let script = Script::new().mails_per_connection(2, "452 4.3.2 Too many messages in this session");
+    let scene = Scene::of(chunking().script(script)).await;
+    for _ in 0..3 {
+        assert_eq!(codes(sent(&scene.deliver(ANN, MAIL).await)), [250]);
+    }
+    assert_eq!(
+        (scene.smtp.counters().connections, scene.smtp.received_count()),
+        (2, 4)
+    );
+}
+
+#[tokio::test]
+async fn a_421_to_one_recipient_of_a_flight_is_its_own_and_nobody_has_the_mail() {
+    let hangs_up = "421 4.7.0 TLS required for RCPT domain, closing connection";
+    let scene = Scene::scripted(Script::new().recipient("bob", RcptRule::refuse(hangs_up))).await;
+    let outcome = scene.deliver(THREE, MAIL).await;
+    assert_eq!(codes(sent(&outcome)), [0, 421, 0]);
+    assert_eq!(sent(&outcome)[2].1, RcptResult::Untold);
+}

@@ -321,3 +321,39 @@ async fn connections_are_counted_by_state_and_result() {
         1
     );
 }
+
+#[tokio::test]
+async fn a_connection_that_takes_no_more_mails_is_replaced_before_a_mail_is_deferred() {
+    for (chunking, reply) in [
+        (false, "452 4.3.2 Too many messages in this session"),
+        (true, "452 4.3.2 Too many messages in this session"),
+        (false, "503 5.5.1 Bad sequence of commands"),
+    ] {
+        let script = Script::new().mails_per_connection(2, reply);
+        let smtp = SmtpServer::builder()
+            .chunking(chunking)
+            .script(script)
+            .start()
+            .await;
+        let (pools, account) = (pools(), account(&smtp));
+        for _ in 0..6 {
+            assert_eq!(codes(sent(&send(&pools, &account).await)), [250], "{reply}");
+        }
+        assert_eq!((smtp.counters().connections, smtp.received_count()), (3, 6));
+    }
+}
+
+#[tokio::test]
+async fn a_refusal_of_mail_on_a_fresh_connection_stands_and_costs_no_other() {
+    let script = Script::new().after(2, Phase::Mail, Action::reply("452 4.2.2 Over quota"));
+    let smtp = scripted(script).await;
+    let (pools, account) = (pools(), account(&smtp));
+    send(&pools, &account).await;
+    send(&pools, &account).await;
+    for _ in 0..5 {
+        let refused = open(lease(&pools, &account).await, &to(&["a@example.org"])).await;
+        assert_eq!(codes(&refused.unwrap_err().results), [452]);
+    }
+    let counters = smtp.counters();
+    assert_eq!((counters.connections, counters.command("MAIL")), (2, 2 + 6));
+}

@@ -128,6 +128,7 @@ pub struct Script {
     recipients: Vec<RecipientRule>,
     positions: Vec<(usize, String)>,
     drip: Option<Duration>,
+    session: Option<(usize, String)>,
     seed: u64,
 }
 
@@ -230,6 +231,13 @@ impl Script {
         self
     }
 
+    /// Takes so many mails of each connection, and answers this to MAIL from then on.
+    #[must_use]
+    pub fn mails_per_connection(mut self, most: usize, reply: &str) -> Self {
+        self.session = Some((most, reply.to_owned()));
+        self
+    }
+
     /// Sends every reply byte by byte with this pause in between.
     #[must_use]
     pub fn drip(mut self, pause: Duration) -> Self {
@@ -264,6 +272,12 @@ impl Script {
             }
         }
         decided
+    }
+
+    /// The refusal of MAIL on a connection that has had so many.
+    pub(crate) fn session_ends(&self, mails: usize) -> Option<String> {
+        let (most, reply) = self.session.as_ref()?;
+        (mails >= *most).then(|| reply.clone())
     }
 
     pub(crate) fn delay_of(&self, phase: Phase) -> Option<Duration> {

@@ -42,6 +42,8 @@ struct Session {
     user: Option<String>,
     helo: String,
     mail: Option<Transaction>,
+    /// MAIL commands accepted.
+    mails: usize,
     /// Mails taken whose 250 has not gone out yet.
     unanswered: Vec<usize>,
 }
@@ -76,6 +78,7 @@ pub(super) async fn serve(stream: TcpStream, id: u64, shared: Arc<Shared>) {
         user: None,
         helo: String::new(),
         mail: None,
+        mails: 0,
         unanswered: Vec::new(),
     };
     let mut open = open;

@@ -142,9 +142,12 @@ impl Session {
             to: Vec::new(),
             chunks: Vec::new(),
         };
-        let answered = self.answer(Phase::Mail, "250 2.1.0 Ok").await?;
+        let ended = self.script.session_ends(self.mails);
+        let reply = ended.as_deref().unwrap_or("250 2.1.0 Ok");
+        let answered = self.answer(Phase::Mail, reply).await?;
         self.note_refusal(Phase::Mail, &answered, None);
         if let Answered::Code(250) = answered {
+            self.mails += 1;
             self.mail = Some(begun);
         }
         Ok(next(&answered))
