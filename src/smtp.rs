@@ -37,7 +37,7 @@ mod wire;
 mod tests;
 
 pub use caps::{CapsError, ConnectionCaps};
-pub use envelope::{Envelope, RcptResult, Results};
+pub use envelope::{Envelope, RcptResult, Results, needs_utf8};
 pub use extensions::Extensions;
 pub use open::{Mail, OpenError};
 pub use pool::{Capacity, CheckoutError, Lease, NotBegun, Pools};

@@ -169,10 +169,27 @@ fn bare(text: &str) -> Result<Address, String> {
     if text.contains(|c| values::is_blank(c) || matches!(c, '<' | '>')) {
         return Err(format!("must be {NOTATIONS}; the address itself without blanks"));
     }
+    if let Some(c) = text.chars().find(|c| is_invisible(*c)) {
+        return Err(format!(
+            "holds the invisible character U+{:04X}: write the address without it",
+            c as u32
+        ));
+    }
     text.parse::<Address>()
         .ok()
         .filter(|address| is_domain(address.domain()))
         .ok_or_else(|| format!("must be {NOTATIONS}"))
+}
+
+/// What nobody sees in an address and no mailbox has in its name: it came along when somebody copied it. Marks of direction
+/// also show it otherwise than it is. Those that join letters (U+200C, U+200D) belong to the spelling of some languages.
+fn is_invisible(c: char) -> bool {
+    matches!(
+        c,
+        '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{180e}' | '\u{200b}' | '\u{200e}' | '\u{200f}'
+            | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{fff9}'..='\u{fffb}'
+            | '\u{e0000}'..='\u{e007f}'
+    )
 }
 
 /// What the parser leaves open: literals hold an IP address, other names can be written in ASCII (RFC 5891).
@@ -228,6 +245,24 @@ mod tests {
         for long in ["a".repeat(65), "é".repeat(33)] {
             assert!(of(&long).unwrap_err().contains("at most 64 bytes"), "{long}");
         }
+    }
+
+    #[test]
+    fn an_address_with_a_character_that_nobody_sees_is_refused_and_the_character_named() {
+        for c in [
+            '\u{200b}', '\u{200e}', '\u{202a}', '\u{202e}', '\u{2066}', '\u{2069}', '\u{ad}',
+        ] {
+            let named = format!("U+{:04X}", c as u32);
+            for text in [format!("a{c}nn@b.example"), format!("Ann <ann@b{c}.example>")] {
+                let error = read(&text).unwrap_err();
+                assert!(error.contains(&named), "{error}");
+            }
+        }
+        assert!(read("\u{feff}ann@b.example").is_err());
+        assert!(
+            read("\u{646}\u{200c}\u{647}@b.example").is_ok(),
+            "a letter of Persian"
+        );
     }
 
     #[test]

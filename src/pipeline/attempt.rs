@@ -8,7 +8,7 @@ use lettre::Address;
 
 use super::resolve::{Entries, is_for};
 use super::task::{SharedClock, Task};
-use super::transact::Covered;
+use super::transact::{Covered, without_unspeakable};
 use super::turns::Turns;
 use super::{Attempt, Verdict, evidence, room};
 use crate::attachment::{self, Attachments, Part, Prepared};
@@ -211,6 +211,7 @@ impl Pipeline {
                 });
             }
             let lease = self.connection(task, attempt, chosen).await?;
+            open = without_unspeakable(attempt, &lease, open);
             let begun = Instant::now();
             let mut email = Self::compose(task, chosen, prepared, &message_id, &open)
                 .map_err(|failure| started(attempt, failure))?;

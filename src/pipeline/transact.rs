@@ -9,7 +9,7 @@ use super::task::Task;
 use super::{Attempt, Verdict};
 use crate::compose::Email;
 use crate::fail_point::{self, Point};
-use crate::failure::{Failure, Severity, Stage};
+use crate::failure::{Class, Failure, Fault, Severity, Stage};
 use crate::job::OnUncertain;
 use crate::ledger::slots::Slot;
 use crate::ledger::{Row, WaitReason};
@@ -101,6 +101,32 @@ impl Pipeline {
         }
         is_ours
     }
+}
+
+/// Refuses those to whom the server has no way to send, for want of SMTPUTF8 (RFC 6531), and gives the others. If there are
+/// none, the mail as a whole is refused when it is announced.
+pub(super) fn without_unspeakable(
+    attempt: &mut Attempt,
+    lease: &smtp::Lease,
+    open: Vec<Address>,
+) -> Vec<Address> {
+    if lease.extensions().is_none_or(|offers| offers.smtputf8) {
+        return open;
+    }
+    let (foreign, rest): (Vec<_>, Vec<_>) = open.into_iter().partition(smtp::needs_utf8);
+    if rest.is_empty() {
+        return foreign;
+    }
+    let failure = Failure::permanent(
+        Class::Content,
+        Fault::Sender,
+        Stage::RcptTo,
+        "smtputf8_not_supported",
+        "The recipient's address needs SMTPUTF8, which the server does not offer",
+    );
+    let refused = RcptResult::Failed(failure);
+    record(attempt, &foreign, std::iter::repeat(&refused));
+    rest
 }
 
 /// A slot counts where it was granted: MAIL must not come much later.

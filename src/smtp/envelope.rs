@@ -75,14 +75,17 @@ pub(super) fn path(address: &Address) -> Cow<'_, str> {
     }
 }
 
+/// Whether an address needs SMTPUTF8 (RFC 6531).
+#[must_use]
+pub fn needs_utf8(address: &Address) -> bool {
+    !path(address).is_ascii()
+}
+
 impl Envelope {
     /// Whether an address needs SMTPUTF8 (RFC 6531).
     #[must_use]
     pub fn needs_utf8(&self) -> bool {
-        self.from
-            .iter()
-            .chain(&self.to)
-            .any(|address| !path(address).is_ascii())
+        self.from.iter().chain(&self.to).any(needs_utf8)
     }
 }
 

@@ -229,3 +229,24 @@ async fn a_server_that_hangs_up_over_one_recipient_keeps_the_mail_from_no_other(
     assert_eq!(envelopes, [["ann@example.org", "bob@example.org"]]);
     world.assert_settled().await;
 }
+
+#[tokio::test]
+async fn a_recipient_outside_ascii_is_refused_alone_by_a_server_that_cannot_name_it() {
+    let world = quick_retries().await;
+    let server = SmtpServer::builder().smtputf8(false).start().await;
+    account(&world, "acme", &server, &[]).await;
+    let mut reports = world.reports().await;
+    let _worker = world.start_worker().await;
+    let mut job = mail("acme", "three");
+    job["bcc"] = json!(["jürgen@example.org", "bob@example.org"]);
+    world.publish(Level::High, "acme", &job).await;
+    let sent = reports.final_of("three").await;
+    let data = &sent.json["data"];
+    assert_eq!((sent.kind(), &data["partial"]), ("mail.sent", &json!(true)));
+    assert_eq!(
+        (&data["reason"], &data["recipients"][1]["status"]),
+        (&json!("smtputf8_not_supported"), &json!("refused"))
+    );
+    assert_eq!(server.received()[0].to, ["three@example.org", "bob@example.org"]);
+    world.assert_settled().await;
+}
