@@ -67,7 +67,8 @@ fn choose(offered: &[String]) -> Result<Mechanism, Failure> {
             );
             ("auth_mechanism_unsupported", message)
         };
-        Failure::permanent(Class::Auth, Fault::Sender, Stage::Auth, reason, message)
+        // Like a refused login: the provider may have lost its logins for an hour, and no mail is to blame.
+        Failure::transient(Class::Auth, Fault::Sender, Stage::Auth, reason, message)
     })
 }
 
@@ -139,7 +140,11 @@ mod tests {
         let failure = choose(&offered(&["XOAUTH2"])).unwrap_err();
         assert_eq!(failure.reason, "auth_mechanism_unsupported");
         assert!(failure.message.contains("XOAUTH2"));
-        assert_eq!(choose(&[]).unwrap_err().reason, "auth_not_offered");
+        let none = choose(&[]).unwrap_err();
+        assert_eq!(none.reason, "auth_not_offered");
+        for failure in [failure, none] {
+            assert!(failure.is_transient() && failure.is_of_account(), "{failure}");
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use postroom::level::Level;
-use postroom_testkit::smtp::{SmtpServer, TlsSetup};
+use postroom_testkit::smtp::{Action, Phase, Script, SmtpServer, TlsSetup};
 use postroom_testkit::tls::TestCa;
 use serde_json::json;
 
@@ -210,4 +210,24 @@ async fn a_changed_password_is_used_within_seconds_and_waiting_mail_goes() {
     account(&world, "main", &server, "new", &[]).await;
     assert_eq!(reports.final_of("1").await.kind(), "mail.sent");
     assert!(server.counters().auth_failed >= 1);
+}
+
+#[tokio::test]
+async fn mail_waits_while_a_server_has_lost_its_logins() {
+    let ca = TestCa::new();
+    let (world, _) = prepared(&ca).await;
+    let script = Script::new().first(
+        1,
+        Phase::Ehlo,
+        Action::reply("250-test.example\r\n250 PIPELINING"),
+    );
+    let server = SmtpServer::builder().auth("u", "p").script(script).start().await;
+    let plain = ["--tls", "none", "--host", "127.0.0.1", "--allow-plaintext-auth"];
+    account(&world, "main", &server, "p", &plain).await;
+    let mut reports = world.reports().await;
+    let _worker = world.start_worker().await;
+    publish(&world, "1", "main").await;
+    let report = deferred(&mut reports, "1").await;
+    assert_eq!(report.reason(), "auth_not_offered", "{}", report.json);
+    assert_eq!(reports.final_of("1").await.kind(), "mail.sent");
 }
