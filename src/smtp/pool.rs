@@ -141,7 +141,8 @@ impl Pools {
         self.known(key).map_or(0, |pool| pool.checked_out())
     }
 
-    /// Gets a connection of an account: an idle one, or a new one while there may be more. Waits up to 5 s for a place.
+    /// Gets a connection of an account: an idle one, or a new one while there may be more. Waits up to 5 s for a place,
+    /// and at most half the time of an attempt.
     ///
     /// # Errors
     /// [`CheckoutError`].
@@ -161,7 +162,9 @@ impl Pools {
         let begun = Instant::now();
         let deadline = begun + self.core.config.timeouts.attempt;
         let pool = self.account(submission);
-        let place = match timeout(self.core.tuning.wait, pool.place()).await {
+        // A place that comes too late is none: running out of time would be told as the server's fault.
+        let patience = self.core.tuning.wait.min(self.core.config.timeouts.attempt / 2);
+        let place = match timeout(patience, pool.place()).await {
             Ok(Some(place)) if !self.core.is_closed() && !is_pointless() => place,
             _ => return Err(CheckoutError::Busy),
         };

@@ -75,6 +75,24 @@ async fn who_waits_gets_the_connection_that_comes_back() {
 }
 
 #[tokio::test]
+async fn a_place_that_comes_when_the_time_is_up_is_no_fault_of_the_server() {
+    let smtp = scripted(Script::new()).await;
+    let mut setup = sized(1);
+    setup.config.timeouts.attempt = SECOND;
+    let pools = setup.pools();
+    let account = account(&smtp);
+    let mut held = lease(&pools, &account).await;
+    // Who comes next would have to connect.
+    held.connection().unwrap().give_up();
+    let later = async {
+        tokio::time::sleep(2 * SECOND).await;
+        drop(held);
+    };
+    let (checked_out, ()) = tokio::join!(pools.checkout(&account), later);
+    assert_eq!(checked_out.unwrap_err(), CheckoutError::Busy);
+}
+
+#[tokio::test]
 async fn the_latest_used_connection_is_used_first() {
     let smtp = scripted(Script::new()).await;
     let pools = sized(2).pools();
