@@ -61,6 +61,14 @@ pub struct Pipeline {
     pub alone: tokio::sync::Semaphore,
 }
 
+/// What all tries of an attempt have in common, down the ladder.
+struct Ready<'a> {
+    entries: &'a Entries,
+    prepared: &'a Prepared,
+    /// When the first of them began. Whatever their number, no transaction begins later than the time of one after that.
+    begun: Instant,
+}
+
 impl Pipeline {
     /// Makes one attempt. Never fails: whatever happens is a verdict.
     pub async fn attempt(&self, task: &Task) -> Attempt {
@@ -117,11 +125,15 @@ impl Pipeline {
             self.rehearse(task, attempt, &chosen, &prepared);
             self.unwatch(task, watched).await?;
         }
-        let begun = Instant::now();
+        let ready = Ready {
+            entries: &entries,
+            prepared: &prepared,
+            begun: Instant::now(),
+        };
         loop {
             chosen = self.healthy(task, attempt, &entries, chosen)?;
             let accepted = evidence::accepted(attempt);
-            let verdict = match self.send(task, attempt, &entries, &chosen, &prepared).await {
+            let verdict = match self.send(task, attempt, &chosen, &ready).await {
                 Ok(verdict) | Err(verdict) => verdict,
             };
             let found = evidence::of(&chosen, &verdict, attempt, accepted);
@@ -136,7 +148,7 @@ impl Pipeline {
             match sender::after_failure(&chosen, failure, &task.job, &entries.tenant, platform) {
                 // A marked send is taken over 25 minutes after its lease: what comes late is for the next attempt.
                 Some(other)
-                    if begun.elapsed() < self.pools.attempt_limit()
+                    if ready.begun.elapsed() < self.pools.attempt_limit()
                         && self.trouble(task, &other).is_none() =>
                 {
                     chosen = other;
@@ -187,24 +199,22 @@ impl Pipeline {
         &self,
         task: &Task,
         attempt: &mut Attempt,
-        entries: &Entries,
         chosen: &Chosen,
-        prepared: &Prepared,
+        ready: &Ready<'_>,
     ) -> Result<Verdict, Verdict> {
         attempt.sender = Some(chosen.sender());
         is_for(attempt, chosen);
         let message_id = self.message_id(task, chosen, attempt);
         let bound = task.row.slot.is_none_or(|slot| slot.until.is_some());
-        let limited = bound || entries.limit(chosen);
+        let limited = bound || ready.entries.limit(chosen);
         let mut slot = task.row.slot.filter(|_| chosen.account.key == task.row.account);
         let mut turns = Turns::default();
-        let since = Instant::now();
         loop {
             let mut open = turns.next(attempt);
             if open.is_empty() {
                 return Ok(Verdict::Attempted);
             }
-            if since.elapsed() >= self.pools.attempt_limit() {
+            if ready.begun.elapsed() >= self.pools.attempt_limit() {
                 return Err(Verdict::Wait {
                     reason: WaitReason::Busy,
                     delay: Duration::ZERO,
@@ -213,7 +223,7 @@ impl Pipeline {
             let lease = self.connection(task, attempt, chosen).await?;
             open = without_unspeakable(attempt, &lease, open);
             let begun = Instant::now();
-            let mut email = Self::compose(task, chosen, prepared, &message_id, &open)
+            let mut email = Self::compose(task, chosen, ready.prepared, &message_id, &open)
                 .map_err(|failure| started(attempt, failure))?;
             self.observe("compose", begun);
             // Last of all: a slot is valid only briefly, and the limit has to hold at the provider.
