@@ -182,7 +182,7 @@ fn bare(text: &str) -> Result<Address, String> {
 }
 
 /// What nobody sees in an address and no mailbox has in its name: it came along when somebody copied it. Marks of direction
-/// also show it otherwise than it is. Those that join letters (U+200C, U+200D) belong to the spelling of some languages.
+/// also show it otherwise than it is. The parser knows none of them in a domain.
 fn is_invisible(c: char) -> bool {
     matches!(
         c,

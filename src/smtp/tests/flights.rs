@@ -241,7 +241,7 @@ async fn a_refusal_in_a_flight_is_certain_whoever_it_is_of() {
 
 #[tokio::test]
 async fn a_421_in_a_flight_is_certain_and_ends_the_connection() {
-    for (phase, results) in [(Phase::Rcpt, [421, 421, 421]), (Phase::FinalDot, [421, 421, 421])] {
+    for (phase, results) in [(Phase::Rcpt, [421, 0, 0]), (Phase::FinalDot, [421, 421, 421])] {
         let scene = Scene::scripted(Script::new().first(1, phase, Action::shutting_down())).await;
         let outcome = scene.deliver(THREE, MAIL).await;
         assert_eq!(codes(sent(&outcome)), results);
