@@ -41,12 +41,13 @@ pub use prepared::{Link, Part, Prepared, Reservation};
 use slots::{Slot, Slots};
 pub use store::{StorageError, Store};
 
-/// Time limit of all files of a job together, with their uploads. With the line before it and the transaction's limits it stays
-/// below the broker's 30 minutes for an unacknowledged job.
+/// Time limit of all files of a job together, with their uploads. With the transaction's limits it stays below the broker's 30
+/// minutes for an unacknowledged job.
 const TOGETHER: Duration = Duration::from_mins(5);
 
-/// How long a mail stands in line for its turn.
-const LINE: Duration = Duration::from_mins(2);
+/// How long a mail stands in line for its turn. It holds a permit meanwhile, and a place at its account, which other tenants may
+/// share; the waiting room costs neither.
+const LINE: Duration = Duration::from_secs(3);
 
 /// Gets attachments, for the whole process.
 #[derive(Debug)]

@@ -44,6 +44,8 @@ pub struct Attempt {
     pub started: bool,
     /// MAIL FROM was written: the slot is used.
     pub reached_mail_from: bool,
+    /// The account had no connection free.
+    pub found_busy: bool,
     /// When to come back, by the account that sent; `None` if none was found.
     pub retry: Option<RetryPolicy>,
     /// What to do if nobody knows the outcome.
@@ -95,6 +97,7 @@ impl Attempt {
             links: Vec::new(),
             started: false,
             reached_mail_from: false,
+            found_busy: false,
             retry: None,
             on_uncertain: OnUncertain::default(),
             waits_for: None,

@@ -588,6 +588,7 @@ async fn mails_of_one_tenant_get_their_files_one_after_another_and_not_all_too_l
     });
     // Enough for the files of one mail, and not for those of all.
     attachments.together = Duration::from_secs(4);
+    attachments.line = Duration::from_mins(1);
     let slow = web.put("/slow", Answer::file("x").after(Duration::from_millis(100)));
     let files = vec![by_url("a", &slow); 8];
     let mails = (0..8).map(|_| in_turn(&attachments, &files));

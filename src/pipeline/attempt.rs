@@ -328,6 +328,7 @@ impl Pipeline {
             }
             Err(CheckoutError::Busy) => {
                 tracing::debug!(job = %task.job.id, account = %account.key, "no connection is free");
+                attempt.found_busy = true;
                 Err(Verdict::Wait {
                     reason: WaitReason::Busy,
                     delay: BUSY_DELAY,

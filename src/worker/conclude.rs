@@ -230,13 +230,7 @@ impl Worker {
         }
         // The mail is out, or not: either way the connection is free. What follows is bookkeeping.
         drop(right);
-        if matches!(
-            attempt.verdict,
-            Verdict::Wait {
-                reason: WaitReason::Busy,
-                ..
-            }
-        ) {
+        if attempt.found_busy {
             self.note_busy(&task.row.account);
         }
         self.conclude(task, origin, attempt).await;

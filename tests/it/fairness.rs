@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use postroom::level::Level;
+use postroom_testkit::files::{Answer, FileServer};
 use postroom_testkit::smtp::{Phase, Received, Script, SmtpServer};
+
+use serde_json::json;
 
 use crate::sends::account;
 use crate::support::{World, eventually, header, mail, mails};
@@ -172,4 +175,38 @@ async fn jobs_that_lack_a_permit_go_in_the_order_in_which_they_came() {
     };
     let most = mails.iter().enumerate().map(overtaken_by).max().unwrap();
     assert!(most <= IN_HAND, "one was overtaken by {most}");
+}
+
+#[tokio::test]
+async fn a_file_host_that_hangs_holds_up_no_other_tenant_of_the_same_account() {
+    const OTHERS: usize = 20;
+    let world = World::ready().await;
+    let server = SmtpServer::builder().start().await;
+    let web = FileServer::start().await.unwrap();
+    let hanging = web.put("/hanging", Answer::file("x").after(Duration::from_mins(10)));
+    account(&world, "-", &server, &[]).await;
+    for tenant in ["hangs", "other"] {
+        let set = ["tenant", "set", tenant, "--fallback", "platform"];
+        world.postroom(&set).await.success();
+    }
+    let mut jobs = mails("hangs", "hangs", 40);
+    for (_, job) in &mut jobs {
+        job["attachments"] = json!([{"filename": "a.pdf", "url": hanging}]);
+    }
+    let mut reports = world.reports().await;
+    let _worker = world.start_worker().await;
+    world.publish_all(Level::Medium, &jobs).await;
+    // As many at once as one tenant may.
+    eventually(Duration::from_secs(20), || async {
+        web.requests("/hanging") >= 4
+    })
+    .await;
+    world
+        .publish_all(Level::Medium, &mails("other", "other", OTHERS))
+        .await;
+    // Less than a fetch may take.
+    reports.finals(OTHERS, Duration::from_secs(40)).await;
+    assert_eq!(server.received_count(), OTHERS);
+    let decided = reports.all().iter().filter(|report| report.tenant() == "hangs");
+    assert_eq!(decided.count(), 0, "the host still hangs");
 }
