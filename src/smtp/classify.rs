@@ -62,7 +62,7 @@ fn by_decisive_code(stage: Stage, code: u16, detail: &str, text: &str) -> Option
         } else {
             SERVICE_UNAVAILABLE
         }),
-        454 if stage != Stage::Auth && text.contains("tls") => STARTTLS_REFUSED,
+        454 if stage != Stage::Auth && text.contains("tls") => throttled(text).unwrap_or(STARTTLS_REFUSED),
         432 | 450..=454 if stage == Stage::Auth => throttled(text).unwrap_or(AUTH_TEMPORARY),
         500..=502 | 504 if stage == Stage::Auth => AUTH_MECHANISM_REFUSED,
         534 | 538 => AUTH_MECHANISM_REFUSED,
