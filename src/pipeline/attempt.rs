@@ -172,8 +172,7 @@ impl Pipeline {
         if fetched == 0 {
             return Ok(None);
         }
-        let held = task.held.as_ref().map_or(0, Held::bytes);
-        room::for_copy(&self.memory, held, fetched).await.map(Some)
+        room::for_copy(&self.memory, task.weight, fetched).await.map(Some)
     }
 
     fn note_files(&self, task: &Task, attempt: &mut Attempt, prepared: &Prepared, since: Instant) {

@@ -9,7 +9,7 @@ use crate::memory::{Held, Memory, Share};
 /// what it has, and comes back later.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Waits for memory for the copies of so many bytes of fetched files in the mail, beside the `held` bytes of the job.
+/// Waits for memory for the copies of so many bytes of fetched files in the mail, beside the bytes held for the job.
 ///
 /// # Errors
 /// A content failure if there will never be room for both; a transient one if there was none for some seconds.

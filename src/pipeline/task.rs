@@ -37,7 +37,9 @@ pub struct Task {
     pub new: bool,
     /// When somebody let it go by hand, for the first time.
     pub released: Option<Timestamp>,
-    /// Its share of the memory, free with it.
+    /// Bytes of the memory that it takes, whoever holds them.
+    pub weight: u64,
+    /// Its share of the memory, free with it; of a new job its delivery has that.
     pub held: Option<Held>,
 }
 
@@ -161,6 +163,7 @@ mod tests {
             published: None,
             new: false,
             released: None,
+            weight: 0,
             held: None,
         }
     }

@@ -93,6 +93,7 @@ fn task(arrival: &Arrival, row: Row) -> Task {
         level: arrival.level,
         new: true,
         released: None,
+        weight: arrival.delivery.held.as_ref().map_or(0, Held::bytes),
         // The delivery holds it.
         held: None,
     }
@@ -200,6 +201,7 @@ impl Worker {
             level: released.level,
             new: false,
             released: properties.released_at,
+            weight: held.as_ref().map_or(0, Held::bytes),
             held,
         })
     }
@@ -505,4 +507,52 @@ fn crashed(task: &Task) -> Attempt {
     attempt.crashed = true;
     attempt.verdict = Verdict::Uncertain(failure);
     attempt
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::broker::Receipt;
+    use crate::id::AccountKey;
+    use crate::ledger::Epoch;
+    use crate::level::Level;
+    use crate::memory::Memory;
+
+    #[test]
+    fn a_new_job_weighs_what_its_delivery_holds() {
+        let memory = Memory::new(64 << 20, prometheus::IntGauge::new("held", "held").unwrap());
+        let body = r#"{"id":"1","tenant":"acme","to":"a@example.org","text":"t"}"#;
+        let incoming = Incoming {
+            body: body.as_bytes(),
+            ..Incoming::default()
+        };
+        let job = decode::decode(&incoming, &crate::config::JobLimits::default()).unwrap();
+        let account = AccountKey::from_stored("acme/main");
+        let lease = Epoch::for_tests().claim();
+        let row = Row::new(job.tenant.clone(), job.id.clone(), account.clone(), lease, 0);
+        let delivery = Delivery {
+            level: None,
+            queue: "mail.jobs.high".into(),
+            generation: 0,
+            redelivered: false,
+            exchange: "mail.jobs".to_owned(),
+            routing_key: "high.acme".to_owned(),
+            properties: crate::broker::Properties::default(),
+            body: body.into(),
+            held: memory.try_hold(Share::Bulk, 1 << 20),
+            receipt: Receipt::none(),
+        };
+        let arrival = Arrival {
+            delivery,
+            job: Arc::new(job),
+            account,
+            connections: 1,
+            may_detour: false,
+            level: Level::High,
+            properties: Properties::default(),
+            since: Instant::now(),
+            ended: tokio_util::sync::CancellationToken::new(),
+        };
+        assert_eq!(task(&arrival, row).weight, 1 << 20);
+    }
 }
