@@ -23,6 +23,7 @@ use crate::retry::RetryPolicy;
 
 /// What one attempt found out.
 #[derive(Debug, Clone)]
+#[expect(clippy::struct_excessive_bools, reason = "one per thing that it came to")]
 pub struct Attempt {
     /// What it concluded.
     pub verdict: Verdict,

@@ -69,6 +69,17 @@ struct Ready<'a> {
     begun: Instant,
 }
 
+impl<'a> Ready<'a> {
+    fn now(entries: &'a Entries, prepared: &'a Prepared) -> Self {
+        let begun = Instant::now();
+        Self {
+            entries,
+            prepared,
+            begun,
+        }
+    }
+}
+
 impl Pipeline {
     /// Makes one attempt. Never fails: whatever happens is a verdict.
     pub async fn attempt(&self, task: &Task) -> Attempt {
@@ -125,11 +136,7 @@ impl Pipeline {
             self.rehearse(task, attempt, &chosen, &prepared);
             self.unwatch(task, watched).await?;
         }
-        let ready = Ready {
-            entries: &entries,
-            prepared: &prepared,
-            begun: Instant::now(),
-        };
+        let ready = Ready::now(&entries, &prepared);
         loop {
             chosen = self.healthy(task, attempt, &entries, chosen)?;
             let accepted = evidence::accepted(attempt);
