@@ -69,6 +69,18 @@ pub fn plan(at: &Circumstances<'_>, attempt: &mut Attempt) -> Settlement {
     }
 }
 
+/// The same for a job that was cancelled during the attempt, where the outcome let it be: what was tried was tried, and may
+/// have led to something nobody knows of.
+#[must_use]
+pub fn cancelled(at: &Circumstances<'_>, mut attempt: Attempt) -> Settlement {
+    attempt.waits_for = None;
+    // It does not end by what went wrong; listings show that all the same.
+    let failure = attempt.failure.take();
+    let mut settlement = finish(at, &attempt, ReportType::Cancelled, None);
+    settlement.error = failure.as_ref().map(ToString::to_string);
+    settlement
+}
+
 fn unhealthy() -> Failure {
     Failure::permanent(
         Class::Infrastructure,

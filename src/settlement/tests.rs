@@ -43,6 +43,7 @@ fn policy(max_attempts: u32) -> RetryPolicy {
 struct Case {
     job: MailJob,
     row: Row,
+    correlation_id: Arc<str>,
     retry: RetryPolicy,
     new: bool,
 }
@@ -52,24 +53,28 @@ impl Case {
         Self {
             job: job(&json!({})),
             row: row(0),
+            correlation_id: "corr".into(),
             retry: policy(3),
             new: true,
         }
     }
 
-    fn plan(&self, mut attempt: Attempt) -> Settlement {
-        let at = Circumstances {
+    fn at(&self) -> Circumstances<'_> {
+        Circumstances {
             job: &self.job,
             row: &self.row,
-            correlation_id: &"corr".into(),
+            correlation_id: &self.correlation_id,
             traceparent: None,
             retry: self.retry,
             new: self.new,
             deferred_report_after: Duration::from_mins(1),
             now: Timestamp::UNIX_EPOCH + SignedDuration::from_secs(100),
             jitter: 0.5,
-        };
-        plan(&at, &mut attempt)
+        }
+    }
+
+    fn plan(&self, mut attempt: Attempt) -> Settlement {
+        plan(&self.at(), &mut attempt)
     }
 
     /// An attempt in which the server said this about the two recipients.
@@ -368,6 +373,32 @@ fn expired_and_cancelled_jobs_say_so() {
             (kind, true, 0)
         );
     }
+}
+
+#[test]
+fn a_cancel_that_meets_an_attempt_tells_what_was_tried() {
+    let mut case = Case::new();
+    case.row.uncertain = 1;
+    let mut attempt = case.concluded(Verdict::Uncertain(later()));
+    attempt.started = true;
+    attempt.reached_mail_from = true;
+    attempt.failure = Some(later());
+    attempt.smtp = Some(Duration::from_secs(2));
+    attempt.waits_for = Some(AccountKey::from_stored("acme/other"));
+    attempt.sender = Some(crate::report::Sender {
+        via: "account",
+        account: Some(AccountKey::from_stored("acme/main")),
+        reason: None,
+    });
+    let settlement = cancelled(&case.at(), attempt);
+    assert_eq!(outcome(&settlement), "mail.cancelled");
+    assert_eq!((settlement.attempts, settlement.uncertain), (1, true));
+    assert!(!settlement.refund && settlement.account.is_none() && settlement.error.is_some());
+    let data = &settlement.report.unwrap().data;
+    assert_eq!((data.attempt, data.uncertain_attempts), (1, 2));
+    assert_eq!(data.timings.unwrap().smtp_ms, Some(2000));
+    assert!(data.sender.is_some());
+    assert_eq!(data.class, None, "that is not what ended it");
 }
 
 #[test]

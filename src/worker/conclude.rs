@@ -28,7 +28,7 @@ use crate::pipeline::attempt::panicked;
 use crate::pipeline::task::Task;
 use crate::pipeline::{Attempt, Verdict};
 use crate::report::{RecipientResult, RecipientStatus};
-use crate::settlement::{Circumstances, plan};
+use crate::settlement::{Circumstances, cancelled, plan};
 use crate::telemetry::traces;
 
 type Right = Option<(Permit, InHand)>;
@@ -79,6 +79,8 @@ pub(super) struct End {
     results: Vec<RecipientResult>,
     message_id: Arc<str>,
     gives_back: bool,
+    /// What was tried, as long as a cancel may be what ends it.
+    tried: Option<Box<Attempt>>,
 }
 
 /// An admitted arrival as the pipeline takes it.
@@ -319,23 +321,25 @@ impl Worker {
             self.keep_body(&task, origin, &mut settlement.next);
         }
         let gives_back = matches!(settlement.next, Next::GiveBack);
+        let goes_on = gives_back || matches!(settlement.next, Next::Park { .. });
         let end = End {
             task,
             origin,
             results,
             message_id,
             gives_back,
+            tried: goes_on.then(|| Box::new(attempt)),
         };
         (end, settlement)
     }
 
     /// What follows when the outcome is written, or could not be: acknowledge, then report.
-    pub(super) async fn end(self: &Arc<Self>, end: End, settlement: Settlement, answer: Answer) {
-        let (settlement, answer) = if answer.settled == Settled::Cancelled {
+    pub(super) async fn end(self: &Arc<Self>, mut end: End, settlement: Settlement, answer: Answer) {
+        let cancelled = answer.settled == Settled::Cancelled;
+        let (settlement, answer) = match end.tried.take().filter(|_| cancelled) {
             // Boxed, like what follows a lost lease: every job would carry the room for it.
-            Box::pin(self.settle_cancelled(&end.task, settlement)).await
-        } else {
-            (settlement, answer)
+            Some(tried) => Box::pin(self.settle_cancelled(&end.task, tried)).await,
+            None => (settlement, answer),
         };
         let id = end.task.job.id.as_str();
         match answer.settled {
@@ -388,20 +392,9 @@ impl Worker {
     }
 
     /// A cancel that came in between wins over anything but an outcome.
-    async fn settle_cancelled(&self, task: &Task, settlement: Settlement) -> (Settlement, Answer) {
-        let mut attempt = task.begin();
-        if let Some(recipients) = &settlement.recipients {
-            attempt.recipients.clone_from(recipients);
-        }
-        attempt.message_id.clone_from(&settlement.message_id);
-        attempt.verdict = Verdict::Cancelled;
-        attempt.reached_mail_from = !settlement.refund;
+    async fn settle_cancelled(&self, task: &Task, tried: Box<Attempt>) -> (Settlement, Answer) {
         let traceparent = traces::traceparent();
-        let mut cancelled = plan(&self.circumstances(task, traceparent.as_deref()), &mut attempt);
-        // What the attempt found out is true all the same.
-        cancelled.evidence = settlement.evidence;
-        cancelled.uncertain = settlement.uncertain;
-        cancelled.crashed = settlement.crashed;
+        let cancelled = cancelled(&self.circumstances(task, traceparent.as_deref()), *tried);
         self.batches.settle(cancelled).await
     }
 

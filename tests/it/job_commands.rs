@@ -153,36 +153,54 @@ async fn a_job_cancelled_before_it_comes_is_never_sent() {
     assert_eq!(taken(&server).into_keys().collect::<Vec<_>>(), ["other"]);
 }
 
+/// Publishes a job of this tenant, and cancels it while its server thinks about the end of the mail.
+async fn cancelled_in_flight(world: &World, tenant: &str, server: &SmtpServer) {
+    world.publish_mail(Level::High, tenant, "going").await;
+    eventually(Duration::from_secs(20), || async {
+        server.counters().command("DATA") > 0
+    })
+    .await;
+    let said = world
+        .postroom(&["job", "cancel", tenant, "going"])
+        .await
+        .success();
+    assert!(said.contains("in flight"), "{said}");
+    assert_eq!(world.job(tenant, "going").await["cancel_requested"], true);
+}
+
 #[tokio::test]
 async fn a_job_cancelled_while_it_is_sent_is_sent_if_the_server_takes_it_and_else_cancelled() {
     let world = World::ready().await;
-    let seconds = Duration::from_secs(2);
-    let takes = Script::new().delay(Phase::FinalDot, seconds);
-    let defers = Script::new()
-        .delay(Phase::FinalDot, seconds)
-        .on(Phase::FinalDot, Action::reply("451 4.3.0 Later"));
-    let yes = SmtpServer::builder().script(takes).start().await;
-    let later = SmtpServer::builder().script(defers).start().await;
-    account(&world, "yes", &yes, &[]).await;
-    account(&world, "later", &later, &[]).await;
+    let slowly = || Script::new().delay(Phase::FinalDot, Duration::from_secs(2));
+    let scripts = [
+        ("yes", slowly()),
+        (
+            "later",
+            slowly().on(Phase::FinalDot, Action::reply("451 4.3.0 Later")),
+        ),
+        ("who-knows", slowly().on(Phase::FinalDot, Action::TakeThenClose)),
+    ];
+    let mut servers = Vec::new();
+    for (tenant, script) in scripts {
+        let server = SmtpServer::builder().script(script).start().await;
+        account(&world, tenant, &server, &[]).await;
+        servers.push((tenant, server));
+    }
     let mut reports = world.reports().await;
     let _worker = world.start_worker().await;
-    for (tenant, server) in [("yes", &yes), ("later", &later)] {
-        world.publish_mail(Level::High, tenant, "going").await;
-        eventually(Duration::from_secs(20), || async {
-            server.counters().command("DATA") > 0
-        })
-        .await;
-        let said = world
-            .postroom(&["job", "cancel", tenant, "going"])
-            .await
-            .success();
-        assert!(said.contains("in flight"), "{said}");
-        assert_eq!(world.job(tenant, "going").await["cancel_requested"], true);
+    for (tenant, server) in &servers {
+        cancelled_in_flight(&world, tenant, server).await;
     }
-    let finals = reports.finals(2, Duration::from_mins(1)).await;
-    let kind = |tenant: &str| finals.iter().find(|r| r.tenant() == tenant).unwrap().kind();
-    assert_eq!((kind("yes"), kind("later")), ("mail.sent", "mail.cancelled"));
+    let finals = reports.finals(3, Duration::from_mins(1)).await;
+    let of = |tenant: &str| finals.iter().find(|r| r.tenant() == tenant).unwrap();
+    assert_eq!(of("yes").kind(), "mail.sent");
+    for (tenant, uncertain) in [("later", Value::Null), ("who-knows", json!(1))] {
+        let (kind, data) = (of(tenant).kind(), &of(tenant).json["data"]);
+        assert_eq!((kind, &data["attempt"]), ("mail.cancelled", &json!(1)), "{data}");
+        assert_eq!(data["uncertain_attempts"], uncertain, "{data}");
+        assert_eq!(data["sender"]["via"], "account", "{data}");
+        assert!(data["timings"]["smtp_ms"].is_u64(), "{data}");
+    }
     assert!(reports.none_for(Duration::from_millis(500)).await);
     world.assert_settled().await;
 }
