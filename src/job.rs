@@ -19,6 +19,7 @@ mod fields;
 mod headers;
 mod inflate;
 mod json;
+mod metadata;
 mod object;
 mod sealing;
 mod smtp_override;

@@ -607,3 +607,16 @@ fn linters_and_promtool_are_content() {
         String::from_utf8_lossy(&output.stderr)
     );
 }
+
+#[test]
+fn what_is_shipped_reads_numbers_as_exactly_as_the_tests_do() {
+    // A dependency of the tests switches this on for them: no other test would miss it.
+    let manifest = read("Cargo.toml");
+    let (_, dependencies) = manifest.split_once("\n[dependencies]\n").unwrap();
+    let json = dependencies.lines().take_while(|line| !line.starts_with('['));
+    let json = json
+        .into_iter()
+        .find(|line| line.starts_with("serde_json ="))
+        .unwrap();
+    assert!(json.contains("\"float_roundtrip\""), "{json}");
+}

@@ -189,7 +189,7 @@ fn read(document: Document<'_>, incoming: &Incoming<'_>, limits: &JobLimits) -> 
         errors.push(&ROOT.key("tenant"), "is not the tenant in the routing key");
     }
     let job = match document.root {
-        Node::Object(entries) => fields::job(entries, limits, &mut errors),
+        Node::Object(entries) => fields::job(entries, document.text, limits, &mut errors),
         other => {
             errors.push(&ROOT, not_an_object(&other));
             None

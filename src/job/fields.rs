@@ -4,13 +4,13 @@ use std::borrow::Cow;
 
 use url::Url;
 
-use super::bounds::{
-    MAX_BATCH, MAX_LIST_URL, MAX_LOCALE, MAX_METADATA, MAX_REPLY_TO, MAX_SUBJECT, MAX_TAG, MAX_TAGS,
-};
+use super::bounds::{MAX_BATCH, MAX_LIST_URL, MAX_LOCALE, MAX_REPLY_TO, MAX_SUBJECT, MAX_TAG, MAX_TAGS};
 use super::errors::{Errors, Pointer, ROOT};
 use super::json::{Entries, Node};
 use super::object::Fields;
-use super::{ListUnsubscribe, MailJob, address, attachments, digest, headers, smtp_override, values};
+use super::{
+    ListUnsubscribe, MailJob, address, attachments, digest, headers, metadata, smtp_override, values,
+};
 use crate::config::JobLimits;
 use crate::id::{AccountId, InvalidId, JobId, TenantId};
 
@@ -60,8 +60,13 @@ impl std::str::FromStr for JobTenant {
     }
 }
 
-/// Reads a job from the members of its object. `None` only if `errors` says why.
-pub(super) fn job(entries: Entries<'_>, limits: &JobLimits, errors: &mut Errors) -> Option<MailJob> {
+/// Reads a job from the members of its object, which is what `body` is. `None` only if `errors` says why.
+pub(super) fn job(
+    entries: Entries<'_>,
+    body: &str,
+    limits: &JobLimits,
+    errors: &mut Errors,
+) -> Option<MailJob> {
     let mut reader = Reader {
         fields: Fields::new(entries, JOB_FIELDS, &ROOT, errors),
         errors,
@@ -76,7 +81,9 @@ pub(super) fn job(entries: Entries<'_>, limits: &JobLimits, errors: &mut Errors)
         values::label(node, MAX_BATCH, at, errors)
     });
     let tags = reader.with("tags", tags).unwrap_or_default();
-    let metadata = reader.with("metadata", metadata);
+    let metadata = reader.with("metadata", |node, at, errors| {
+        metadata::read(node, body, at, errors)
+    });
     let smtp_override = reader.with("smtp_override", smtp_override::read);
     let fallback = reader.parsed("fallback", "`never` or `platform`");
     let on_uncertain = reader.parsed("on_uncertain", "`resend` or `hold`");
@@ -318,49 +325,4 @@ fn tags(node: Node<'_>, at: &Pointer<'_>, errors: &mut Errors) -> Option<Vec<Str
         .map(Cow::into_owned)
         .collect();
     Some(tags)
-}
-
-fn metadata(node: Node<'_>, at: &Pointer<'_>, errors: &mut Errors) -> Option<serde_json::Value> {
-    if !matches!(node, Node::Object(_)) {
-        values::mistyped(&node, "an object", at, errors);
-        return None;
-    }
-    check_numbers(&node, at, errors);
-    let value = node.into_value();
-    let size = serde_json::to_vec(&value).map_or(usize::MAX, |text| text.len());
-    if size > MAX_METADATA {
-        errors.push(at, format!("has {size} bytes as JSON; at most {MAX_METADATA}"));
-        return None;
-    }
-    Some(value)
-}
-
-/// Names numbers that would come back as others: what is beyond 64 bits was read as a double.
-fn check_numbers(node: &Node<'_>, at: &Pointer<'_>, errors: &mut Errors) {
-    /// 2^64, one more than the largest integer.
-    const ABOVE: f64 = 18_446_744_073_709_551_616.0;
-    /// -2^63: as a double it may have been one less, which is no integer of 64 bits any more.
-    const BELOW: f64 = -9_223_372_036_854_775_808.0;
-    match node {
-        Node::Number(number) => {
-            let double = number.as_f64().filter(|_| number.is_f64());
-            if double.is_some_and(|double| double >= ABOVE || double <= BELOW) {
-                errors.push(
-                    at,
-                    "is a number beyond 64 bits, which would not come back as it is; write it as a string",
-                );
-            }
-        }
-        Node::Array(items) => {
-            for (index, item) in items.iter().enumerate() {
-                check_numbers(item, &at.index(index), errors);
-            }
-        }
-        Node::Object(entries) => {
-            for (name, value) in entries {
-                check_numbers(value, &at.key(name), errors);
-            }
-        }
-        _ => {}
-    }
 }

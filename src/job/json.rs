@@ -68,6 +68,8 @@ pub(super) struct Bounds {
 
 /// A document that was read, at least in part.
 pub(super) struct Document<'a> {
+    /// What was read.
+    pub(super) text: &'a str,
     /// The value; after a syntax error the members of the outermost object read until then.
     pub(super) root: Node<'a>,
     /// Where the syntax is broken, with line and column; never any of the text.
@@ -115,6 +117,7 @@ pub(super) fn parse(text: &str, bounds: Bounds) -> Document<'_> {
         Err(error) => (Node::Null, Some(error.to_string())),
     };
     Document {
+        text,
         root: tally.top.map_or(root, Node::Object),
         syntax,
         flaws: tally.flaws,

@@ -148,6 +148,19 @@ proptest! {
     }
 
     #[test]
+    fn doubles_in_metadata_come_back_whichever_way_they_are_written(
+        double in any::<f64>().prop_filter("JSON has no others", |double| double.is_finite())
+    ) {
+        // As Rust and Python write it, and as JavaScript does: without an exponent as long as that is short.
+        for text in [format!("{double:?}"), format!("{double}")] {
+            let body = format!(r#"{{"id":"1","tenant":"acme","to":"a@b.example","text":"","metadata":{{"n":{text}}}}}"#);
+            let metadata = read(body).unwrap().metadata.unwrap();
+            let told = metadata["n"].to_string();
+            prop_assert_eq!(told.parse::<f64>().unwrap(), double, "{} came back as {}", text, told);
+        }
+    }
+
+    #[test]
     fn the_digest_depends_on_the_content_alone((value, to) in job()) {
         let digest = read_value(&value).unwrap().digest;
         prop_assert_eq!(digest, read_value(&reversed(&value)).unwrap().digest);
