@@ -17,6 +17,9 @@ use crate::retry::RetryPolicy;
 /// Longest wait between two looks for a missing key.
 const LONGEST_KEY_WAIT: Duration = Duration::from_mins(5);
 
+/// What is told of a job whose time is over.
+const EXPIRED: &str = "expires_at has passed";
+
 /// What the decision depends on besides the attempt itself.
 #[derive(Debug, Clone)]
 pub struct Circumstances<'a> {
@@ -45,7 +48,7 @@ pub struct Circumstances<'a> {
 #[must_use]
 pub fn plan(at: &Circumstances<'_>, attempt: &mut Attempt) -> Settlement {
     match &attempt.verdict {
-        Verdict::Expired => finish(at, attempt, ReportType::Expired, Some("expires_at has passed")),
+        Verdict::Expired => finish(at, attempt, ReportType::Expired, Some(EXPIRED)),
         Verdict::Cancelled => finish(at, attempt, ReportType::Cancelled, None),
         Verdict::GiveBack => settlement(at, attempt, Next::GiveBack, None),
         Verdict::Wait {
@@ -221,6 +224,10 @@ fn hold(at: &Circumstances<'_>, attempt: &mut Attempt) -> Settlement {
 
 fn wait(at: &Circumstances<'_>, attempt: &Attempt, reason: WaitReason, delay: Duration) -> Settlement {
     let left = at.job.expires_at.map(|expiry| expiry.duration_since(at.now));
+    if left.is_some_and(|left| !left.is_positive()) {
+        // The attempt took long, or the way to it: those who look for what expires among the waiting look for recent ones.
+        return finish(at, attempt, ReportType::Expired, Some(EXPIRED));
+    }
     let left = left.map(|left| Duration::try_from(left).unwrap_or_default());
     // It will have expired by then: that is told as soon as it is so.
     let expires = left.is_some_and(|left| left <= delay);

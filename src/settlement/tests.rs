@@ -290,6 +290,30 @@ fn what_expires_before_its_next_attempt_is_due_when_it_expires() {
 }
 
 #[test]
+fn what_has_expired_when_its_attempt_is_over_does_not_wait_any_more() {
+    let mut case = Case::new();
+    case.job.expires_at = Some(Timestamp::from_second(100).unwrap());
+    let settlement = case.plan(case.answered([RecipientStatus::Deferred; 2]));
+    assert_eq!((outcome(&settlement), settlement.attempts), ("mail.expired", 1));
+    let data = &settlement.report.unwrap().data;
+    assert_eq!(
+        data.reason.as_deref(),
+        Some("server_error"),
+        "why it was not sent before"
+    );
+    let mut uncertain = case.concluded(Verdict::Uncertain(later()));
+    uncertain.started = true;
+    let settlement = case.plan(uncertain);
+    assert_eq!(outcome(&settlement), "mail.expired");
+    assert_eq!(settlement.report.unwrap().data.uncertain_attempts, 1);
+    let waits = Verdict::Wait {
+        reason: WaitReason::Busy,
+        delay: Duration::ZERO,
+    };
+    assert_eq!(outcome(&case.plan(case.concluded(waits))), "mail.expired");
+}
+
+#[test]
 fn a_mail_that_waits_for_an_unhealthy_account_for_as_long_as_retries_may_take_fails() {
     let mut case = Case::new();
     case.row = row(3);
