@@ -129,7 +129,7 @@ impl Ledger {
         let sql = self.db.sql(
             "UPDATE {s}.job SET state = 3, claim = CASE WHEN state <> 1 THEN claim END, outcome = $3, seq = $4,
                  recipients = $5, message_id = $6, body = NULL, body_size = NULL, due_at = NULL, reason = NULL,
-                 slot_at = NULL, slot_cost = NULL, phase = 0, merged = false,
+                 slot_at = NULL, slot_cost = NULL, phase = 0, merged = false, attempt = $8,
                  finished_at = clock_timestamp(), updated_at = clock_timestamp(), report = $7
              WHERE tenant = $1 AND id = $2",
         );
@@ -145,6 +145,7 @@ impl Ledger {
                     &recipients,
                     &report.data.message_id.as_deref(),
                     &number.0,
+                    &row.attempts,
                 ],
             )
             .await?;

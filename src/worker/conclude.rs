@@ -356,7 +356,7 @@ impl Worker {
                     self.reporter.publish(self, report, number);
                 }
             }
-            Settled::LeaseLost => Box::pin(self.lost(end)).await,
+            Settled::LeaseLost => Box::pin(self.lost(end, settlement.attempts)).await,
         }
         if matches!(
             settlement.next,
@@ -399,7 +399,7 @@ impl Worker {
     }
 
     /// Somebody else has the job by now. What the server took is true all the same.
-    async fn lost(&self, end: End) {
+    async fn lost(&self, end: End, attempts: u32) {
         self.metrics.leases_lost.inc();
         tracing::warn!("the lease was lost before the outcome was written");
         let (row, results) = (&end.task.row, &end.results);
@@ -408,7 +408,7 @@ impl Worker {
             let merged = loop {
                 match self
                     .ledger
-                    .merge_acceptance(&row.tenant, &row.id, results, &end.message_id)
+                    .merge_acceptance(&row.tenant, &row.id, results, &end.message_id, attempts)
                     .await
                 {
                     Ok(was_final) => break was_final,

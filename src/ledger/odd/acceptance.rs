@@ -8,7 +8,7 @@ use crate::report::{RecipientResult, RecipientStatus, ReportType};
 impl Ledger {
     /// A worker lost its lease, but the server took the mail for some recipients: that is true whoever holds the lease.
     /// `results` has one entry per recipient of the job; what is not an acceptance is dropped and counts as untried.
-    /// Returns whether the job was final already, which makes this send a duplicate.
+    /// `attempts`: how many that worker knows of, its own included. Returns whether the job was final already, which makes this send a duplicate.
     ///
     /// # Errors
     /// If the database cannot be asked.
@@ -18,6 +18,7 @@ impl Ledger {
         id: &JobId,
         results: &[RecipientResult],
         message_id: &str,
+        attempts: u32,
     ) -> Result<bool, DbError> {
         let mut client = self.db.client().await?;
         let transaction = client.transaction().await?;
@@ -29,15 +30,19 @@ impl Ledger {
         }
         row.recipients = with_acceptances(row.recipients, results);
         row.message_id = Some(message_id.to_owned());
+        row.attempts = row.attempts.max(attempts as i32);
         if row.recipients.iter().any(RecipientResult::is_open) {
             let json = serde_json::to_value(&row.recipients).unwrap_or_default();
             // Who holds the lease now does not know: see `settle_v1` for what becomes of its outcome.
             let sql = self.db.sql(
-                "UPDATE {s}.job SET recipients = $3, message_id = $4, merged = state = 1
+                "UPDATE {s}.job SET recipients = $3, message_id = $4, attempt = $5, merged = state = 1
                  WHERE tenant = $1 AND id = $2",
             );
             transaction
-                .execute(&sql, &[&tenant.as_str(), &id.as_str(), &json, &message_id])
+                .execute(
+                    &sql,
+                    &[&tenant.as_str(), &id.as_str(), &json, &message_id, &row.attempts],
+                )
                 .await?;
         } else {
             let report = row.report(ReportType::Sent, "accepted_after_lost_lease");

@@ -23,19 +23,21 @@ impl Ledger {
     ) -> Result<(), DbError> {
         let mut client = self.db.client().await?;
         let transaction = client.transaction().await?;
-        let Some(row) = self.lock(&transaction, tenant, id).await? else {
+        let Some(mut row) = self.lock(&transaction, tenant, id).await? else {
             return Ok(());
         };
         if row.state != 1 {
             return Ok(());
         }
+        // The attempt that it was marked in.
+        row.attempts += 1;
         let mut report = row.report(ReportType::Uncertain, "worker_died_while_sending");
         report.data.uncertain_attempts += 1;
         let report = ReportMessage::from(report);
         let number = self.owe(&transaction, &row, &report, None).await?;
         let sql = self.db.sql(
             "UPDATE {s}.job SET state = 4, claim = NULL, phase = 0, marked = false, slot_at = NULL, slot_cost = NULL, merged = false,
-                 reason = NULL, uncertain = uncertain + 1, seq = $3, report = $4, updated_at = clock_timestamp()
+                 reason = NULL, attempt = attempt + 1, uncertain = uncertain + 1, seq = $3, report = $4, updated_at = clock_timestamp()
              WHERE tenant = $1 AND id = $2 AND phase = 1
                  AND ((epoch = $5 AND claim = $6)
                       OR NOT EXISTS (SELECT FROM {s}.worker w WHERE w.epoch = job.epoch AND NOT w.dead))",

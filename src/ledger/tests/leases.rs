@@ -316,6 +316,7 @@ async fn a_job_held_after_its_worker_died_names_its_recipients_and_message_id() 
             let report: serde_json::Value = serde_json::from_str(report).unwrap();
             assert_eq!(report["type"], kind);
             assert_eq!(report["data"]["message_id"], "<1@acme>");
+            assert_eq!(report["data"]["attempt"], 1, "the mark was of one");
             let told = serde_json::json!([{"address": "ann@example.org", "status": status}]);
             assert_eq!(report["data"]["recipients"], told);
         }
@@ -333,7 +334,7 @@ async fn a_mark_does_not_overwrite_what_an_earlier_owner_has_brought_about() {
         let results = [accepted, result("c@d.example", RecipientStatus::Pending)];
         let merged = world
             .ledger
-            .merge_acceptance(&row.tenant, &row.id, &results, "<1@acme>")
+            .merge_acceptance(&row.tenant, &row.id, &results, "<1@acme>", 1)
             .await;
         assert!(!merged.unwrap());
         row.recipients = ["a@b.example", "c@d.example"]

@@ -27,7 +27,7 @@ async fn merge(world: &World, id: &str, results: &[RecipientResult]) -> bool {
     let (tenant, id) = (tenant("acme"), job(id));
     world
         .ledger
-        .merge_acceptance(&tenant, &id, results, "<1@acme>")
+        .merge_acceptance(&tenant, &id, results, "<1@acme>", 1)
         .await
         .unwrap()
 }
@@ -270,6 +270,13 @@ async fn a_late_acceptance_of_all_recipients_ends_any_job_as_sent() {
             assert_eq!(
                 world.column("acme", id, "message_id").await.as_deref(),
                 Some("<1@acme>")
+            );
+            let told: serde_json::Value = serde_json::from_str(&world.owed(id).await[0].2).unwrap();
+            assert_eq!(told["data"]["attempt"], 1, "{id}");
+            assert_eq!(
+                world.column("acme", id, "attempt").await.as_deref(),
+                Some("1"),
+                "{id}"
             );
             assert!(merge(id).await, "{id}: now it is final");
         }

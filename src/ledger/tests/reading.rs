@@ -319,7 +319,7 @@ impl<'a> Calls<'a> {
         .unwrap();
         self.of(
             "merge an acceptance",
-            ledger.merge_acceptance(&acme, &merged, &[], "<1@acme>"),
+            ledger.merge_acceptance(&acme, &merged, &[], "<1@acme>", 1),
         )
         .await
         .unwrap();

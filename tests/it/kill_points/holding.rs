@@ -51,6 +51,7 @@ async fn what_is_to_be_held_is_held_if_its_worker_died_after_the_mark_and_sent_i
             &told[0].json["data"]["recipients"],
         );
         assert!(message_id.is_string(), "{}", told[0].json);
+        assert_eq!(told[0].json["data"]["attempt"], 1, "{}", told[0].json);
         assert_eq!(recipients[0]["status"], "pending", "{}", told[0].json);
         assert_eq!(scene.mails(id), mails, "{id}");
         let told = |line: &str| line.contains("lost in the final write") && line.contains(id);

@@ -451,7 +451,9 @@ impl Model {
         }
         for _ in 0..=usize::from(self.chance(4)) {
             let ledger = &self.world.ledger;
-            let merge = ledger.merge_acceptance(&task.key.tenant, &task.key.id, &results, "<1@acme>");
+            let attempts = task.row.attempts + 1;
+            let (tenant, id) = (&task.key.tenant, &task.key.id);
+            let merge = ledger.merge_acceptance(tenant, id, &results, "<1@acme>", attempts);
             let was_final = merge.await.unwrap();
             self.note(|| format!("worker {w} merges {}, final already: {was_final}", task.key));
             self.look().await?;
