@@ -13,7 +13,8 @@ use super::Worker;
 const OFTEN: Duration = Duration::from_secs(2);
 /// How often among all; else only among those that have expired since a look found nothing more.
 const SELDOM: Duration = Duration::from_mins(5);
-/// How long a transaction may take in which a job begins to wait.
+/// How long a transaction may take in which a job begins to wait. What a takeover puts back may have expired longer ago, as its
+/// worker died at the end of a long attempt: that is found among all.
 const MARGIN: Duration = Duration::from_mins(2);
 /// Most of them in one statement.
 const MOST: usize = 128;
