@@ -11,12 +11,12 @@ use crate::report::is_traceparent;
 /// Longest body of a webhook, in bytes.
 pub(super) const MAX_BODY: usize = 20_000;
 
-/// The lists that may be cut, in the order in which they are.
+/// The lists that may be cut.
 const LISTS: [&str; 4] = ["recipients", "errors", "links", "tags"];
 
-/// Checks that a report is a JSON object with `type` and `data`, and cuts it if it is too long: first
-/// `data.recipients` (marked by `data.recipients_truncated`), then the other lists likewise, then whole members of
-/// `data`, the largest first (marked by `data.truncated`).
+/// Checks that a report is a JSON object with `type` and `data`, and cuts it if it is too long: first the lists in `data`,
+/// always the one that is longest by then (marked by `data.recipients_truncated`, say), then whole members of `data`, the
+/// largest first (marked by `data.truncated`).
 ///
 /// # Errors
 /// If it is not such an object, or too long beside its `data`; the text says what is wrong, without repeating any of it.
@@ -97,14 +97,9 @@ fn describe(error: &serde_json::Error) -> String {
 }
 
 fn cut(report: &mut Value) {
-    for list in LISTS {
-        let excess = (report.to_string().len() + 1).saturating_sub(MAX_BODY);
-        if excess == 0 {
-            return;
-        }
-        if let Some(data) = report.get_mut("data").and_then(Value::as_object_mut) {
-            shorten(data, list, excess);
-        }
+    let excess = (report.to_string().len() + 1).saturating_sub(MAX_BODY);
+    if let Some(data) = report.get_mut("data").and_then(Value::as_object_mut) {
+        shorten(data, excess);
     }
     while report.to_string().len() >= MAX_BODY {
         let Some(data) = report.get_mut("data").and_then(Value::as_object_mut) else {
@@ -122,20 +117,63 @@ fn cut(report: &mut Value) {
     }
 }
 
-/// Takes entries off the end of a list until `excess` bytes and the room for the mark are won, or it is empty.
-fn shorten(data: &mut Map<String, Value>, list: &str, excess: usize) {
-    let mark = format!("{list}_truncated");
-    let wanted = excess + mark.len() + r#""":true,"#.len();
-    let Some(entries) = data.get_mut(list).and_then(Value::as_array_mut) else {
-        return;
-    };
-    let mut won = 0;
-    while won < wanted {
-        let Some(entry) = entries.pop() else { break };
-        // With the comma before it.
-        won += entry.to_string().len() + 1;
+/// Takes entries off the ends of the lists until `excess` bytes and the room for the marks are won, or all are empty.
+fn shorten(data: &mut Map<String, Value>, excess: usize) {
+    let mut lists: Vec<List> = LISTS
+        .into_iter()
+        .filter_map(|name| List::of(data, name))
+        .collect();
+    let mut wanted = excess as i64;
+    while wanted > 0
+        && let Some(longest) = lists.iter_mut().max_by_key(|list| list.bytes)
+        && let Some(won) = longest.pop()
+    {
+        wanted -= won;
     }
-    data.insert(mark, true.into());
+    for list in lists.iter().filter(|list| list.is_cut) {
+        if let Some(entries) = data.get_mut(list.name).and_then(Value::as_array_mut) {
+            entries.truncate(list.entries.len());
+        }
+        data.insert(list.mark(), true.into());
+    }
+}
+
+/// A list that may be cut, by the bytes of its entries.
+struct List {
+    name: &'static str,
+    /// Each with a comma.
+    entries: Vec<usize>,
+    bytes: usize,
+    is_cut: bool,
+}
+
+impl List {
+    fn of(data: &Map<String, Value>, name: &'static str) -> Option<Self> {
+        let entries = data.get(name)?.as_array()?;
+        let entries: Vec<usize> = entries.iter().map(|entry| entry.to_string().len() + 1).collect();
+        Some(Self {
+            name,
+            bytes: entries.iter().sum(),
+            entries,
+            is_cut: false,
+        })
+    }
+
+    /// Takes off the last entry: what that wins, less than nothing if the mark of the list is longer.
+    fn pop(&mut self) -> Option<i64> {
+        let won = self.entries.pop()?;
+        self.bytes -= won;
+        let lost = if std::mem::replace(&mut self.is_cut, true) {
+            0
+        } else {
+            self.mark().len() + r#""":true,"#.len()
+        };
+        Some(won as i64 - lost as i64)
+    }
+
+    fn mark(&self) -> String {
+        format!("{}_truncated", self.name)
+    }
 }
 
 #[cfg(test)]
@@ -206,6 +244,39 @@ mod tests {
         assert_eq!(cut["data"]["recipients_truncated"], true);
         assert_eq!(cut["data"]["metadata"], whole["data"]["metadata"]);
         assert_eq!(cut["data"]["final"], true);
+    }
+
+    #[test]
+    fn of_the_lists_of_a_long_report_the_longest_is_cut_and_only_what_was_cut_is_marked() {
+        let list = |bytes: usize| -> Value {
+            (0..bytes / 250)
+                .map(|n| format!("{n}{}", "x".repeat(245)))
+                .collect()
+        };
+        let short = json!(["ann@example.org"]);
+        let table = [
+            (json!([]), list(25_000), json!([]), &["errors"][..]),
+            (short.clone(), json!([]), list(25_000), &["links"]),
+            (list(25_000), json!([]), short, &["recipients"]),
+            (list(13_000), list(3_000), list(14_000), &["recipients", "links"]),
+        ];
+        for (recipients, errors, links, expected) in table {
+            let data = json!({"job": "1", "recipients": recipients, "errors": errors, "links": links});
+            let body = json!({"type": "mail.sent", "data": data}).to_string();
+            let fitted = fitted(&body.into()).unwrap();
+            assert!(
+                (MAX_BODY - 1000..MAX_BODY).contains(&fitted.len()),
+                "{expected:?}"
+            );
+            let cut: Value = serde_json::from_slice(&fitted).unwrap();
+            let cut = cut["data"].as_object().unwrap();
+            for name in ["recipients", "errors", "links"] {
+                let marked = cut.contains_key(&format!("{name}_truncated"));
+                assert_eq!(marked, expected.contains(&name), "{name}: {expected:?}");
+                assert_eq!(marked, cut[name] != data[name], "{name}: {expected:?}");
+                assert!(!marked || cut[name] != json!([]), "{name}: {expected:?}");
+            }
+        }
     }
 
     #[test]
