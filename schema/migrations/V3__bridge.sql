@@ -143,7 +143,7 @@ END $$;
 CREATE FUNCTION webhook_lease_v1(p_limit integer, p_per_endpoint integer, p_lease interval)
 RETURNS TABLE (event bigint, endpoint bigint, lease bigint, attempts integer, event_id text, tenant text, type text,
                body bytea, owner text, name text, url text, secret text, previous_secret text, auth text,
-               username text, credential text)
+               username text, credential text, version bigint)
 LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
 SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 #variable_conflict use_column
@@ -184,7 +184,7 @@ BEGIN
             SELECT t.event, v_to.id, t.lease, t.attempts, v.event_id, v.tenant, v.type, v.body,
                    v_to.tenant, v_to.name, v_to.url, v_to.secret,
                    CASE WHEN v_to.previous_secret_until > v_now THEN v_to.previous_secret END,
-                   v_to.auth, v_to.username, v_to.credential
+                   v_to.auth, v_to.username, v_to.credential, v_to.version
               FROM taken t JOIN webhook_event v ON v.id = t.event
              ORDER BY t.event;
             GET DIAGNOSTICS v_got = ROW_COUNT;

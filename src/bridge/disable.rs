@@ -1,5 +1,7 @@
 //! Disables endpoints that are gone or have been failing for days, and says so in a report of the bridge's own.
 
+use std::collections::BTreeSet;
+
 use jiff::Timestamp;
 use tokio_postgres::types::Type;
 
@@ -16,22 +18,18 @@ const DISABLED: &str = "endpoint.disabled";
 impl Bridge {
     /// Disables what the outcomes ask for. If it fails now, the next attempt's outcome asks again.
     pub(super) async fn disable(&self, outcomes: &[Settled], failing: &[i64]) {
-        let mut gone: Vec<i64> = outcomes.iter().filter(|o| o.gone).map(|o| o.endpoint).collect();
-        gone.sort_unstable();
-        gone.dedup();
-        let mut failing: Vec<i64> = failing
-            .iter()
-            .copied()
-            .filter(|id| gone.binary_search(id).is_err())
-            .collect();
-        failing.sort_unstable();
-        failing.dedup();
-        let all = gone
+        let of = |asks: &dyn Fn(&Settled) -> bool| -> BTreeSet<(i64, i64)> {
+            let asking = outcomes.iter().filter(|outcome| asks(outcome));
+            asking
+                .map(|outcome| (outcome.endpoint, outcome.version))
+                .collect()
+        };
+        let gone = of(&|outcome| outcome.gone)
             .into_iter()
-            .map(|id| (id, "gone"))
-            .chain(failing.into_iter().map(|id| (id, "failing")));
-        for (endpoint, reason) in all {
-            match self.disable_one(endpoint, reason).await {
+            .map(|called| (called, "gone"));
+        let failing = of(&|outcome| failing.contains(&outcome.endpoint));
+        for (called, reason) in gone.chain(failing.into_iter().map(|called| (called, "failing"))) {
+            match self.disable_one(called, reason).await {
                 Ok(true) => self.owed.notify_one(),
                 Ok(false) => {}
                 Err(error) => tracing::warn!(%error, reason, "cannot disable an endpoint, will try again"),
@@ -39,9 +37,9 @@ impl Bridge {
         }
     }
 
-    /// Whether it was enabled until now.
-    async fn disable_one(&self, endpoint: i64, reason: &'static str) -> Result<bool, BridgeError> {
-        let Some((tenant, name)) = self.within(self.disable_and_owe(endpoint, reason)).await? else {
+    /// Whether it was enabled until now, and as it was called.
+    async fn disable_one(&self, called: (i64, i64), reason: &'static str) -> Result<bool, BridgeError> {
+        let Some((tenant, name)) = self.within(self.disable_and_owe(called, reason)).await? else {
             return Ok(false);
         };
         self.metrics.webhook_disabled.with_label_values(&[reason]).inc();
@@ -54,10 +52,11 @@ impl Bridge {
         Ok(true)
     }
 
-    /// Disables the endpoint and owes the report about it, in one transaction. Its tenant and name, if it was enabled.
+    /// Disables an endpoint of this version and owes the report about it, in one transaction. Its tenant and name, if it was
+    /// enabled. What was changed since may have another URL, which has said nothing yet.
     async fn disable_and_owe(
         &self,
-        endpoint: i64,
+        (endpoint, version): (i64, i64),
         reason: &'static str,
     ) -> Result<Option<(String, String)>, BridgeError> {
         let mut client = self.database.client().await?;
@@ -65,10 +64,17 @@ impl Bridge {
         let sql = self.database.sql(
             "UPDATE {s}.endpoint SET enabled = false, disabled_reason = $2, disabled_at = clock_timestamp(), \
              version = version + 1, updated_at = clock_timestamp() \
-             WHERE id = $1 AND enabled RETURNING tenant, name, version, disabled_at",
+             WHERE id = $1 AND enabled AND version = $3 RETURNING tenant, name, version, disabled_at",
         );
         let Some(row) = transaction
-            .query_typed_opt(&sql, &[(&endpoint, Type::INT8), (&reason, Type::TEXT)])
+            .query_typed_opt(
+                &sql,
+                &[
+                    (&endpoint, Type::INT8),
+                    (&reason, Type::TEXT),
+                    (&version, Type::INT8),
+                ],
+            )
             .await?
         else {
             return Ok(None);

@@ -279,6 +279,7 @@ fn release(leased: &Leased, error: String, wait: f64) -> Settled {
     Settled {
         event: leased.event,
         endpoint: leased.endpoint,
+        version: leased.version,
         lease: leased.lease,
         outcome: Outcome::Release(wait),
         status: None,
@@ -352,6 +353,7 @@ mod tests {
             url: "https://example.com/hook".into(),
             secrets: Ok(Vec::new()),
             auth: Ok(Auth::None),
+            version: 1,
         }
     }
 

@@ -31,6 +31,8 @@ pub(super) struct Leased {
     /// Signing secrets, the newest first.
     pub(super) secrets: Result<Vec<SecretString>, SecretError>,
     pub(super) auth: Result<Auth, SecretError>,
+    /// Of the endpoint as it was read here.
+    pub(super) version: i64,
 }
 
 /// What became of one delivery.
@@ -38,6 +40,8 @@ pub(super) struct Leased {
 pub(super) struct Settled {
     pub(super) event: i64,
     pub(super) endpoint: i64,
+    /// Of the endpoint that was called: it may have been changed since.
+    pub(super) version: i64,
     pub(super) lease: i64,
     pub(super) outcome: Outcome,
     pub(super) status: Option<u16>,
@@ -171,6 +175,7 @@ fn leased(row: &Row, keyring: &Keyring) -> Result<Leased, tokio_postgres::Error>
         kind: row.try_get("type")?,
         body: row.try_get("body")?,
         url: row.try_get("url")?,
+        version: row.try_get("version")?,
         owner,
         name,
         secrets,

@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use postroom_testkit::webhook::{Reply, WebhookReceiver};
 
+use super::isolates::settled;
 use super::world::{PATIENCE, World, ids, until};
+use crate::bridge::queue::{Outcome, Settled};
 
 #[tokio::test]
 async fn a_410_disables_the_endpoint_and_tells_the_others() {
@@ -43,6 +45,34 @@ async fn a_410_disables_the_endpoint_and_tells_the_others() {
     until(async || world.count("SELECT count(*) FROM {s}.event_outbox").await == 0).await;
     assert_eq!(gone.received().len(), 1);
     running.stop().await;
+}
+
+#[tokio::test]
+async fn an_answer_to_the_url_before_a_change_disables_nothing() {
+    let world = World::new(&["acme"]).await;
+    let hook = WebhookReceiver::start().await.unwrap();
+    world.set("acme", "default", &hook, &[]).await;
+    world
+        .record(&[("evt_1", "acme", "mail.sent"), ("evt_2", "acme", "mail.sent")])
+        .await;
+    let bridge = world.bridge();
+    for (event, changes) in [(0, true), (1, false)] {
+        let leased = bridge.lease(1, 4).await.unwrap().remove(0);
+        if changes {
+            let url = hook.url("/moved");
+            world.endpoint(&["set", "acme", "--url", &url], "").await.unwrap();
+        }
+        let gone = Settled {
+            gone: true,
+            ..settled(&leased, Outcome::Retry(60.0))
+        };
+        for failing in [&[leased.endpoint][..], &[]] {
+            bridge.disable(std::slice::from_ref(&gone), failing).await;
+            let enabled = &world.show("acme", "default").await["enabled"];
+            assert_eq!(*enabled, changes, "event {event}");
+        }
+        bridge.settle(&[gone]).await.unwrap();
+    }
 }
 
 #[tokio::test]

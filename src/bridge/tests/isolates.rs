@@ -8,10 +8,11 @@ use super::world::{PATIENCE, World, ids, keyring, report, until};
 use crate::bridge::queue::{Leased, Outcome, Settled};
 use crate::secret::stored::verify_keys;
 
-fn settled(leased: &Leased, outcome: Outcome) -> Settled {
+pub(super) fn settled(leased: &Leased, outcome: Outcome) -> Settled {
     Settled {
         event: leased.event,
         endpoint: leased.endpoint,
+        version: leased.version,
         lease: leased.lease,
         outcome,
         status: Some(500),

@@ -79,6 +79,7 @@ fn delivered(leased: &Leased) -> Settled {
     Settled {
         event: leased.event,
         endpoint: leased.endpoint,
+        version: leased.version,
         lease: leased.lease,
         outcome: Outcome::Delivered,
         status: Some(200),
