@@ -21,13 +21,7 @@ pub const DEFAULT_NAME: &str = "default";
 /// In an event filter: every type, now and later.
 pub const ALL_EVENTS: &str = "*";
 /// Types of reports that are not about a job's own outcome.
-const OTHER_EVENTS: [&str; 5] = [
-    "mail.suppressed",
-    "mail.bounced",
-    "account.unhealthy",
-    "account.recovered",
-    "endpoint.disabled",
-];
+const OTHER_EVENTS: [&str; 3] = ["account.unhealthy", "account.recovered", "endpoint.disabled"];
 
 /// Why an endpoint cannot be changed or used as asked.
 #[derive(Debug, thiserror::Error)]
@@ -207,25 +201,38 @@ pub fn parse_url(text: &str) -> Result<Url, String> {
 /// # Errors
 /// A sentence with all names there are.
 pub fn parse_event(text: &str) -> Result<String, String> {
-    let known = || {
-        ReportType::ALL
-            .into_iter()
-            .map(ReportType::as_str)
-            .chain(OTHER_EVENTS)
-    };
-    if text == ALL_EVENTS || known().any(|name| name == text) {
+    if text == ALL_EVENTS || known_events().any(|name| name == text) {
         return Ok(text.to_owned());
     }
-    let known: Vec<&str> = known().collect();
+    let known: Vec<&str> = known_events().collect();
     Err(format!(
         "`{text}` is not an event; there are {}, `*` for all, and `default` alone for all but mail.deferred",
         known.join(", ")
     ))
 }
 
+/// Every type there is.
+fn known_events() -> impl Iterator<Item = &'static str> {
+    let of_jobs = ReportType::ALL.into_iter().map(ReportType::as_str);
+    of_jobs.chain(OTHER_EVENTS)
+}
+
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
+
+    #[test]
+    fn what_can_be_asked_for_is_what_the_schema_of_reports_knows() {
+        let schema = include_str!("../schema/mail-report.v1.json");
+        let schema: serde_json::Value = serde_json::from_str(schema).unwrap();
+        let types = schema["properties"]["type"]["anyOf"][0]["oneOf"]
+            .as_array()
+            .unwrap();
+        let types: BTreeSet<&str> = types.iter().filter_map(|known| known["const"].as_str()).collect();
+        assert_eq!(types, known_events().collect());
+    }
 
     #[test]
     fn urls_are_http_with_a_host_and_no_credentials() {
