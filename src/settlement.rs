@@ -17,9 +17,6 @@ use crate::retry::RetryPolicy;
 /// Longest wait between two looks for a missing key.
 const LONGEST_KEY_WAIT: Duration = Duration::from_mins(5);
 
-/// What is told of a job whose time is over.
-const EXPIRED: &str = "expires_at has passed";
-
 /// What the decision depends on besides the attempt itself.
 #[derive(Debug, Clone)]
 pub struct Circumstances<'a> {
@@ -48,8 +45,8 @@ pub struct Circumstances<'a> {
 #[must_use]
 pub fn plan(at: &Circumstances<'_>, attempt: &mut Attempt) -> Settlement {
     match &attempt.verdict {
-        Verdict::Expired => finish(at, attempt, ReportType::Expired, Some(EXPIRED)),
-        Verdict::Cancelled => finish(at, attempt, ReportType::Cancelled, None),
+        Verdict::Expired => finish(at, attempt, ReportType::Expired),
+        Verdict::Cancelled => finish(at, attempt, ReportType::Cancelled),
         Verdict::GiveBack => settlement(at, attempt, Next::GiveBack, None),
         Verdict::Wait {
             reason: WaitReason::Unhealthy,
@@ -79,7 +76,7 @@ pub fn cancelled(at: &Circumstances<'_>, mut attempt: Attempt) -> Settlement {
     attempt.waits_for = None;
     // It does not end by what went wrong; listings show that all the same.
     let failure = attempt.failure.take();
-    let mut settlement = finish(at, &attempt, ReportType::Cancelled, None);
+    let mut settlement = finish(at, &attempt, ReportType::Cancelled);
     settlement.error = failure.as_ref().map(ToString::to_string);
     settlement
 }
@@ -124,7 +121,6 @@ fn attempted(at: &Circumstances<'_>, attempt: &mut Attempt) -> Settlement {
         } else {
             ReportType::Failed
         },
-        None,
     )
 }
 
@@ -191,25 +187,29 @@ fn fail(at: &Circumstances<'_>, attempt: &mut Attempt, failure: &Failure) -> Set
         } else {
             ReportType::Failed
         },
-        None,
     )
 }
 
-fn finish(at: &Circumstances<'_>, attempt: &Attempt, kind: ReportType, detail: Option<&str>) -> Settlement {
+fn finish(at: &Circumstances<'_>, attempt: &Attempt, end: ReportType) -> Settlement {
     let accepted = attempt
         .recipients
         .iter()
         .any(|r| r.status == RecipientStatus::Accepted);
     // What somebody has received was sent, whatever ended the rest.
-    let kind = if accepted { ReportType::Sent } else { kind };
+    let kind = if accepted { ReportType::Sent } else { end };
     let mut report = report(at, attempt, kind);
-    report.data.partial = accepted
+    let data = &mut report.data;
+    data.partial = accepted
         && attempt
             .recipients
             .iter()
             .any(|r| r.status != RecipientStatus::Accepted);
-    if report.data.detail.is_none() {
-        report.data.detail = detail.map(str::to_owned);
+    if end == ReportType::Expired {
+        data.detail
+            .get_or_insert_with(|| "expires_at has passed".to_owned());
+    }
+    if end == ReportType::Cancelled {
+        data.reason.get_or_insert_with(|| "cancelled".to_owned());
     }
     settlement(at, attempt, Next::Done(kind), Some(report))
 }
@@ -226,7 +226,7 @@ fn wait(at: &Circumstances<'_>, attempt: &Attempt, reason: WaitReason, delay: Du
     let left = at.job.expires_at.map(|expiry| expiry.duration_since(at.now));
     if left.is_some_and(|left| !left.is_positive()) {
         // The attempt took long, or the way to it: those who look for what expires among the waiting look for recent ones.
-        return finish(at, attempt, ReportType::Expired, Some(EXPIRED));
+        return finish(at, attempt, ReportType::Expired);
     }
     let left = left.map(|left| Duration::try_from(left).unwrap_or_default());
     // It will have expired by then: that is told as soon as it is so.

@@ -385,9 +385,9 @@ fn what_somebody_has_received_was_sent_whatever_ended_the_rest() {
 
 #[test]
 fn expired_and_cancelled_jobs_say_so() {
-    for (verdict, kind) in [
-        (Verdict::Expired, "mail.expired"),
-        (Verdict::Cancelled, "mail.cancelled"),
+    for (verdict, kind, reason) in [
+        (Verdict::Expired, "mail.expired", None),
+        (Verdict::Cancelled, "mail.cancelled", Some("cancelled")),
     ] {
         let case = Case::new();
         let settlement = case.plan(case.concluded(verdict));
@@ -396,6 +396,8 @@ fn expired_and_cancelled_jobs_say_so() {
             (report.kind, report.data.is_final, report.data.attempt),
             (kind, true, 0)
         );
+        assert_eq!(report.data.reason.as_deref(), reason);
+        assert_eq!(report.data.detail.is_some(), reason.is_none());
     }
 }
 
@@ -422,7 +424,11 @@ fn a_cancel_that_meets_an_attempt_tells_what_was_tried() {
     assert_eq!((data.attempt, data.uncertain_attempts), (1, 2));
     assert_eq!(data.timings.unwrap().smtp_ms, Some(2000));
     assert!(data.sender.is_some());
-    assert_eq!(data.class, None, "that is not what ended it");
+    assert_eq!(
+        (data.reason.as_deref(), data.class),
+        (Some("cancelled"), None),
+        "not what went wrong"
+    );
 }
 
 #[test]
