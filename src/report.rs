@@ -136,7 +136,7 @@ pub struct ReportData {
     /// Who really sent, and why.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sender: Option<Sender>,
-    /// Which attempt this was, from 1; 0 before the first.
+    /// Which attempt this was, from 1; 0 before the first. One that its worker's death cut short does not count, unless held.
     pub attempt: u32,
     /// Message-ID of the mail, with angle brackets.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -178,7 +178,7 @@ pub struct ReportData {
     /// When the next attempt is expected.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub next_attempt_at: Option<Timestamp>,
-    /// Attempts of which nobody knows the outcome (a worker died over them).
+    /// Attempts of which nobody knows the outcome: a worker died over them, or the connection broke at the end.
     #[serde(skip_serializing_if = "is_zero")]
     pub uncertain_attempts: u32,
     /// How long things took.
