@@ -186,6 +186,18 @@ pub struct JobLimits {
     pub max_depth: usize,
 }
 
+impl JobLimits {
+    /// For what is stored: more than any setting allows. It was checked when it came, and may have come compressed, or under
+    /// other settings.
+    pub const STORED: Self = Self {
+        max_bytes: 512 << 20,
+        max_inflated: 512 << 20,
+        max_recipients: 10_000,
+        max_attachments: 1000,
+        max_depth: 100,
+    };
+}
+
 impl Default for JobLimits {
     fn default() -> Self {
         Self {

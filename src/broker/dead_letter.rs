@@ -34,6 +34,8 @@ pub struct DeadLetter<'a> {
     pub body: Option<&'a [u8]>,
     /// That body is sealed.
     pub sealed: bool,
+    /// That body is plain JSON that was compressed.
+    pub gzip: bool,
 }
 
 impl Publisher {
@@ -49,7 +51,10 @@ impl Publisher {
     ) -> Result<(), PublishError> {
         let key = key(delivery, letter.tenant);
         let headers = headers(delivery, letter);
-        let properties = republishable(&delivery.properties, headers);
+        let mut properties = republishable(&delivery.properties, headers);
+        if letter.gzip {
+            properties = properties.with_content_encoding("gzip".into());
+        }
         let body = letter.body.unwrap_or(&delivery.body);
         self.publish(&topology.dead_exchange(), &key, properties, body)
             .await?;

@@ -19,6 +19,7 @@ use crate::config::JobLimits;
 use crate::id::{JobId, TenantId};
 use crate::report::FieldError;
 
+pub use super::inflate::gzip;
 pub use super::sealing::{SealError, may_hold_other_secret, may_hold_secret, seal_override, without_secrets};
 pub use super::smtp_override::{OverrideError, SealedBy, parse_override};
 

@@ -1,9 +1,10 @@
-//! From the bytes on the wire to the plain JSON: size, encoding, decompression, each bounded.
+//! From the bytes on the wire to the plain JSON: size, encoding, decompression, each bounded. And the way back.
 
 use std::borrow::Cow;
 use std::io::{self, BufRead, Read};
 
-use flate2::bufread::{MultiGzDecoder, ZlibDecoder};
+use flate2::Compression;
+use flate2::bufread::{GzEncoder, MultiGzDecoder, ZlibDecoder};
 
 use super::decode::{Incoming, RejectReason};
 use super::errors::excerpt;
@@ -39,6 +40,16 @@ pub(super) fn plain<'a>(incoming: &Incoming<'a>, limits: &JobLimits) -> Result<C
             read(MultiGzDecoder::new(body), body.len(), max, "gzip").map(Cow::Owned)
         }
     }
+}
+
+/// Plain JSON as it can be published with the content encoding `gzip`.
+///
+/// # Errors
+/// None: what it reads is in memory.
+pub fn gzip(plain: &[u8]) -> io::Result<Vec<u8>> {
+    let mut packed = Vec::new();
+    GzEncoder::new(plain, Compression::default()).read_to_end(&mut packed)?;
+    Ok(packed)
 }
 
 /// What `content_encoding` and kombu's `compression` header say.

@@ -236,15 +236,6 @@ impl Locked {
     }
 }
 
-/// More than any setting allows: what is stored was checked when it came.
-const STORED: JobLimits = JobLimits {
-    max_bytes: 256 << 20,
-    max_inflated: 256 << 20,
-    max_recipients: 10_000,
-    max_attachments: 1000,
-    max_depth: 100,
-};
-
 /// Whom a stored job is for of which nobody was tried yet; nobody if it cannot be read.
 fn untried(body: &[u8], properties: &Value) -> Vec<RecipientResult> {
     let incoming = Incoming {
@@ -253,7 +244,7 @@ fn untried(body: &[u8], properties: &Value) -> Vec<RecipientResult> {
         ..Incoming::default()
     };
     // To read it may be what crashes workers.
-    let read = || decode::decode(&incoming, &STORED).map(|job| job.all_pending());
+    let read = || decode::decode(&incoming, &JobLimits::STORED).map(|job| job.all_pending());
     let read = std::panic::catch_unwind(AssertUnwindSafe(read));
     read.ok().and_then(Result::ok).unwrap_or_default()
 }

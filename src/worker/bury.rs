@@ -7,6 +7,7 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
@@ -15,6 +16,7 @@ use super::Worker;
 use super::arrival::{Arrival, incoming, storable, told, trace_parent};
 use super::delivery::Properties;
 use crate::broker::{DeadLetter, Delivery, PublishError, Receipt};
+use crate::config::JobLimits;
 use crate::directory::overrides;
 use crate::fail_point::{self, Point};
 use crate::id::{AccountId, JobId, TenantId};
@@ -79,7 +81,7 @@ impl Worker {
         if !self.send_off(&delivery, &death, &mut waits, &ended).await {
             return;
         }
-        let job = job.or_else(|| self.read_again(&delivery));
+        let job = job.or_else(|| read_again(&delivery));
         let settled = loop {
             let complete = |data: &mut ReportData| complete(data, job.as_deref(), &properties);
             match self.ledger.dead_letter(&row, complete).await {
@@ -98,14 +100,6 @@ impl Worker {
             // answered as a repeat when it comes again.
             None => delivery.receipt.give_back(),
         }
-    }
-
-    /// The job in a body out of the waiting room, if reading it is not what crashes.
-    fn read_again(&self, delivery: &Delivery) -> Option<Arc<MailJob>> {
-        let read = || decode::decode(&incoming(delivery), &self.limits).ok();
-        std::panic::catch_unwind(AssertUnwindSafe(read))
-            .ok()?
-            .map(Arc::new)
     }
 
     /// Buries what is no valid job, or names what does not exist: then there is a `job`.
@@ -174,12 +168,19 @@ impl Worker {
             Kept::Stored => (None, false),
             Kept::Message | Kept::Lease => self.harmless_body(delivery, death.tenant.zip(death.id)),
         };
+        let body = body.map(Bytes::from);
+        let (body, gzip) = if sealed {
+            (body, false)
+        } else {
+            self.packed(delivery, body).await
+        };
         let letter = DeadLetter {
             reason: death.reason,
             detail: death.detail,
             tenant: death.tenant.map(TenantId::as_str),
             body: body.as_deref(),
             sealed,
+            gzip,
         };
         while let Err(error) = self
             .publisher
@@ -193,6 +194,19 @@ impl Worker {
         }
         fail_point::hit(Point::DeadLettered, death.id.map(JobId::as_str));
         true
+    }
+
+    /// Compresses a plain body that is larger than a job may come: one that was inflated when it was stored, or grew when
+    /// its override was sealed. As it is it could not be replayed, and RabbitMQ may not take it.
+    async fn packed(&self, delivery: &Delivery, body: Option<Bytes>) -> (Option<Bytes>, bool) {
+        let plain = body.clone().unwrap_or_else(|| delivery.body.clone());
+        if plain.len() <= self.limits.max_bytes {
+            return (body, false);
+        }
+        match tokio::task::spawn_blocking(move || decode::gzip(&plain)).await {
+            Ok(Ok(packed)) => (Some(packed.into()), true),
+            Ok(Err(_)) | Err(_) => (body, false),
+        }
     }
 
     /// What of the body may lie in a queue: a plain override sealed, under the job's name so that it opens when the job
@@ -229,6 +243,14 @@ impl Worker {
             _ => whole(),
         }
     }
+}
+
+/// The job in a body out of the waiting room, if reading it is not what crashes.
+fn read_again(delivery: &Delivery) -> Option<Arc<MailJob>> {
+    let read = || decode::decode(&incoming(delivery), &JobLimits::STORED).ok();
+    std::panic::catch_unwind(AssertUnwindSafe(read))
+        .ok()?
+        .map(Arc::new)
 }
 
 /// A leased job that is to be buried, and what is known of it.
@@ -275,6 +297,10 @@ impl Doomed {
         let correlation = properties.correlation_id.as_deref();
         if let Some(id) = correlation.and_then(|id| lapin::types::ShortString::try_new(id).ok()) {
             amqp = amqp.with_correlation_id(id);
+        }
+        // By this name it is found among the dead even if its body has to be compressed.
+        if let Ok(id) = lapin::types::ShortString::try_new(row.id.as_str()) {
+            amqp = amqp.with_message_id(id);
         }
         let delivery = Delivery {
             level: Some(level),

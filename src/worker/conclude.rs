@@ -15,6 +15,7 @@ use super::delivery::{Properties, stored};
 use super::load::InHand;
 use super::permits::Permit;
 use crate::broker::Delivery;
+use crate::config::JobLimits;
 use crate::fail_point::{self, Point};
 use crate::failure::Failure;
 use crate::job::MailJob;
@@ -177,7 +178,8 @@ impl Worker {
             ..Incoming::default()
         };
         // A defect of ours met here must not take the dispatcher along.
-        let decoded = std::panic::catch_unwind(AssertUnwindSafe(|| decode::decode(&incoming, &self.limits)));
+        let decoded =
+            std::panic::catch_unwind(AssertUnwindSafe(|| decode::decode(&incoming, &JobLimits::STORED)));
         let job = match decoded {
             Ok(Ok(job)) => Arc::new(job),
             Ok(Err(rejection)) => {

@@ -124,6 +124,28 @@ async fn a_job_that_panics_three_times_is_buried_out_of_the_waiting_room() {
 }
 
 #[tokio::test]
+async fn a_job_that_was_inflated_to_wait_is_buried_compressed_and_can_be_replayed() {
+    let mut world = world("panic").await;
+    world.set("POSTROOM_JOB_MAX_BYTES", "64KiB");
+    let server = SmtpServer::builder().start().await;
+    account(&world, "acme", &server, &[]).await;
+    let mut reports = world.reports().await;
+    let mut worker = world.start_worker().await;
+    let mut job = mail("acme", "poison");
+    job["text"] = json!("Hello again.\n".repeat(16_000));
+    world.publish_gzip(Level::High, "acme", &job).await;
+    let buried = reports.final_of("poison").await;
+    assert_eq!((buried.kind(), buried.reason()), ("mail.failed", "crash_loop"));
+    assert_eq!(
+        buried.json["data"]["recipients"][0]["address"],
+        "poison@example.org"
+    );
+    assert!(dead(&world).await[0]["bytes"].as_u64().unwrap() < 64 << 10);
+    worker.term().await;
+    is_buried_and_can_be_replayed(world, &server).await;
+}
+
+#[tokio::test]
 async fn a_job_held_as_uncertain_ends_as_an_operator_decides() {
     let world = World::ready().await;
     // The server takes the mail, and the connection breaks before it can say so.

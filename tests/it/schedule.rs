@@ -108,6 +108,67 @@ async fn a_scheduled_job_that_comes_out_before_its_time_goes_back_to_wait_for_it
 }
 
 #[tokio::test]
+async fn a_compressed_job_larger_than_the_bound_on_the_wire_is_sent_after_it_waited() {
+    let mut world = World::ready().await;
+    world.set("POSTROOM_JOB_MAX_BYTES", "64KiB");
+    world.set("POSTROOM_RETRY_BASE", "200ms");
+    world.set("POSTROOM_DEFERRED_REPORT_AFTER", "0s");
+    let script = Script::new().first(1, Phase::Mail, Action::reply("451 4.3.0 Not now"));
+    let server = SmtpServer::builder().script(script).start().await;
+    account(&world, "acme", &server, &[]).await;
+    account(&world, "slow", &server, &["--limit", "1/1h"]).await;
+    let mut reports = world.reports().await;
+    let _worker = world.start_worker().await;
+    let large = |tenant, id| {
+        let mut job = mail(tenant, id);
+        job["text"] = "Hello again.\n".repeat(16_000).into();
+        job
+    };
+    world
+        .publish_gzip(Level::High, "acme", &large("acme", "waits"))
+        .await;
+    let sent = reports.final_of("waits").await;
+    assert_eq!(
+        (sent.kind(), sent.json["data"]["attempt"].as_u64()),
+        ("mail.sent", Some(2))
+    );
+    assert_eq!(reports.of("waits")[0].kind(), "mail.deferred");
+
+    world.publish_mail(Level::High, "slow", "before").await;
+    reports.final_of("before").await;
+    let late = with(large("slow", "late"), "expires_at", in_seconds(5));
+    world.publish_gzip(Level::High, "slow", &late).await;
+    assert_eq!(reports.final_of("late").await.kind(), "mail.expired");
+    assert_eq!(taken(&server).len(), 2);
+}
+
+#[tokio::test]
+async fn a_job_accepted_under_larger_bounds_is_sent_under_smaller_ones() {
+    let mut world = World::ready().await;
+    let server = SmtpServer::builder().start().await;
+    account(&world, "acme", &server, &[]).await;
+    let mut reports = world.reports().await;
+    let mut worker = world.start_worker().await;
+    let mut job = with(mail("acme", "many"), "send_at", in_seconds(3600));
+    job["to"] = serde_json::json!(["a@example.org", "b@example.org", "c@example.org"]);
+    job["metadata"] = serde_json::json!({"nested": {"deeply": {"so": 1}}});
+    world.publish(Level::High, "acme", &job).await;
+    world.wait_state("acme", "many", 2).await;
+    worker.term().await;
+    world.set("POSTROOM_JOB_MAX_BYTES", "1KiB");
+    world.set("POSTROOM_JOB_MAX_RECIPIENTS", "1");
+    world.set("POSTROOM_JOB_MAX_DEPTH", "2");
+    let _worker = world.start_worker().await;
+    world
+        .postroom(&["job", "release", "acme", "many"])
+        .await
+        .success();
+    let sent = reports.final_of("many").await;
+    assert_eq!(sent.kind(), "mail.sent");
+    assert_eq!(sent.json["data"]["recipients"].as_array().unwrap().len(), 3);
+}
+
+#[tokio::test]
 async fn an_expired_job_is_reported_and_never_sent_also_when_it_expires_while_it_waits() {
     let mut world = World::ready().await;
     world.set("POSTROOM_RETRY_BASE", "3s");

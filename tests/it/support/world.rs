@@ -240,6 +240,19 @@ impl World {
         self.amqp().await.publish(&exchange, &key, properties, body).await;
     }
 
+    /// Publishes a job compressed.
+    pub(crate) async fn publish_gzip(&self, level: Level, tenant: &str, job: &Value) {
+        let properties = BasicProperties::default()
+            .with_content_type("application/json".into())
+            .with_content_encoding("gzip".into());
+        let body = postroom::job::decode::gzip(job.to_string().as_bytes()).unwrap();
+        let (exchange, key) = (self.topology().jobs_exchange(), format!("{level}.{tenant}"));
+        self.amqp()
+            .await
+            .publish(&exchange, &key, properties, &body)
+            .await;
+    }
+
     /// Publishes many jobs, a few hundred confirms at a time.
     pub(crate) async fn publish_all(&self, level: Level, jobs: &[(String, Value)]) {
         for chunk in jobs.chunks(256) {
