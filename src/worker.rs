@@ -135,7 +135,10 @@ impl Worker {
 
     /// Registers as a new worker after the old epoch died.
     pub async fn renew_epoch(&self) {
-        match self.ledger.register(&self.name, self.lease).await {
+        let registered = self
+            .ledger
+            .register(&self.name, self.lease, self.attempt_deadline);
+        match registered.await {
             Ok(epoch) => {
                 self.caps.renew(&epoch);
                 *self.epoch.write().unwrap_or_else(PoisonError::into_inner) = epoch;

@@ -22,6 +22,10 @@ CREATE TABLE worker (
     heartbeat_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     -- Since when the heartbeats have come without a gap: only a steady worker may take over from others.
     steady_since timestamptz NOT NULL DEFAULT clock_timestamp(),
+    -- How long it may be silent, and after what time what it marks as in its final write is decided: its own settings, which
+    -- need not be those of whoever takes over from it.
+    lease        interval NOT NULL,
+    deadline     interval NOT NULL,
     -- For ever: a worker that finds its epoch dead must not act on it again.
     dead         boolean NOT NULL DEFAULT false
 );
@@ -1660,23 +1664,26 @@ END $$;
 
 -- Takes over from workers that are dead: marks their epoch first, for ever, then moves their jobs. Jobs whose body is
 -- here wait again; those whose body RabbitMQ has are open for its redelivery; those marked in their final write stay
--- until p_deadline has passed and are then returned, to be settled as uncertain.
+-- until p_deadline has passed and are then returned, to be settled as uncertain. Of two settings the longer one counts: a
+-- worker trusts itself for as long as its own lease says, and whoever takes over knows only of outages that broke the
+-- heartbeats by its own.
 CREATE FUNCTION takeover_v1(p_epoch bigint, p_lease interval, p_deadline interval, p_max integer)
 RETURNS TABLE (moved integer, opened integer, tenant text, id text)
 LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 DECLARE
-    v_now timestamptz := clock_timestamp(); v_t text[]; v_i text[]; v_s smallint[]; d bigint[]; v_new bigint[];
+    v_now timestamptz := clock_timestamp(); v_t text[]; v_i text[]; d bigint[]; v_new bigint[];
+    v_steady interval;
 BEGIN
-    PERFORM 1 FROM worker w WHERE w.epoch = p_epoch AND NOT w.dead AND w.heartbeat_at > v_now - p_lease
-        AND w.steady_since <= v_now - p_lease;
-    IF NOT FOUND THEN
+    SELECT v_now - w.steady_since INTO v_steady FROM worker w
+        WHERE w.epoch = p_epoch AND NOT w.dead AND w.heartbeat_at > v_now - p_lease;
+    IF NOT FOUND OR v_steady < p_lease THEN
         RETURN;
     END IF;
     WITH died AS (
         UPDATE worker w SET dead = true
-        WHERE w.epoch IN (SELECT z.epoch FROM worker z WHERE z.epoch <> p_epoch AND NOT z.dead
-                          AND z.heartbeat_at < v_now - p_lease ORDER BY z.epoch FOR UPDATE SKIP LOCKED)
-          AND w.heartbeat_at < v_now - p_lease
+        WHERE w.epoch IN (SELECT z.epoch FROM worker z WHERE z.epoch <> p_epoch AND NOT z.dead AND z.lease <= v_steady
+                          AND z.heartbeat_at < v_now - greatest(z.lease, p_lease) ORDER BY z.epoch FOR UPDATE SKIP LOCKED)
+          AND w.heartbeat_at < v_now - greatest(w.lease, p_lease)
         RETURNING w.epoch)
     SELECT array_agg(z.epoch) INTO v_new FROM died z;
     IF v_new IS NOT NULL THEN
@@ -1715,7 +1722,8 @@ BEGIN
     RETURN NEXT;
     IF d IS NOT NULL THEN
         RETURN QUERY SELECT 0, 0, x.tenant, x.id FROM job x
-            WHERE x.state = 1 AND x.epoch = ANY (d) AND x.phase = 1 AND x.leased_at < v_now - p_deadline LIMIT p_max;
+            WHERE x.state = 1 AND x.epoch = ANY (d) AND x.phase = 1
+              AND x.leased_at < v_now - greatest(p_deadline, (SELECT w.deadline FROM worker w WHERE w.epoch = x.epoch)) LIMIT p_max;
     END IF;
 END $$;
 

@@ -186,19 +186,34 @@ pub struct Takeover {
 }
 
 impl Ledger {
-    /// Begins a life.
+    /// Begins a life. `deadline`: after this time what was marked as in its final write is decided, whatever became of it.
     ///
     /// # Errors
     /// If the database cannot be asked.
-    pub async fn register(&self, name: &str, lease: Duration) -> Result<Arc<Epoch>, DbError> {
+    pub async fn register(
+        &self,
+        name: &str,
+        lease: Duration,
+        deadline: Duration,
+    ) -> Result<Arc<Epoch>, DbError> {
         let sql = self.db.sql(
-            "INSERT INTO {s}.worker (name, version) VALUES ($1, $2) ON CONFLICT (epoch) DO NOTHING RETURNING epoch",
+            "INSERT INTO {s}.worker (name, version, lease, deadline)
+             VALUES ($1, $2, $3::bigint * interval '1 microsecond', $4::bigint * interval '1 microsecond')
+             ON CONFLICT (epoch) DO NOTHING RETURNING epoch",
         );
         let client = self.vital.client().await?;
         loop {
             let sent = boot_nanos();
             let row = client
-                .query_opt(&sql, &[&name, &env!("CARGO_PKG_VERSION")])
+                .query_opt(
+                    &sql,
+                    &[
+                        &name,
+                        &env!("CARGO_PKG_VERSION"),
+                        &micros(lease),
+                        &micros(deadline),
+                    ],
+                )
                 .await?;
             // None: another one began in the same microsecond.
             if let Some(row) = row {
@@ -248,8 +263,9 @@ impl Ledger {
         Ok(())
     }
 
-    /// Takes over the jobs of workers that have been silent for a whole lease. Does nothing unless this worker's own
-    /// heartbeats have been unbroken for as long: after an outage of the database everybody looks dead.
+    /// Takes over the jobs of workers that have been silent for a whole lease: theirs, or this worker's if that is longer.
+    /// Does nothing unless this worker's own heartbeats have been unbroken for as long: after an outage of the database
+    /// everybody looks dead.
     ///
     /// # Errors
     /// If the database cannot be asked.

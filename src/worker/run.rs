@@ -143,6 +143,12 @@ fn open_ledger(
     Ok(ledger.with_breaker(settings.breaker))
 }
 
+/// After this time an attempt has met all its time limits. What comes before the transaction, attachments above all, is
+/// part of it.
+fn attempt_deadline(timeouts: config::SmtpTimeouts) -> Duration {
+    timeouts.final_reply + 3 * timeouts.attempt
+}
+
 /// Puts a worker together.
 async fn build(
     settings: Settings,
@@ -155,19 +161,17 @@ async fn build(
     let metrics = Arc::clone(&service.metrics);
     let ledger = open_ledger(&database, Arc::clone(&metrics), &settings.worker)?;
     let name = host_name();
-    let epoch = ledger.register(&name, settings.worker.lease).await?;
+    let (lease, attempt_deadline) = (settings.worker.lease, attempt_deadline(settings.smtp.timeouts));
+    let epoch = ledger.register(&name, lease, attempt_deadline).await?;
     let guard = Arc::new(EgressGuard::new(settings.egress));
     let caps = Arc::new(Caps::new(&ledger, &epoch));
     let (arrivals, taken) = mpsc::channel(64);
     let (clock, batches) = (Arc::new(SharedClock::default()), Batches::new(&ledger));
-    let (pool_size, timeouts) = (settings.smtp.pool_size, settings.smtp.timeouts);
+    let pool_size = settings.smtp.pool_size;
     let memory = Memory::new(settings.worker.job_memory, metrics.job_bytes.clone());
+    let directory = Directory::new(database, keys.encryption.clone(), settings.worker.retry);
     let pipeline = Pipeline {
-        directory: Arc::new(Directory::new(
-            database,
-            keys.encryption.clone(),
-            settings.worker.retry,
-        )),
+        directory: Arc::new(directory),
         attachments: Attachments::new(
             settings.fetch,
             settings.storage.as_ref(),
@@ -198,9 +202,8 @@ async fn build(
         limits: settings.limits,
         retry: settings.worker.retry,
         deferred_report_after: settings.worker.deferred_report_after,
-        lease: settings.worker.lease,
-        // What comes before the transaction, attachments above all, is part of it.
-        attempt_deadline: timeouts.final_reply + 3 * timeouts.attempt,
+        lease,
+        attempt_deadline,
         retention: settings.worker.retention,
         publisher: supervisor.publisher(),
         topology: supervisor.topology().clone(),

@@ -86,6 +86,17 @@ impl Scene {
         let mut doomed = self.worker_with(plan, &[LONG_LEASE]).await;
         self.publish(&job()).await;
         was_killed(&mut doomed).await;
+        self.leaves_soon().await;
+    }
+
+    /// What the worker that began last has leased is free after a short lease, though it lived with a long one.
+    async fn leaves_soon(&self) {
+        let shorter = format!(
+            "UPDATE worker SET lease = interval '{} seconds' WHERE epoch = (SELECT max(epoch) FROM worker)",
+            LEASE.as_secs()
+        );
+        let shortened = self.world.sql().await.execute(&shorter, &[]).await.unwrap();
+        assert_eq!(shortened, 1);
     }
 
     /// Kills workers that wait for Postgres, and requires that they reported nothing and that all these messages come back:

@@ -275,6 +275,80 @@ async fn a_job_in_its_final_write_is_decided_about_only_after_the_deadline() {
 }
 
 #[tokio::test]
+async fn a_worker_with_a_longer_lease_is_not_taken_for_dead_by_one_with_a_shorter() {
+    in_world(|world| async move {
+        let (old, new) = (world.epoch().await, world.epoch().await);
+        let patient = Duration::from_mins(10);
+        let patient = world
+            .ledger
+            .register("patient", patient, Duration::ZERO)
+            .await
+            .unwrap();
+        world.go(request(&old, "acme", "short")).await;
+        world.go(request(&patient, "acme", "long")).await;
+        let opened = async || world.ledger.takeover(&new, DEADLINE).await.unwrap().opened;
+        for epoch in [&old, &patient] {
+            age(&world, epoch, "heartbeat_at", "9 minutes").await;
+        }
+        age(&world, &new, "steady_since", "1 hour").await;
+        assert_eq!(opened().await, 1, "the one with the same lease");
+        assert_eq!(world.state("acme", "long").await, 1);
+        age(&world, &patient, "heartbeat_at", "11 minutes").await;
+        age(&world, &new, "steady_since", "9 minutes").await;
+        assert_eq!(
+            opened().await,
+            0,
+            "what ended just before that may have silenced both"
+        );
+        age(&world, &new, "steady_since", "11 minutes").await;
+        assert_eq!(opened().await, 1);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_worker_with_a_longer_lease_waits_for_its_own_before_it_takes_over() {
+    in_world(|world| async move {
+        let brief = Duration::from_secs(3);
+        let brief = world
+            .ledger
+            .register("brief", brief, Duration::ZERO)
+            .await
+            .unwrap();
+        let new = world.steady_epoch().await;
+        world.go(request(&brief, "acme", "1")).await;
+        // An outage of this length leaves no gap in the heartbeats of the other one.
+        age(&world, &brief, "heartbeat_at", "20 seconds").await;
+        assert_eq!(world.ledger.takeover(&new, DEADLINE).await.unwrap().opened, 0);
+        age(&world, &brief, "heartbeat_at", "46 seconds").await;
+        assert_eq!(world.ledger.takeover(&new, DEADLINE).await.unwrap().opened, 1);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_job_in_its_final_write_is_decided_about_only_after_the_deadline_of_its_own_worker() {
+    in_world(|world| async move {
+        let hour = Duration::from_hours(1);
+        let registered = world.ledger.register("patient", Duration::from_secs(45), hour);
+        let (old, new) = (registered.await.unwrap(), world.steady_epoch().await);
+        let row = world.go(request(&old, "acme", "1")).await;
+        world.ledger.mark_data(std::slice::from_ref(&row)).await.unwrap();
+        world.silence(&old).await;
+        for (leased, uncertain) in [("59 minutes", 0), ("61 minutes", 1)] {
+            world
+                .run(&format!(
+                    "UPDATE {{s}}.job SET leased_at = clock_timestamp() - interval '{leased}'"
+                ))
+                .await;
+            let takeover = world.ledger.takeover(&new, DEADLINE).await.unwrap();
+            assert_eq!(takeover.uncertain.len(), uncertain, "{leased}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_job_held_because_its_worker_died_is_counted_as_uncertain_once() {
     in_world(|world| async move {
         let counted = || world.ledger.metrics.jobs.with_label_values(&["uncertain"]).get();

@@ -62,8 +62,8 @@ impl World {
         let many = format!("FROM generate_series(1, {number}) i");
         let waiting = format!("{columns}, due_at, reason, body, body_size, properties");
         for sql in [
-            "INSERT INTO {s}.worker (epoch, name, version)
-             SELECT (SELECT coalesce(max(epoch), 0) FROM {s}.worker) + i, 'other', '1' FROM generate_series(1, 20) i"
+            "INSERT INTO {s}.worker (epoch, name, version, lease, deadline)
+             SELECT (SELECT coalesce(max(epoch), 0) FROM {s}.worker) + i, 'other', '1', '45 s', '25 min' FROM generate_series(1, 20) i"
                 .to_owned(),
             format!(
                 "INSERT INTO {{s}}.job ({columns}, epoch, claim, leased_at)

@@ -104,7 +104,7 @@ impl World {
     }
 
     pub(super) async fn epoch(&self) -> Arc<Epoch> {
-        self.ledger.register("test", LEASE).await.unwrap()
+        self.ledger.register("test", LEASE, Duration::ZERO).await.unwrap()
     }
 
     /// An epoch that may take over: its heartbeats have come for long enough.

@@ -20,6 +20,7 @@ async fn dies_behind_another(scene: &mut Scene, plan: &str, doomed: &Value) {
     scene.publish(&job("first")).await;
     scene.publish(doomed).await;
     was_killed(&mut worker).await;
+    scene.leaves_soon().await;
 }
 
 fn flights(scene: &Scene) -> usize {

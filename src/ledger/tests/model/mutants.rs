@@ -86,7 +86,7 @@ mutants! {
         "takeover_v1" ["claim = NULL, " => ""]
         breaks LeaseGuards | AcceptedStays | NothingLost;
     takeover_takes_from_the_living:
-        "takeover_v1" ["w.heartbeat_at < v_now - p_lease" => "true", "z.heartbeat_at < v_now - p_lease" => "true"]
+        "takeover_v1" ["w.heartbeat_at < v_now - greatest(w.lease, p_lease)" => "true", "z.heartbeat_at < v_now - greatest(z.lease, p_lease)" => "true"]
         breaks DeadStayDead;
     takeover_by_those_who_are_silent_themselves:
         "takeover_v1" ["w.heartbeat_at > v_now - p_lease" => "true", "NOT w.dead AND true" => "true"]
