@@ -31,6 +31,8 @@ use crate::telemetry::traces;
 
 /// How long a job waits in the waiting room when its account has no connection free.
 const BUSY_DELAY: Duration = Duration::from_millis(250);
+/// So many slots in a row may come too late to be used; then the mail waits for a faster database.
+const LATE_SLOTS: usize = 5;
 /// How long a mail waits that has stood in line for its files in vain.
 const FILES_DELAY: Duration = Duration::from_secs(10);
 
@@ -344,7 +346,29 @@ impl Pipeline {
         }
     }
 
+    /// A slot that may be used. One whose answer came late counts where it was granted, and MAIL would come elsewhere: it
+    /// goes back for another.
     async fn take_slot(
+        &self,
+        task: &Task,
+        chosen: &Chosen,
+        recipients: usize,
+        more: bool,
+    ) -> Result<Slot, Verdict> {
+        for _ in 0..LATE_SLOTS {
+            let slot = self.ask_for_slot(task, chosen, recipients, more).await?;
+            if slot.is_valid() {
+                return Ok(slot);
+            }
+        }
+        tracing::warn!(account = %chosen.account.key, "Postgres answers too late for a slot of the account's limits to be used");
+        Err(Verdict::Wait {
+            reason: WaitReason::Rate,
+            delay: Duration::ZERO,
+        })
+    }
+
+    async fn ask_for_slot(
         &self,
         task: &Task,
         chosen: &Chosen,

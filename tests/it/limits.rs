@@ -291,6 +291,42 @@ async fn a_mail_whose_connection_took_long_to_replace_takes_another_slot() {
 }
 
 #[tokio::test]
+async fn a_slot_whose_answer_came_late_is_not_used_and_the_mail_goes_with_another() {
+    // So many commits that grant a slot stand still for longer than it is good for: that of the admission, and more.
+    const STALLED: u64 = 3;
+    let world = World::ready().await;
+    let server = SmtpServer::builder().start().await;
+    account(&world, "acme", &server, &["--limit", "60/1m"]).await;
+    let stall = format!(
+        "CREATE SEQUENCE grants;
+         CREATE FUNCTION stall() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+         BEGIN
+             IF nextval('grants') <= {STALLED} THEN PERFORM pg_sleep(1); END IF;
+             RETURN NULL;
+         END $$;
+         CREATE CONSTRAINT TRIGGER stall AFTER INSERT OR UPDATE ON job DEFERRABLE INITIALLY DEFERRED
+             FOR EACH ROW WHEN (NEW.slot_at IS NOT NULL) EXECUTE FUNCTION stall()"
+    );
+    world.sql().await.batch_execute(&stall).await.unwrap();
+    let mut reports = world.reports().await;
+    let worker = world.start_worker().await;
+    world.publish_mail(Level::High, "acme", "late").await;
+    let sent = reports.final_of("late").await;
+    assert_eq!(
+        (sent.kind(), &sent.json["data"]["attempt"]),
+        ("mail.sent", &json!(1))
+    );
+    assert_eq!(reports.of("late").len(), 1, "it did not wait");
+    let granted = worker
+        .count(r#"postroom_rate_slots_total{answer="granted"}"#)
+        .await;
+    assert_eq!(granted, STALLED + 1);
+    let sql = world.sql().await;
+    let used = sql.query_one("SELECT used[1] FROM rate", &[]).await.unwrap();
+    assert_eq!(used.get::<_, i32>(0), 1, "the others went back");
+}
+
+#[tokio::test]
 async fn a_mail_that_was_heard_counts_even_if_its_connection_cannot_be_replaced() {
     let script = || {
         Script::new()
