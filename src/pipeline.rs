@@ -43,7 +43,7 @@ pub struct Attempt {
     pub links: Vec<LinkedFile>,
     /// It counts as an attempt: something was tried, beyond waiting for room.
     pub started: bool,
-    /// MAIL FROM was written: the slot is used.
+    /// MAIL FROM was written since the last slot was taken: that one is used.
     pub reached_mail_from: bool,
     /// The account had no connection free.
     pub found_busy: bool,

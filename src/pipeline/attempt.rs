@@ -238,10 +238,7 @@ impl Pipeline {
             let granted = match slot.take().filter(Slot::is_valid) {
                 Some(slot) => slot,
                 None if !limited => Slot::unlimited(),
-                None => {
-                    self.take_slot(task, chosen, open.len(), turns.have_begun())
-                        .await?
-                }
+                None => self.take_slot(task, attempt, chosen, open.len()).await?,
             };
             open.truncate(granted.recipients as usize);
             email.recipients.truncate(open.len());
@@ -351,12 +348,12 @@ impl Pipeline {
     async fn take_slot(
         &self,
         task: &Task,
+        attempt: &mut Attempt,
         chosen: &Chosen,
         recipients: usize,
-        more: bool,
     ) -> Result<Slot, Verdict> {
         for _ in 0..LATE_SLOTS {
-            let slot = self.ask_for_slot(task, chosen, recipients, more).await?;
+            let slot = self.ask_for_slot(task, attempt, chosen, recipients).await?;
             if slot.is_valid() {
                 return Ok(slot);
             }
@@ -371,9 +368,9 @@ impl Pipeline {
     async fn ask_for_slot(
         &self,
         task: &Task,
+        attempt: &mut Attempt,
         chosen: &Chosen,
         recipients: usize,
-        more: bool,
     ) -> Result<Slot, Verdict> {
         let since = Instant::now();
         let request = SlotRequest {
@@ -382,12 +379,16 @@ impl Pipeline {
             lease: task.row.lease.clone(),
             account: chosen.account.key.clone(),
             recipients: recipients as u32,
-            keep: more,
+            // Whoever sent under it, and whoever sends now.
+            keep: attempt.reached_mail_from,
         };
         let answer = self.batches.take_slot(request).await;
         self.observe("slot", since);
         match answer {
-            Some(SlotAnswer::Granted(slot)) => Ok(slot),
+            Some(SlotAnswer::Granted(slot)) => {
+                attempt.reached_mail_from = false;
+                Ok(slot)
+            }
             Some(SlotAnswer::Denied(delay)) => Err(Verdict::Wait {
                 reason: WaitReason::Rate,
                 delay,

@@ -39,11 +39,6 @@ impl Turns {
             .collect()
     }
 
-    /// Whether anybody had one.
-    pub(super) fn have_begun(&self) -> bool {
-        !self.had.is_empty()
-    }
-
     /// These have it now.
     pub(super) fn begin(&mut self, recipients: &[Address]) {
         self.had.extend(recipients.iter().map(ToString::to_string));

@@ -265,6 +265,43 @@ async fn what_the_platform_sends_instead_of_an_account_counts_against_its_limits
 }
 
 #[tokio::test]
+async fn a_mail_that_an_account_heard_counts_there_even_if_the_platform_sends_it() {
+    let platform = SmtpServer::builder().start().await;
+    // The second MAIL finds the connection closed, and there is no other.
+    let script = Script::new()
+        .once_after(1, Phase::Mail, Action::shutting_down())
+        .once_after(1, Phase::Greeting, Action::shutting_down());
+    let own = SmtpServer::builder().script(script).start().await;
+    let world = world_with_fallback(&platform, &own).await;
+    set(&world, &["account", "set", "acme", "main", "--limit", "10/1h"]).await;
+    set(&world, &["account", "set", "-", "relay", "--limit", "10/1h"]).await;
+    let mut reports = world.reports().await;
+    let _worker = world.start_worker().await;
+    for (id, via) in [("1", "account"), ("2", "platform")] {
+        let sent = outcome(&world, &mut reports, &job(id, "acme", &json!({}))).await;
+        assert_eq!(
+            (sent.kind(), sender(&sent)["via"].as_str()),
+            ("mail.sent", Some(via))
+        );
+    }
+    assert_eq!(
+        (
+            own.counters().command("MAIL"),
+            platform.counters().command("MAIL")
+        ),
+        (2, 1)
+    );
+    let sql = world.sql().await;
+    for (key, heard) in [("acme/main", 2), ("-/relay", 1)] {
+        let used = sql
+            .query_one("SELECT used[1] FROM rate WHERE key = $1", &[&key])
+            .await
+            .unwrap();
+        assert_eq!(used.get::<_, i32>(0), heard, "{key}");
+    }
+}
+
+#[tokio::test]
 async fn the_platform_never_sends_after_a_fault_of_the_recipient() {
     let script = Script::new()
         .recipient("gone", RcptRule::refuse("550 5.1.1 No such user"))
