@@ -1199,7 +1199,7 @@ BEGIN
             -- Decided without knowing what an earlier owner had brought about: nobody is sending now, so it begins anew
             -- with what is still open.
             UPDATE job x SET state = CASE WHEN x.body IS NULL THEN 0 ELSE 2 END, claim = NULL, phase = 0, merged = false,
-                marked = false, due_at = v_now, reason = 2, slot_at = NULL, slot_cost = NULL, updated_at = v_now
+                marked = false, due_at = least(x.due_at, v_now), reason = 2, slot_at = NULL, slot_cost = NULL, updated_at = v_now
                 WHERE x.tenant = p_tenants[i] AND x.id = p_ids[i] AND x.state IS NOT DISTINCT FROM 1
                   AND x.epoch IS NOT DISTINCT FROM p_epoch AND x.claim = p_claims[i] AND x.merged;
             IF FOUND THEN
@@ -1700,8 +1700,10 @@ BEGIN
             WHERE x.state = 1 AND x.epoch = ANY (d) AND x.phase = 0
             ORDER BY x.tenant, x.id LIMIT p_max FOR UPDATE SKIP LOCKED
         ), done AS (
-            -- The claim goes too: its late owner must not take the row for settled by itself.
-            UPDATE job x SET state = CASE WHEN x.body IS NULL THEN 0 ELSE 2 END, claim = NULL, due_at = v_now, reason = 2,
+            -- The claim goes too: its late owner must not take the row for settled by itself. What came out of the waiting
+            -- room goes back to its place.
+            UPDATE job x SET state = CASE WHEN x.body IS NULL THEN 0 ELSE 2 END,
+                claim = NULL, due_at = least(x.due_at, v_now), reason = 2,
                 uncertain = x.uncertain + 1, slot_at = NULL, slot_cost = NULL, updated_at = v_now, marked = false,
                 crashes = CASE WHEN x.marked THEN x.crashes + 1 ELSE greatest(x.crashes, 1) END,
                 deaths = least(x.deaths + 1, 1000)

@@ -206,8 +206,8 @@ impl Ledger {
         let sql = self.db.sql(
             "WITH lost AS (
                  UPDATE {s}.job SET state = CASE WHEN body IS NULL THEN 0 ELSE 2 END, claim = NULL, phase = 0,
-                     merged = false, marked = false, due_at = clock_timestamp(), reason = 2, slot_at = NULL, slot_cost = NULL,
-                     updated_at = clock_timestamp()
+                     merged = false, marked = false, due_at = least(due_at, clock_timestamp()), reason = 2,
+                     slot_at = NULL, slot_cost = NULL, updated_at = clock_timestamp()
                  WHERE state = 1 AND epoch = $1 AND claim >= $3 AND claim < $4 AND claim <> ALL ($2) AND phase = 0
                  RETURNING tenant, id, state)
              SELECT {s}.touch_lanes(array_agg(tenant), array_agg(id)), count(*)

@@ -153,7 +153,8 @@ impl Ledger {
         // cancel is overruled. The time that a decision took does not count as one of retries. The first release is noted: a
         // mail that goes before its time is dated by it, at every attempt.
         let sql = self.db.sql(
-            "UPDATE {s}.job SET state = CASE WHEN body IS NULL THEN 0 ELSE 2 END, cancel = false, due_at = now(),
+            "UPDATE {s}.job SET state = CASE WHEN body IS NULL THEN 0 ELSE 2 END, cancel = false,
+                 due_at = CASE WHEN state = 2 THEN least(due_at, now()) ELSE now() END,
                  tried_at = CASE WHEN state = 2 THEN tried_at END,
                  properties = CASE WHEN state = 2 THEN jsonb_build_object('released_at', {s}.iso(now())) || properties
                                    ELSE properties END,

@@ -6,13 +6,15 @@ use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
 
-use super::world::{World, account, all, done, in_world, job, park, request, settlement, tenant, until};
+use super::world::{
+    World, account, all, done, in_world, job, park, request, result, settlement, tenant, until,
+};
 use crate::ledger::admit::{AdmitRequest, Admitted};
 use crate::ledger::release::{ReleaseRequest, Released};
 use crate::ledger::settle::{Next, Settled};
 use crate::ledger::{Epoch, WaitReason};
 use crate::level::Level;
-use crate::report::ReportType;
+use crate::report::{RecipientStatus, ReportType};
 
 /// Puts jobs into the waiting room straight away: `tenant/main` of each tenant, oldest first.
 pub(super) async fn fill(
@@ -554,6 +556,49 @@ async fn a_forgotten_job_that_was_marked_in_its_final_write_is_held_and_not_rele
         assert_eq!(world.ledger.forgotten(&epoch).await.unwrap(), 1);
         assert_eq!(world.state("acme", "1").await, 4);
         assert!(world.release(&epoch, Level::Medium, 1).await.is_empty());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_job_that_comes_back_to_wait_keeps_its_place() {
+    in_world(|world| async move {
+        let epoch = world.steady_epoch().await;
+        for id in ["1", "2", "3"] {
+            world.parked(&epoch, "acme", id, WaitReason::Rate).await;
+        }
+        let first = async || {
+            let mut released = world.release(&epoch, Level::Medium, 1).await;
+            let released = released.remove(0);
+            assert_eq!(released.row.id.as_str(), "1");
+            released.row
+        };
+        let (owner, id) = (tenant("acme"), job("1"));
+        // Let go by hand.
+        world.ledger.release_by_hand(&owner, &id).await.unwrap();
+        drop(first().await);
+        // Forgotten by its worker.
+        let _ = (epoch.look(), epoch.look());
+        assert_eq!(world.ledger.forgotten(&epoch).await.unwrap(), 1);
+        let row = first().await;
+        // Begun anew after somebody else's acceptance.
+        let accepted = [
+            result("a@b.example", RecipientStatus::Accepted),
+            result("c@d.example", RecipientStatus::Deferred),
+        ];
+        let merged = world.ledger.merge_acceptance(&owner, &id, &accepted, "<1@acme>");
+        merged.await.unwrap();
+        let failed = done(&row, ReportType::Failed);
+        assert_eq!(world.settle_one(failed).await, Settled::LeaseLost);
+        // Taken over from the dead.
+        let doomed = world.epoch().await;
+        let leased = world.release(&doomed, Level::Medium, 1).await;
+        assert_eq!(ids(&leased), ["1"]);
+        world.silence(&doomed).await;
+        let deadline = Duration::from_mins(1);
+        assert_eq!(world.ledger.takeover(&epoch, deadline).await.unwrap().moved, 1);
+        first().await;
+        world.assert_lanes_are_right().await;
     })
     .await;
 }
