@@ -26,7 +26,7 @@ pub enum JobCommand {
     List(ListArgs),
     /// Show what is known of one job
     Show(OneArgs),
-    /// Cancel a job that has not been sent; one that has not come yet is cancelled when it comes
+    /// Cancel a job that was not sent; one that has not come yet is cancelled when it comes, one that is held is refused
     Cancel(NameArgs),
     /// Let a waiting job run now (its account's limits still hold)
     Release(NameArgs),
@@ -157,6 +157,10 @@ async fn show(database: &Database, args: &OneArgs, out: &mut (dyn Write + Send))
     Ok(())
 }
 
+/// Why a held job is neither let go nor cancelled.
+const HELD: &str = "is held because nobody knows whether it was sent: find out, and say so with \
+                    `postroom job resolve --sent`, `--not-sent` (it is sent again) or `--failed`";
+
 async fn cancel(ledger: &Ledger, key: &NameArgs, out: &mut (dyn Write + Send)) -> Result<(), CliError> {
     let said = match ledger.cancel(&key.tenant, &key.id).await? {
         Cancel::Cancelled => "cancelled",
@@ -168,6 +172,7 @@ async fn cancel(ledger: &Ledger, key: &NameArgs, out: &mut (dyn Write + Send)) -
                 "is over already; `postroom job show` tells how it ended",
             ));
         }
+        Cancel::Held => return Err(refused(key, HELD)),
     };
     Ok(writeln!(out, "{said}")?)
 }
@@ -176,6 +181,7 @@ async fn release(ledger: &Ledger, key: &NameArgs, out: &mut (dyn Write + Send)) 
     match ledger.release_by_hand(&key.tenant, &key.id).await? {
         ManualRelease::Released => Ok(writeln!(out, "released")?),
         ManualRelease::NotWaiting => Err(refused(key, "does not wait; `postroom job show` tells its state")),
+        ManualRelease::Held => Err(refused(key, HELD)),
         ManualRelease::Unknown => Err(unknown(key)),
     }
 }

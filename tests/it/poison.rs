@@ -159,6 +159,13 @@ async fn a_job_held_as_uncertain_ends_as_an_operator_decides() {
         job["on_uncertain"] = json!("hold");
         world.publish(Level::High, "acme", &job).await;
         world.wait_state("acme", id, 4).await;
+        for undecided in ["release", "cancel"] {
+            let said = world
+                .postroom(&["job", undecided, "acme", id])
+                .await
+                .fails_with(1);
+            assert!(said.contains("job resolve --sent"), "{said}");
+        }
     }
     for (id, kind) in [
         ("sent", "mail.sent"),

@@ -19,6 +19,8 @@ pub enum Cancel {
     TooLate,
     /// Nobody has seen this job yet; it will be cancelled when it comes.
     Noted,
+    /// It is held, and may have been sent: that is for [`Ledger::resolve`] to decide.
+    Held,
 }
 
 /// What became of a release by hand.
@@ -28,6 +30,8 @@ pub enum ManualRelease {
     Released,
     /// It does not wait.
     NotWaiting,
+    /// It is held, and may have been sent: that is for [`Ledger::resolve`] to decide.
+    Held,
     /// There is no such job.
     Unknown,
 }
@@ -87,7 +91,7 @@ impl Ledger {
             return Ok(Cancel::TooLate);
         };
         let answer = match row.state {
-            0 | 2 | 4 => {
+            0 | 2 => {
                 let report = row.report(ReportType::Cancelled, "cancelled");
                 self.finish(&transaction, &row, report, None).await?;
                 Cancel::Cancelled
@@ -101,6 +105,7 @@ impl Ledger {
                     .await?;
                 Cancel::InFlight
             }
+            4 => Cancel::Held,
             5 => Cancel::Noted,
             _ => Cancel::TooLate,
         };
@@ -128,7 +133,7 @@ impl Ledger {
         Ok(inserted == 1)
     }
 
-    /// Lets a waiting (or held) job run now.
+    /// Lets a waiting job run now.
     ///
     /// # Errors
     /// If the database cannot be asked.
@@ -138,8 +143,10 @@ impl Ledger {
         let Some(row) = self.lock(&transaction, tenant, id).await? else {
             return Ok(ManualRelease::Unknown);
         };
-        if row.state != 2 && row.state != 4 {
-            return Ok(ManualRelease::NotWaiting);
+        match row.state {
+            2 => {}
+            4 => return Ok(ManualRelease::Held),
+            _ => return Ok(ManualRelease::NotWaiting),
         }
         self.let_go(&transaction, &row).await?;
         transaction.commit().await?;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::world::{World, body, done, in_world, job, park, request, result, settlement, tenant};
 use crate::ledger::WaitReason;
 use crate::ledger::admit::Admitted;
-use crate::ledger::odd::{Cancel, ManualRelease};
+use crate::ledger::odd::{Cancel, Decision, ManualRelease, Resolved};
 use crate::ledger::settle::{Body, Next, Settled};
 use crate::level::Level;
 use crate::report::RecipientStatus::{Accepted, Deferred, Pending, Refused};
@@ -101,8 +101,7 @@ async fn a_cancel_ends_what_is_not_in_flight() {
             .await;
         let open = world.go(request(&epoch, "acme", "open")).await;
         world.settle_one(settlement(&open, Next::GiveBack)).await;
-        held(&world, "held").await;
-        for id in ["busy", "retry", "open", "held"] {
+        for id in ["busy", "retry", "open"] {
             assert_eq!(cancel(&world, id).await, Cancel::Cancelled, "{id}");
             assert_eq!(
                 reports(&world, id).await,
@@ -190,7 +189,20 @@ async fn a_cancel_that_races_with_admission_is_never_lost() {
 }
 
 #[tokio::test]
-async fn only_what_waits_or_is_held_can_be_released_by_hand() {
+async fn what_may_have_been_sent_is_neither_cancelled_nor_let_go_without_a_decision() {
+    in_world(|world| async move {
+        held(&world, "held").await;
+        assert_eq!(cancel(&world, "held").await, Cancel::Held);
+        assert_eq!(by_hand(&world, "held").await, ManualRelease::Held);
+        assert_eq!(world.state("acme", "held").await, 4);
+        assert_eq!(reports(&world, "held").await, []);
+        assert_eq!(world.column("acme", "held", "cancel").await.as_deref(), Some("false"));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn only_what_waits_can_be_released_by_hand() {
     in_world(|world| async move {
         let epoch = world.epoch().await;
         assert_eq!(by_hand(&world, "none").await, ManualRelease::Unknown);
@@ -204,22 +216,26 @@ async fn only_what_waits_or_is_held_can_be_released_by_hand() {
             .settle_one(park(&row, WaitReason::Schedule, Duration::from_hours(9)))
             .await;
         world.parked(&epoch, "acme", "busy", WaitReason::Busy).await;
-        held(&world, "held").await;
         world
             .run("UPDATE {s}.lane SET next_at = clock_timestamp() + interval '1 hour'")
             .await;
-        for id in ["waits", "busy", "held", "held"] {
+        for id in ["waits", "busy", "busy"] {
             assert_eq!(by_hand(&world, id).await, ManualRelease::Released, "{id}");
             world.assert_lanes_are_right().await;
         }
-        assert_eq!(world.release(&epoch, Level::Medium, 9).await.len(), 3);
-        // A held job that once waited for its turn enters no count either.
-        held(&world, "again").await;
-        world
-            .run("UPDATE {s}.job SET reason = 1 WHERE id = 'again'")
-            .await;
-        by_hand(&world, "again").await;
-        world.assert_lanes_are_right().await;
+        assert_eq!(world.release(&epoch, Level::Medium, 9).await.len(), 2);
+        // A held job that is to be sent again enters its lane anew; one that once waited for its turn is not counted there.
+        for reason in ["NULL", "1"] {
+            held(&world, reason).await;
+            world
+                .run(&format!("UPDATE {{s}}.job SET reason = {reason} WHERE id = '{reason}'"))
+                .await;
+            let (owner, id) = (tenant("acme"), job(reason));
+            let resolved = world.ledger.resolve(&owner, &id, Decision::NotSent, "ann").await;
+            assert_eq!(resolved.unwrap(), Resolved::Done);
+            world.assert_lanes_are_right().await;
+        }
+        assert_eq!(world.release(&epoch, Level::Medium, 9).await.len(), 2);
     })
     .await;
 }

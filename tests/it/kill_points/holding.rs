@@ -64,11 +64,8 @@ async fn what_is_to_be_held_is_held_if_its_worker_died_after_the_mark_and_sent_i
     assert_eq!(survivor.count(held).await, 2);
     // Somebody decides: once more, please.
     for (id, _) in MARKED {
-        scene
-            .world
-            .postroom(&["job", "release", "acme", id])
-            .await
-            .success();
+        let decide = ["job", "resolve", "acme", id, "--not-sent"];
+        scene.world.postroom(&decide).await.success();
         scene.reports.final_of(id).await;
     }
     scene.over().await;

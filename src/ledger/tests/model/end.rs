@@ -56,7 +56,7 @@ impl Model {
         }
         let held = self.tables.jobs.iter().filter(|(_, row)| row.state == 4);
         for key in held.map(|(key, _)| key.clone()).collect::<Vec<_>>() {
-            self.let_go(&key).await?;
+            self.send_again(&key).await?;
         }
         self.sweep().await
     }

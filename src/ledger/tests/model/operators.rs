@@ -1,7 +1,7 @@
 //! What people do meanwhile: cancel, release, change limits.
 
 use super::{Model, Rule, Step, holds};
-use crate::ledger::odd::{Cancel, ManualRelease};
+use crate::ledger::odd::{Cancel, Decision, Resolved};
 
 const HOUR: i64 = 3_600_000_000;
 
@@ -64,24 +64,33 @@ impl Model {
                 Cancel::InFlight => state == Some(1),
                 Cancel::Noted => state == Some(5),
                 Cancel::TooLate => before == Some(3),
+                Cancel::Held => before == Some(4) && state == Some(4),
             };
             return holds(right, Rule::CancelStands, || {
                 format!("{key} was told {answer:?} and is in state {state:?}")
             });
         }
-        let held = before == Some(4);
-        if before == Some(2) || held {
-            self.let_go(&key).await?;
+        match before {
+            Some(2) => self.let_go(&key).await,
+            Some(4) => self.send_again(&key).await,
+            _ => Ok(()),
         }
-        Ok(())
     }
 
-    pub(super) async fn let_go(&mut self, key: &super::Key) -> Step {
+    async fn let_go(&mut self, key: &super::Key) -> Step {
         let ledger = &self.world.ledger;
         let answer = ledger.release_by_hand(&key.tenant, &key.id).await.unwrap();
         self.note(|| format!("release {key} by hand: {answer:?}"));
-        let held = self.tables.jobs.get(key).is_some_and(|row| row.state == 4);
-        if held && answer == ManualRelease::Released {
+        self.look().await
+    }
+
+    /// Somebody decides that a held job was not sent.
+    pub(super) async fn send_again(&mut self, key: &super::Key) -> Step {
+        let ledger = &self.world.ledger;
+        let decided = ledger.resolve(&key.tenant, &key.id, Decision::NotSent, "ann");
+        let answer = decided.await.unwrap();
+        self.note(|| format!("{key} was not sent: {answer:?}"));
+        if answer == Resolved::Done {
             self.job(key).let_go += 1;
         }
         self.look().await
