@@ -1162,8 +1162,9 @@ BEGIN
             crashes = x.crashes + coalesce(u.cr, 0),
             seq = coalesce(u.sq, x.seq),
             report = CASE WHEN u.rp IS NULL THEN x.report ELSE nextval('outbox_n_seq') END,
-            recipients = coalesce(u.rc::jsonb, x.recipients),
-            message_id = coalesce(u.mid, x.message_id),
+            -- Who has the mail through an earlier owner stays known.
+            recipients = CASE WHEN x.merged THEN x.recipients ELSE coalesce(u.rc::jsonb, x.recipients) END,
+            message_id = coalesce(u.mid, x.message_id), merged = false,
             body = CASE WHEN u.k = 1 THEN NULL ELSE coalesce(x.body, u.body) END,
             body_size = CASE WHEN u.k = 1 THEN NULL ELSE coalesce(x.body_size, octet_length(u.body)) END,
             properties = coalesce(x.properties, u.pr::jsonb),
@@ -1181,7 +1182,9 @@ BEGIN
                   WITH ORDINALITY q(t, id, c, k, oc, at, rc, mid, rp, sq, dl, rs, body, pr, er, un, cr, ac, o)
               ORDER BY q.t COLLATE "C", q.id COLLATE "C") u
         WHERE x.tenant = u.t AND x.id = u.id AND x.state IS NOT DISTINCT FROM 1
-          AND x.epoch IS NOT DISTINCT FROM p_epoch AND x.claim = u.c AND NOT x.merged AND NOT (x.cancel AND u.k IN (2, 3))
+          AND x.epoch IS NOT DISTINCT FROM p_epoch AND x.claim = u.c
+          -- What may have been sent is not begun anew, whatever was merged.
+          AND (NOT x.merged OR u.k = 4) AND NOT (x.cancel AND u.k IN (2, 3))
         RETURNING u.o::integer AS o, x.tenant, x.id, x.state, x.leased_at, x.seq, u.rp,
                   CASE WHEN u.rp IS NOT NULL THEN x.report END AS n
     ), owed AS (

@@ -189,6 +189,42 @@ async fn a_cancel_that_races_with_admission_is_never_lost() {
 }
 
 #[tokio::test]
+async fn a_job_to_be_held_is_held_although_an_acceptance_was_merged_under_its_lease() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        let owner = world.go(request(&epoch, "acme", "1")).await;
+        let mine = [result("a@b.example", Accepted), result("c@d.example", Deferred)];
+        assert!(!merge(&world, "1", &mine).await);
+        // It knows nothing of that, and not what became of its own mail.
+        let mut uncertain = done(&owner, ReportType::Uncertain);
+        uncertain.next = Next::Hold { body: Some(body()) };
+        uncertain.recipients = Some(vec![
+            result("a@b.example", Pending),
+            result("c@d.example", Pending),
+        ]);
+        for _ in 0..2 {
+            assert_eq!(world.settle_one(uncertain.clone()).await, Settled::Written);
+        }
+        assert_eq!(world.state("acme", "1").await, 4);
+        assert_eq!(
+            reports(&world, "1").await,
+            [("mail.uncertain".to_owned(), false, 1)]
+        );
+        let (owner, id) = (tenant("acme"), job("1"));
+        let resolved = world.ledger.resolve(&owner, &id, Decision::NotSent, "ann").await;
+        assert_eq!(resolved.unwrap(), Resolved::Done);
+        let row = world.release(&epoch, Level::Medium, 1).await.remove(0).row;
+        let open: Vec<_> = row.recipients.iter().map(|r| r.status).collect();
+        assert_eq!(
+            open,
+            [Accepted, Pending],
+            "the one who has it does not get it again"
+        );
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn what_may_have_been_sent_is_neither_cancelled_nor_let_go_without_a_decision() {
     in_world(|world| async move {
         held(&world, "held").await;
@@ -196,7 +232,10 @@ async fn what_may_have_been_sent_is_neither_cancelled_nor_let_go_without_a_decis
         assert_eq!(by_hand(&world, "held").await, ManualRelease::Held);
         assert_eq!(world.state("acme", "held").await, 4);
         assert_eq!(reports(&world, "held").await, []);
-        assert_eq!(world.column("acme", "held", "cancel").await.as_deref(), Some("false"));
+        assert_eq!(
+            world.column("acme", "held", "cancel").await.as_deref(),
+            Some("false")
+        );
     })
     .await;
 }
@@ -228,7 +267,9 @@ async fn only_what_waits_can_be_released_by_hand() {
         for reason in ["NULL", "1"] {
             held(&world, reason).await;
             world
-                .run(&format!("UPDATE {{s}}.job SET reason = {reason} WHERE id = '{reason}'"))
+                .run(&format!(
+                    "UPDATE {{s}}.job SET reason = {reason} WHERE id = '{reason}'"
+                ))
                 .await;
             let (owner, id) = (tenant("acme"), job(reason));
             let resolved = world.ledger.resolve(&owner, &id, Decision::NotSent, "ann").await;
