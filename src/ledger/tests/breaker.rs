@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::world::{
-    LEASE, World, account, all, done, fault, in_world, park, request, settlement, tenant, until,
+    LEASE, RELEASE, World, account, all, done, fault, in_world, park, request, settlement, tenant, until,
 };
 use crate::ledger::admit::{AdmitRequest, Admitted};
 use crate::ledger::health::Evidence;
@@ -295,10 +295,14 @@ async fn a_probe_whose_lease_was_answered_into_the_void_is_taken_up_by_the_next_
         let epoch = world.epoch().await;
         world.open(&epoch).await;
         world.cool().await;
-        let lost = world.release(&epoch, Level::Medium, 1).await.remove(0).row;
-        assert!(lost.probe && world.breaker().await == Some(2));
-        epoch.lose(lost.lease.claim, 1);
-        drop(lost);
+        world.loses_the_first_answer("release_v1", &RELEASE).await;
+        let asked = all(Level::Medium, 1);
+        assert!(world.ledger.release(&epoch, &asked).await.is_err());
+        assert_eq!(
+            world.breaker().await,
+            Some(2),
+            "the probe is on its way to nobody"
+        );
         let again = world.release(&epoch, Level::Medium, 1).await;
         assert!(again.len() == 1 && again[0].row.probe, "{again:?}");
         // One that somebody works on stays the only one.

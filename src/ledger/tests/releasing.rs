@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use jiff::{SignedDuration, Timestamp};
 
 use super::world::{
-    World, account, all, done, in_world, job, park, request, result, settlement, tenant, until,
+    RELEASE, RELEASE_EXPIRED, World, account, all, done, in_world, job, park, request, result, settlement,
+    tenant, until,
 };
 use crate::ledger::admit::{AdmitRequest, Admitted};
 use crate::ledger::release::{ReleaseRequest, Released};
@@ -608,13 +609,31 @@ async fn what_was_leased_by_a_release_whose_answer_got_lost_is_released_by_the_n
     in_world(|world| async move {
         let epoch = world.epoch().await;
         world.parked(&epoch, "acme", "1", WaitReason::Busy).await;
-        let released = world.release(&epoch, Level::Medium, 1).await;
-        let claim = released[0].row.lease.claim;
-        drop(released);
-        assert_eq!(world.state("acme", "1").await, 1);
-        epoch.lose(claim, 1);
+        world.loses_the_first_answer("release_v1", &RELEASE).await;
+        let asked = all(Level::Medium, 1);
+        assert!(world.ledger.release(&epoch, &asked).await.is_err());
+        assert_eq!(world.state("acme", "1").await, 1, "leased all the same");
         assert_eq!(ids(&world.release(&epoch, Level::Medium, 1).await), ["1"]);
         world.assert_lanes_are_right().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_expired_and_was_leased_by_a_statement_whose_answer_got_lost_is_told_by_the_next_one() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        world.parked(&epoch, "acme", "1", WaitReason::Schedule).await;
+        world
+            .run("UPDATE {s}.job SET expires_at = clock_timestamp() - interval '1 minute'")
+            .await;
+        world
+            .loses_the_first_answer("release_expired_v1", &RELEASE_EXPIRED)
+            .await;
+        let expired = async || world.ledger.release_expired(&epoch, (9, 1 << 20), None).await;
+        assert!(expired().await.is_err());
+        assert_eq!(world.state("acme", "1").await, 1, "leased all the same");
+        assert_eq!(ids(&expired().await.unwrap()), ["1"]);
     })
     .await;
 }

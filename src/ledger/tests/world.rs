@@ -24,6 +24,11 @@ use crate::telemetry::metrics::Metrics;
 
 /// Longest a test waits for something that must come.
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
+/// The parameters of `release_v1` and `release_expired_v1`.
+pub(super) const RELEASE: [&str; 8] = [
+    "bigint", "smallint", "integer", "bigint", "bigint", "text[]", "text", "bigint",
+];
+pub(super) const RELEASE_EXPIRED: [&str; 5] = ["bigint", "integer", "bigint", "bigint", "bigint"];
 /// A lease long enough that no test outlives it by accident.
 pub(super) const LEASE: Duration = Duration::from_secs(45);
 
@@ -72,6 +77,31 @@ impl World {
     pub(super) async fn run(&self, sql: &str) {
         let sql = self.db.sql(sql);
         self.db.client().await.unwrap().batch_execute(&sql).await.unwrap();
+    }
+
+    /// The first answer of a function that leases is one that nobody can read: what it did is committed. `parameters`: their
+    /// types. To be called before its first call.
+    pub(super) async fn loses_the_first_answer(&self, function: &str, parameters: &[&str]) {
+        let nothing: Vec<_> = parameters.iter().map(|kind| format!("NULL::{kind}")).collect();
+        let given: Vec<_> = (1..=parameters.len())
+            .map(|number| format!("${number}"))
+            .collect();
+        let (types, nothing, given) = (parameters.join(", "), nothing.join(", "), given.join(", "));
+        self.run(&format!(
+            "ALTER FUNCTION {{s}}.{function} RENAME TO unheard;
+             CREATE VIEW {{s}}.answer AS SELECT * FROM {{s}}.unheard({nothing});
+             CREATE SEQUENCE {{s}}.answers;
+             CREATE FUNCTION {{s}}.{function}({types}) RETURNS SETOF {{s}}.answer LANGUAGE plpgsql AS $$
+             DECLARE
+                 r record; is_first boolean := nextval('{{s}}.answers') = 1;
+             BEGIN
+                 FOR r IN SELECT * FROM {{s}}.unheard({given}) LOOP
+                     IF is_first THEN r.claim := NULL; END IF;
+                     RETURN NEXT r;
+                 END LOOP;
+             END $$"
+        ))
+        .await;
     }
 
     /// A connection in the middle of a transaction that has run this.
