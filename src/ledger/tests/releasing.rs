@@ -587,7 +587,9 @@ async fn a_job_that_comes_back_to_wait_keeps_its_place() {
             result("a@b.example", RecipientStatus::Accepted),
             result("c@d.example", RecipientStatus::Deferred),
         ];
-        let merged = world.ledger.merge_acceptance(&owner, &id, &accepted, "<1@acme>");
+        let merged = world
+            .ledger
+            .merge_acceptance(&owner, &id, &accepted, "<1@acme>", 1);
         merged.await.unwrap();
         let failed = done(&row, ReportType::Failed);
         assert_eq!(world.settle_one(failed).await, Settled::LeaseLost);
