@@ -132,6 +132,7 @@ impl Bridge {
             .unwrap_or(Err(BridgeError::Database(DbError::Timeout)));
         if let Err(BridgeError::Database(error)) = &done {
             self.metrics.sql_errors.with_label_values(&[error.class()]).inc();
+            self.database.learn_from(error);
         }
         done
     }

@@ -45,6 +45,7 @@ const PATIENCE: Duration = Duration::from_secs(40);
 pub struct Database {
     pool: Pool<pool::Manager>,
     connector: connect::Connector,
+    age: pool::Age,
     schema: Arc<str>,
     quoted: Arc<str>,
 }
@@ -79,10 +80,11 @@ impl Database {
     }
 
     fn connect_with(config: &config::Database, wait: Duration, patience: Duration) -> Result<Self, DbError> {
-        let connector = connect::Connector::new(config)?;
+        let (connector, age) = (connect::Connector::new(config)?, pool::Age::default());
         Ok(Self {
-            pool: pool(&connector, config.pool_size.max(1), wait, patience)?,
+            pool: pool(&connector, &age, config.pool_size.max(1), wait, patience)?,
             connector,
+            age,
             schema: config.schema.as_str().into(),
             quoted: quote(&config.schema).into(),
         })
@@ -94,7 +96,7 @@ impl Database {
     /// If no pool can be built.
     pub fn reserved(&self) -> Result<Self, DbError> {
         Ok(Self {
-            pool: pool(&self.connector, 1, WAIT, PATIENCE)?,
+            pool: pool(&self.connector, &self.age, 1, WAIT, PATIENCE)?,
             ..self.clone()
         })
     }
@@ -106,6 +108,14 @@ impl Database {
     /// If the URL or a certificate file cannot be used; everything stays as it was then.
     pub fn reconnect(&self, config: &config::Database) -> Result<(), DbError> {
         self.connector.replace(config)
+    }
+
+    /// To be told of what failed: if the server takes no writes, no connection that is open now is used again, be it
+    /// [reserved](Self::reserved). A name leads to the new primary for whoever asks for it anew.
+    pub fn learn_from(&self, error: &DbError) {
+        if error.is_read_only() {
+            self.age.renew();
+        }
     }
 
     /// A connection of the pool; returned to it when dropped.
@@ -139,17 +149,19 @@ impl Database {
         }
     }
 
-    /// Whether this server can be worked with: version, durability, and the schema's version.
+    /// Whether this server can be worked with: version, durability, whether it takes writes, and the schema's version.
     ///
     /// `synchronous_commit=off` is refused: it would acknowledge mail that a crash of the server forgets.
     ///
     /// # Errors
-    /// [`DbError::ServerTooOld`], [`DbError::NotDurable`], [`DbError::SchemaVersion`], or any trouble on the way.
+    /// [`DbError::ServerTooOld`], [`DbError::NotDurable`], [`DbError::ReadOnly`], [`DbError::SchemaVersion`], or any
+    /// trouble on the way.
     pub async fn check(&self) -> Result<(), DbError> {
         let client = self.client().await?;
         let row = client
             .query_one(
-                "SELECT current_setting('server_version_num')::int4, current_setting('synchronous_commit')",
+                "SELECT current_setting('server_version_num')::int4, current_setting('synchronous_commit'),
+                        current_setting('transaction_read_only')::boolean",
                 &[],
             )
             .await?;
@@ -161,6 +173,10 @@ impl Database {
         }
         if row.try_get::<_, &str>(1)? == "off" {
             return Err(DbError::NotDurable);
+        }
+        if row.try_get(2)? {
+            self.age.renew();
+            return Err(DbError::ReadOnly);
         }
         drop(client);
         self.check_schema_version().await
@@ -193,6 +209,7 @@ impl Database {
 
 fn pool(
     connector: &connect::Connector,
+    age: &pool::Age,
     size: usize,
     wait: Duration,
     patience: Duration,
@@ -200,6 +217,7 @@ fn pool(
     let manager = pool::Manager {
         connector: connector.clone(),
         patience,
+        age: age.clone(),
     };
     Pool::builder(manager)
         .max_size(size)

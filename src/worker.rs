@@ -173,6 +173,7 @@ impl Worker {
     /// Notes trouble with the database.
     pub fn database_trouble(&self, what: &str, error: &DbError) {
         self.metrics.sql_errors.with_label_values(&[error.class()]).inc();
+        self.ledger.database().learn_from(error);
         if error.is_retryable() {
             self.database.not_ready(error.to_string());
             self.metrics.connected.with_label_values(&["database"]).set(0);

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use secrecy::ExposeSecret;
 use tokio::task::JoinHandle;
+use tokio_postgres::config::TargetSessionAttrs;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Config, Error, NoTls};
 use tokio_postgres_rustls::MakeRustlsConnect;
@@ -101,6 +102,10 @@ impl Parameters {
         }
         if plain.get_connect_timeout().is_none() {
             plain.connect_timeout(TCP_CONNECT);
+        }
+        // A name may still lead to the old primary after a failover, and a list of hosts has standbys in it.
+        if !dsn.has_target {
+            plain.target_session_attrs(TargetSessionAttrs::ReadWrite);
         }
         plain
             .tcp_user_timeout(TCP_USER_TIMEOUT)

@@ -1,5 +1,6 @@
 //! Takes `sslmode` and `sslrootcert` out of the URL: the driver does not know `verify-ca`, `verify-full` and
-//! `sslrootcert`, though managed Postgres services hand out URLs with them.
+//! `sslrootcert`, though managed Postgres services hand out URLs with them. And looks whether the URL says which servers
+//! will do.
 
 use std::path::PathBuf;
 
@@ -29,6 +30,8 @@ pub(super) struct Dsn {
     pub(super) mode: Option<SslMode>,
     /// `sslrootcert`, if given and not `system`.
     pub(super) root_cert: Option<PathBuf>,
+    /// Whether it has a `target_session_attrs`.
+    pub(super) has_target: bool,
 }
 
 impl Dsn {
@@ -46,10 +49,11 @@ impl Dsn {
                 url: url.into(),
                 mode: None,
                 root_cert: None,
+                has_target: false,
             });
         };
         let (base, query) = (&url[..query_at], &url[query_at + 1..]);
-        let (mut mode, mut root_cert, mut kept) = (None, None, Vec::new());
+        let (mut mode, mut root_cert, mut has_target, mut kept) = (None, None, false, Vec::new());
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
             match pair.split_once('=') {
                 Some(("sslmode", value)) => mode = Some(ssl_mode(value)?),
@@ -64,7 +68,10 @@ impl Dsn {
                         "client certificates are not supported; use a password".into(),
                     ));
                 }
-                _ => kept.push(pair),
+                other => {
+                    has_target |= other.is_some_and(|(name, _)| name == "target_session_attrs");
+                    kept.push(pair);
+                }
             }
         }
         let separator = if kept.is_empty() { "" } else { "?" };
@@ -72,6 +79,7 @@ impl Dsn {
             url: format!("{base}{separator}{}", kept.join("&")),
             mode,
             root_cert,
+            has_target,
         })
     }
 }
@@ -104,6 +112,14 @@ mod tests {
         assert_eq!(dsn.mode, Some(SslMode::VerifyCa));
         assert_eq!(dsn.root_cert, Some("/etc/ca.pem".into()));
         assert_eq!(parse("postgres://h/db?sslmode=require").url, "postgres://h/db");
+    }
+
+    #[test]
+    fn what_the_url_says_about_the_server_is_kept_and_known() {
+        let dsn = parse("postgres://a,b/db?target_session_attrs=any");
+        assert_eq!(dsn.url, "postgres://a,b/db?target_session_attrs=any");
+        assert!(dsn.has_target);
+        assert!(!parse("postgres://a,b/db?sslmode=disable").has_target);
     }
 
     #[test]

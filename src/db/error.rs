@@ -61,6 +61,12 @@ pub enum DbError {
         /// Major version found.
         found: i32,
     },
+    /// The server answers and takes no writes.
+    #[error(
+        "database: the server takes no writes: a standby, or default_transaction_read_only is on; connecting anew until \
+         one does"
+    )]
+    ReadOnly,
     /// `synchronous_commit` is off.
     #[error(
         "database: synchronous_commit is off, so a crash of the server would lose accepted mail: \
@@ -101,7 +107,7 @@ impl DbError {
     pub fn is_retryable(&self) -> bool {
         match self {
             // Refusals to connect as well: passwords are rotated, databases restarted and failed over.
-            Self::PoolTimeout(_) | Self::Timeout | Self::Connect(_) => true,
+            Self::PoolTimeout(_) | Self::Timeout | Self::Connect(_) | Self::ReadOnly => true,
             Self::Statement(error) => match error.code() {
                 Some(code) => {
                     matches!(state_class(code), "08" | "40" | "53" | "57" | "58")
@@ -112,6 +118,12 @@ impl DbError {
             },
             _ => false,
         }
+    }
+
+    /// Whether the server behind the connection takes no writes: another connection may lead to one that does.
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        matches!(self, Self::ReadOnly) || self.code() == Some(&SqlState::READ_ONLY_SQL_TRANSACTION)
     }
 
     /// Whether a row of the statement is to blame: its data (SQLSTATE classes 22 and 23), its size (54), or what the server
@@ -137,6 +149,7 @@ impl DbError {
             Self::Timeout => "timeout",
             Self::Closed => "closed",
             Self::Connect(_) => "connection",
+            Self::ReadOnly => "server",
             Self::SchemaVersion { .. } | Self::Migration { .. } => "schema",
             Self::Statement(error) => error.code().map_or_else(
                 || if is_broken(error) { "connection" } else { "other" },
@@ -154,6 +167,9 @@ fn state_class(code: &SqlState) -> &str {
 fn state_label(code: &SqlState) -> &'static str {
     if *code == SqlState::QUERY_CANCELED {
         return "timeout";
+    }
+    if *code == SqlState::READ_ONLY_SQL_TRANSACTION {
+        return "server";
     }
     match state_class(code) {
         "08" => "connection",

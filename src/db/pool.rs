@@ -4,6 +4,9 @@
 //! forgot the connection but still acknowledges its bytes. The server's own time limit does not help then, nor does TCP's.
 //! So whoever holds a connection for longer than any statement may take has it broken under him: his statement fails as
 //! if the server had gone, and is repeated on a new one.
+//!
+//! And a server can become another behind an open connection: after a failover one that takes no writes any more. Whoever
+//! finds that begins a new age ([`Age`]): connections of an older one are not handed out again.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
@@ -23,12 +26,29 @@ pub(super) struct Manager {
     pub(super) connector: Connector,
     /// How long a caller may hold a connection.
     pub(super) patience: Duration,
+    pub(super) age: Age,
+}
+
+/// Rises when connections that are open are not worth keeping; shared by all pools of a database.
+#[derive(Clone, Default)]
+pub(super) struct Age(Arc<AtomicU64>);
+
+impl Age {
+    /// Whatever was opened before is not handed out again.
+    pub(super) fn renew(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn now(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 /// A pooled connection and its clock.
 pub(super) struct Connection {
     client: ClientWrapper,
     clock: Arc<Clock>,
+    age: u64,
 }
 
 impl managed::Manager for Manager {
@@ -36,12 +56,13 @@ impl managed::Manager for Manager {
     type Error = Error;
 
     async fn create(&self) -> Result<Connection, Error> {
-        let clock = Arc::new(Clock::new(self.patience));
+        let (clock, age) = (Arc::new(Clock::new(self.patience)), self.age.now());
         // Boxed: it is large, and callers carry it along whether they open a connection or not.
         let (client, driver) = Box::pin(self.connector.open(&clock)).await?;
         Ok(Connection {
             client: ClientWrapper::new(client, driver),
             clock,
+            age,
         })
     }
 
@@ -49,6 +70,11 @@ impl managed::Manager for Manager {
     async fn recycle(&self, connection: &mut Connection, _: &Metrics) -> RecycleResult<Error> {
         if connection.client.is_closed() || connection.clock.given_up.is_cancelled() {
             return Err(RecycleError::message("the connection is closed"));
+        }
+        if connection.age < self.age.now() {
+            return Err(RecycleError::message(
+                "the connection led to a server that takes no writes",
+            ));
         }
         Ok(())
     }

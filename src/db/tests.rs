@@ -166,6 +166,59 @@ async fn a_server_that_forgets_commits_is_refused() {
     scratch.drop_schema().await;
 }
 
+const READ_ONLY: &str = "options=-c%20default_transaction_read_only%3Don";
+
+#[tokio::test]
+async fn no_connection_is_opened_to_a_server_that_takes_no_writes_unless_the_url_says_so() {
+    let scratch = Scratch::new();
+    let config = scratch.with_url(|url| with_option(url, READ_ONLY));
+    let error = Database::connect(&config).unwrap().client().await.unwrap_err();
+    assert!(error.to_string().contains("does not allow writes"), "{error}");
+    assert!(error.is_retryable());
+
+    let any = scratch.with_url(|url| with_option(&with_option(url, READ_ONLY), "target_session_attrs=any"));
+    let database = Database::connect(&any).unwrap();
+    database.client().await.unwrap();
+    let error = database.check().await.unwrap_err();
+    assert!(matches!(error, DbError::ReadOnly), "{error}");
+    assert!(error.is_retryable());
+}
+
+/// What a connection looks like behind which the primary has become a standby.
+async fn demote(database: &Database) {
+    let client = database.client().await.unwrap();
+    client
+        .batch_execute("SET default_transaction_read_only = on")
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn connections_behind_which_the_server_takes_no_writes_any_more_are_replaced() {
+    let scratch = Scratch::new();
+    migrate(&scratch.config).await.unwrap();
+    let database = scratch.database();
+    demote(&database).await;
+    let error = database.check().await.unwrap_err();
+    assert!(matches!(error, DbError::ReadOnly), "{error}");
+    database.check().await.unwrap();
+
+    // Found by a write as well, and then for the reserved connection too.
+    let reserved = database.reserved().unwrap();
+    demote(&reserved).await;
+    demote(&database).await;
+    let client = database.client().await.unwrap();
+    let write = database.sql("UPDATE {s}.tenant SET name = name");
+    let error = DbError::from(client.batch_execute(&write).await.unwrap_err());
+    database.learn_from(&error);
+    drop(client);
+    for database in [&database, &reserved] {
+        let client = database.client().await.unwrap();
+        client.batch_execute(&write).await.unwrap();
+    }
+    scratch.drop_schema().await;
+}
+
 #[tokio::test]
 async fn every_connection_has_a_time_limit_and_a_name() {
     let scratch = Scratch::new();
@@ -224,7 +277,7 @@ const SQLSTATES: &[(&str, bool, bool, &str)] = &[
         "DO $$ BEGIN RAISE read_only_sql_transaction; END $$",
         true,
         false,
-        "other",
+        "server",
     ),
     (
         "SET statement_timeout = 1; SELECT pg_sleep(5)",

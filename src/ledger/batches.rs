@@ -303,6 +303,7 @@ fn trouble(ledger: &Ledger, statement: &str, error: &DbError) {
         .sql_errors
         .with_label_values(&[error.class()])
         .inc();
+    ledger.db.learn_from(error);
     tracing::warn!(statement, %error, "the database did not answer; trying again");
 }
 

@@ -41,6 +41,50 @@ async fn a_worker_that_cannot_prove_that_it_lives_begins_nothing() {
     assert_eq!(server.counters().command("MAIL"), 1);
 }
 
+/// As after a failover, while connections still lead to the old primary: the sessions stay open, and take no writes.
+#[tokio::test]
+async fn a_worker_whose_connections_lead_to_a_standby_is_not_ready_and_finds_the_primary_by_itself() {
+    let mut world = World::ready().await;
+    let server = SmtpServer::builder().start().await;
+    account(&world, "acme", &server, &[]).await;
+    world.set("POSTROOM_LEASE", "3s");
+    // Or none would be opened: then it would be as if the database were away.
+    let any = format!("{}?target_session_attrs=any", world.database_url());
+    world.set("POSTROOM_DATABASE_URL", any);
+    let mut reports = world.reports().await;
+    let worker = world.start_worker().await;
+    let sql = world.sql().await;
+    let set = |what: &str| {
+        format!(
+            "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I {what}', current_database()); END $$;
+             SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+             WHERE datname = current_database() AND application_name = 'postroom' AND {}",
+            if what.starts_with("SET") { "true" } else { "false" }
+        )
+    };
+    sql.batch_execute(&set("SET default_transaction_read_only = on"))
+        .await
+        .unwrap();
+    let told = async || {
+        worker
+            .get("/readyz")
+            .await
+            .is_some_and(|(_, told)| told.contains("takes no writes"))
+    };
+    eventually(LIMIT, told).await;
+    world.publish_mail(Level::Medium, "acme", "late").await;
+    // It does not take a heartbeat's luck for the database's health meanwhile.
+    for _ in 0..30 {
+        assert!(!worker.ready().await);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    sql.batch_execute(&set("RESET default_transaction_read_only"))
+        .await
+        .unwrap();
+    assert_eq!(reports.final_of("late").await.kind(), "mail.sent");
+    eventually(LIMIT, || worker.ready()).await;
+}
+
 #[tokio::test]
 async fn a_worker_told_twice_to_end_while_it_waits_for_its_database_ends_at_once() {
     let mut world = World::ready().await;
