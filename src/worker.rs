@@ -18,6 +18,7 @@ pub mod housekeeping;
 pub mod intake;
 pub mod load;
 pub mod park;
+pub mod pause;
 pub mod permits;
 pub mod reporter;
 mod run;
@@ -100,6 +101,8 @@ pub struct Worker {
     pub traces: Option<Arc<Traces>>,
     /// Every job in flight; draining waits for them.
     pub tasks: TaskTracker,
+    /// Whether deliveries are given back instead of kept.
+    pub pause: pause::Pause,
     /// Something may be due in the waiting room.
     pub nudge: Notify,
     /// Readiness of the database.

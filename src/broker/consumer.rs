@@ -227,6 +227,14 @@ impl Consumer {
         while let Some(delivery) = self.next().await {
             each(delivery);
         }
+        self.start(prefetch).await
+    }
+
+    /// Consumes again after [`Consumer::stop`], on the same channel: what is unacknowledged stays so.
+    ///
+    /// # Errors
+    /// If the broker does not answer; the session has ended then.
+    pub async fn start(&mut self, prefetch: u16) -> Result<(), BrokerError> {
         let opening = open(&self.channel, &self.subscription.queue, prefetch);
         let stream = match timeout(CANCEL_LIMIT, opening).await {
             Ok(Ok(stream)) => stream,

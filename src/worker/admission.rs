@@ -2,7 +2,7 @@
 //!
 //! What cannot run now is not held back at the head of its queue: what is to be sent later goes to [`park`], over a limit it
 //! is parked at once, behind a busy account when it has stood here for a while. With no permit free nothing is taken, and
-//! the backlog stays in RabbitMQ.
+//! the backlog stays in RabbitMQ. In a [`pause`] all that is in hand goes back to it.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::{Hash, Hasher};
@@ -19,6 +19,7 @@ use super::bury::Refusal;
 use super::conclude::Over;
 use super::load::InHand;
 use super::park;
+use super::pause;
 use super::permits::Permit;
 use crate::broker::dead_letter::REPLAY;
 use crate::fail_point::{self, Point};
@@ -95,12 +96,14 @@ impl Admission {
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (mut room, mut permits) = (self.worker.load.watch(), self.worker.permits.watch());
+        let mut paused = self.worker.pause.watch();
         loop {
             let waiting = self.levels.iter().any(|level| !level.is_empty());
             let is_short = self.short.contains(&true);
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
+                () = pause::begun(&mut paused), if waiting => self.give_all_back(),
                 arrival = arrivals.recv() => match arrival {
                     Some(arrival) => self.take(arrival),
                     None => break,
@@ -114,7 +117,7 @@ impl Admission {
                     self.passed = [0; 4];
                     self.short = [false; 4];
                     self.goes_behind = true;
-                    if !self.may_begin() {
+                    if !self.worker.may_begin() {
                         self.forget_stale();
                     }
                 }
@@ -124,6 +127,8 @@ impl Admission {
             }
             tokio::select! {
                 () = stop.cancelled() => break,
+                // Without the database it may wait for long for its turn.
+                () = pause::begun(&mut paused) => {}
                 () = self.admit_what_can_run() => {}
             }
         }
@@ -131,9 +136,15 @@ impl Admission {
         while let Ok(arrival) = arrivals.try_recv() {
             self.take(arrival);
         }
-        for arrival in self.levels.into_iter().flatten() {
+        self.give_all_back();
+    }
+
+    fn give_all_back(&mut self) {
+        for arrival in self.levels.iter_mut().flat_map(|level| level.drain(..)) {
             arrival.give_back();
         }
+        self.passed = [0; 4];
+        self.short = [false; 4];
     }
 
     /// Levels that were short of permits may have what has become free since.
@@ -151,7 +162,7 @@ impl Admission {
     }
 
     async fn admit_what_can_run(&mut self) {
-        while self.may_begin() {
+        while self.worker.may_begin() {
             // The batch is picked when it can be sent, so that it is as full as the load makes it.
             let Ok(statement) = Arc::clone(&self.statements).acquire_owned().await else {
                 return;
@@ -166,12 +177,6 @@ impl Admission {
                 drop(statement);
             });
         }
-    }
-
-    /// Each mail adds a report; and under a lease that may be taken over, every job would come back from its last look before
-    /// the mail.
-    fn may_begin(&self) -> bool {
-        !self.worker.reporter.is_full() && self.worker.epoch().is_fresh()
     }
 
     /// What the broker has taken back is passed over when its turn comes; while none has, sessions may come and go.
@@ -378,7 +383,7 @@ pub(super) async fn admit_to_park(worker: &Arc<Worker>, mut arrivals: Vec<Box<Ar
 }
 
 /// Claims a batch and sends every job on its way. Repeated with the same claims until Postgres answers: until then
-/// nothing is acknowledged.
+/// nothing is acknowledged. In a pause it is given up: what was leased by a statement whose answer got lost is found again.
 async fn admit(worker: &Arc<Worker>, batch: Vec<Picked>) {
     let requests: Vec<AdmitRequest> = batch.iter().map(|picked| picked.request.clone()).collect();
     let mut waits = pauses();
@@ -388,6 +393,9 @@ async fn admit(worker: &Arc<Worker>, batch: Vec<Picked>) {
             Ok(answers) => break answers,
             Err(error) if !error.is_row_fault() => {
                 worker.database_trouble("admit", &error);
+                if worker.pause.is_on() {
+                    return batch.into_iter().for_each(|picked| picked.arrival.give_back());
+                }
                 tokio::time::sleep(waits.next().unwrap_or(PARK_AFTER)).await;
             }
             Err(error) if batch.len() > 1 => {

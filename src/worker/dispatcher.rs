@@ -49,8 +49,7 @@ pub async fn run(worker: Arc<Worker>, stop: CancellationToken) {
             if stop.is_cancelled() {
                 return;
             }
-            // Under a lease that may be taken over, every job would come back from its last look before the mail.
-            if worker.reporter.is_full() || !worker.epoch().is_fresh() {
+            if !worker.may_begin() {
                 break;
             }
             match turn(&worker).await {

@@ -4,16 +4,16 @@
 //! comes, and the window (the prefetch) follows the weights: wide for small jobs, narrow for large ones. What comes and
 //! does not fit loses its body at once, and goes back to its queue when the window has been made narrower; in the
 //! narrowest window nothing is given back, the queue waits instead. Reading is prompt otherwise, since lapin buffers
-//! without a bound of its own.
+//! without a bound of its own. In a [`pause`] nothing is consumed.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::Worker;
+use super::{Worker, pause};
 use crate::broker::{Consumer, Delivery, Receipt};
 use crate::config::JobLimits;
 use crate::level::Level;
@@ -40,6 +40,7 @@ pub struct Intake {
     kept: mpsc::Sender<Delivery>,
     soft: CancellationToken,
     ended: CancellationToken,
+    paused: watch::Receiver<bool>,
 }
 
 impl Intake {
@@ -56,6 +57,7 @@ impl Intake {
             window: Window::new(widest, worker.memory.most(share)),
             share,
             bare: Vec::new(),
+            paused: worker.pause.watch(),
             worker,
             consumer,
             kept,
@@ -70,6 +72,12 @@ impl Intake {
             let delivery = tokio::select! {
                 biased;
                 () = self.soft.cancelled() => break,
+                () = pause::begun(&mut self.paused) => {
+                    if self.rest().await {
+                        continue;
+                    }
+                    return;
+                }
                 delivery = self.consumer.next() => delivery,
             };
             let Some(delivery) = delivery else { return };
@@ -82,13 +90,37 @@ impl Intake {
                 return;
             }
         }
-        if self.consumer.stop().await.is_ok() {
-            // What was delivered but not begun goes back, by being dropped.
-            while self.consumer.next().await.is_some() {}
-        }
+        self.stop().await;
     }
 
-    /// Keeps a delivery if it fits; in the narrowest window as soon as it fits. False when it is time to end.
+    /// Consumes no more. What was delivered but not begun goes back, by being dropped. False when the session is over.
+    async fn stop(&mut self) -> bool {
+        if self.consumer.stop().await.is_err() {
+            return false;
+        }
+        while self.consumer.next().await.is_some() {}
+        self.bare.drain(..).for_each(Receipt::give_back);
+        true
+    }
+
+    /// A pause: all goes back, and consuming begins anew behind it. False when it is time to end.
+    async fn rest(&mut self) -> bool {
+        if !self.stop().await {
+            return false;
+        }
+        tokio::select! {
+            biased;
+            () = self.soft.cancelled() => return false,
+            () = self.ended.cancelled() => return false,
+            () = pause::over(&mut self.paused) => {}
+        }
+        let first = FIRST.min(self.window.widest);
+        self.window.set(first);
+        self.consumer.start(first).await.is_ok()
+    }
+
+    /// Keeps a delivery if it fits; in the narrowest window as soon as it fits, unless a pause begins. False when it is time
+    /// to end.
     async fn take(&mut self, mut delivery: Delivery) -> bool {
         let weight = weigh(&delivery, &self.worker.limits);
         self.window.note(weight);
@@ -105,6 +137,7 @@ impl Intake {
                 biased;
                 () = self.soft.cancelled() => return false,
                 () = self.ended.cancelled() => return false,
+                () = pause::begun(&mut self.paused) => return true,
                 held = self.worker.memory.hold(self.share, weight) => Some(held),
             };
         }

@@ -16,6 +16,7 @@ use super::Worker;
 use super::admission;
 use super::arrival::Arrival;
 use super::conclude::{End, Over};
+use super::pause;
 use crate::broker::dead_letter::REPLAY;
 use crate::fail_point::{self, Point};
 use crate::job::MailJob;
@@ -75,12 +76,13 @@ impl Entrance {
     }
 }
 
-/// Parks arrivals until `stop`; those not begun then are given back to RabbitMQ.
+/// Parks arrivals until `stop`; those not begun then, or in a [`pause`], are given back to RabbitMQ.
 pub async fn run(worker: Arc<Worker>, mut arrivals: mpsc::Receiver<Box<Arrival>>, stop: CancellationToken) {
     let mut waiting = Vec::with_capacity(ROWS);
     let mut running = JoinSet::new();
     let mut looks = tokio::time::interval(LOOK);
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut paused = worker.pause.watch();
     loop {
         let enough = if running.is_empty() { 1 } else { CROWD };
         // A report is owed for most of them.
@@ -98,6 +100,7 @@ pub async fn run(worker: Arc<Worker>, mut arrivals: mpsc::Receiver<Box<Arrival>>
             taken = arrivals.recv_many(&mut waiting, room), if room > 0 => if taken == 0 {
                 break;
             },
+            () = pause::begun(&mut paused), if !waiting.is_empty() => give_back(&mut waiting),
             _ = looks.tick(), if is_full && !waiting.is_empty() => {}
         }
     }
@@ -105,11 +108,14 @@ pub async fn run(worker: Arc<Worker>, mut arrivals: mpsc::Receiver<Box<Arrival>>
     while let Ok(arrival) = arrivals.try_recv() {
         arrival.give_back();
     }
-    for arrival in waiting {
-        arrival.give_back();
-    }
+    give_back(&mut waiting);
     // The worker waits for them among its tasks.
     running.detach_all();
+}
+
+#[expect(clippy::vec_box, reason = "they are large, and come boxed")]
+fn give_back(arrivals: &mut Vec<Box<Arrival>>) {
+    arrivals.drain(..).for_each(Arrival::give_back);
 }
 
 /// An arrival, ready to be parked.
@@ -200,7 +206,8 @@ async fn insert(worker: &Arc<Worker>, batch: &[Ready], now: Timestamp) -> Vec<Op
             Ok(parked) => return parked,
             Err(error) => {
                 worker.database_trouble("park", &error);
-                if !error.is_retryable() {
+                // In a pause admission has them, and gives them back.
+                if !error.is_retryable() || worker.pause.is_on() {
                     return vec![None; batch.len()];
                 }
             }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -14,7 +15,7 @@ use super::intake::Intake;
 use super::load::Load;
 use super::permits::Permits;
 use super::reporter::{Reporter, sweep};
-use super::{Worker, dispatcher, housekeeping, intake, park};
+use super::{Worker, dispatcher, housekeeping, intake, park, pause};
 use crate::attachment::{Attachments, StorageError};
 use crate::broker::{BrokerError, Delivery, Session, Subscription, Supervisor};
 use crate::cli::{Service, ServiceError};
@@ -90,6 +91,7 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError
     service.follow_urls(supervisor.url(), database.clone());
     let ready = service.readiness.component("database");
     let amqp = service.readiness.component("amqp");
+    let intake = service.readiness.component("intake");
     if !database.wait_until_usable(&ready, &service.shutdown.soft).await? {
         return Ok(service.finish().await?);
     }
@@ -105,6 +107,7 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError
         worker: Arc::clone(&worker),
         service: &service,
         amqp,
+        intake,
         end: end.clone(),
     };
     let takers = parts.start(arrivals);
@@ -158,9 +161,8 @@ async fn build(
     ready: health::Handle,
     supervisor: &Supervisor,
 ) -> Result<(Arc<Worker>, mpsc::Receiver<Box<Arrival>>), WorkerError> {
-    let metrics = Arc::clone(&service.metrics);
+    let (metrics, name) = (Arc::clone(&service.metrics), host_name());
     let ledger = open_ledger(&database, Arc::clone(&metrics), &settings.worker)?;
-    let name = host_name();
     let (lease, attempt_deadline) = (settings.worker.lease, attempt_deadline(settings.smtp.timeouts));
     let epoch = ledger.register(&name, lease, attempt_deadline).await?;
     let guard = Arc::new(EgressGuard::new(settings.egress));
@@ -211,6 +213,7 @@ async fn build(
         reporter: Reporter::new(settings.worker.outbox_limit),
         tasks: TaskTracker::new(),
         nudge: Notify::new(),
+        pause: pause::Pause::default(),
         database: ready,
         epoch: RwLock::new(epoch),
         caps,
@@ -231,6 +234,7 @@ struct Parts<'a> {
     worker: Arc<Worker>,
     service: &'a Service,
     amqp: health::Handle,
+    intake: health::Handle,
     end: CancellationToken,
 }
 
@@ -249,6 +253,8 @@ impl Parts<'_> {
         let dispatcher = dispatcher::run(Arc::clone(&self.worker), soft.clone());
         spawn.spawn("dispatcher", takers.track_future(dispatcher));
         takers.close();
+        let pauses = pause::run(Arc::clone(&self.worker), self.intake, soft.clone());
+        spawn.spawn("pauses", pauses);
         spawn.spawn("outbox", sweep::run(Arc::clone(&self.worker), soft.clone()));
         spawn.spawn(
             "housekeeping",
@@ -277,7 +283,30 @@ async fn serve(
     soft: CancellationToken,
     drained: Drained,
 ) -> Result<(), BrokerError> {
-    let mut consumers = tokio::task::JoinSet::new();
+    let mut paused = worker.pause.watch();
+    let mut consumers = tokio::select! {
+        biased;
+        () = soft.cancelled() => JoinSet::new(),
+        () = session.ended().cancelled() => JoinSet::new(),
+        () = pause::over(&mut paused) => consume_all(&worker, &session, &soft).await?,
+    };
+    while consumers.join_next().await.is_some() {}
+    if soft.is_cancelled() && !session.ended().is_cancelled() {
+        tokio::select! {
+            _ = drained.wait() => {}
+            () = session.ended().cancelled() => {}
+        }
+    }
+    Ok(())
+}
+
+/// Readers of all job queues.
+async fn consume_all(
+    worker: &Arc<Worker>,
+    session: &Session,
+    soft: &CancellationToken,
+) -> Result<JoinSet<()>, BrokerError> {
+    let mut consumers = JoinSet::new();
     for (level, queue) in worker.topology.job_queues() {
         let widest = widest(*level, worker.permits_total);
         let subscription = Subscription {
@@ -288,18 +317,11 @@ async fn serve(
         let consumer = session.consume(subscription).await?;
         let (kept, taken) = mpsc::channel(widest.into());
         let ends = (soft.clone(), session.ended().clone());
-        consumers.spawn(Intake::new(Arc::clone(&worker), consumer, widest, kept, ends).run());
-        let (worker, ended) = (Arc::clone(&worker), session.ended().clone());
+        consumers.spawn(Intake::new(Arc::clone(worker), consumer, widest, kept, ends).run());
+        let (worker, ended) = (Arc::clone(worker), session.ended().clone());
         consumers.spawn(decode(worker, taken, *level, ended, soft.clone()));
     }
-    while consumers.join_next().await.is_some() {}
-    if soft.is_cancelled() && !session.ended().is_cancelled() {
-        tokio::select! {
-            _ = drained.wait() => {}
-            () = session.ended().cancelled() => {}
-        }
-    }
-    Ok(())
+    Ok(consumers)
 }
 
 /// Deliveries whose tenants are read together.
@@ -316,9 +338,10 @@ async fn decode(
     soft: CancellationToken,
 ) {
     let mut deliveries = Vec::with_capacity(DECODED_AT_ONCE);
+    let mut paused = worker.pause.watch();
     while kept.recv_many(&mut deliveries, DECODED_AT_ONCE).await > 0 {
         // What was not begun goes back, by being dropped.
-        if soft.is_cancelled() {
+        if soft.is_cancelled() || worker.pause.is_on() {
             deliveries.clear();
             continue;
         }
@@ -329,11 +352,13 @@ async fn decode(
             }
             decoded.extend(worker.decode(delivery, &ended));
         }
-        // Without the database this waits; what comes out of it goes back when the worker or the session ends.
+        // Without the database this waits; what comes out of it goes back when the worker or the session ends, or a pause
+        // begins.
         tokio::select! {
             biased;
             () = soft.cancelled() => {}
             () = ended.cancelled() => {}
+            () = pause::begun(&mut paused) => {}
             () = receive_all(&worker, decoded, level, &ended) => {}
         }
     }

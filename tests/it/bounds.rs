@@ -142,6 +142,41 @@ async fn a_blocked_broker_stops_sending_only_when_the_outbox_is_full_and_all_goe
 }
 
 #[tokio::test]
+async fn while_the_outbox_stays_full_no_job_is_delivered_again_and_again() {
+    const JOBS: usize = 40;
+    let mut world = World::ready().await;
+    world.set("POSTROOM_LEASE", "3s");
+    world.set("POSTROOM_OUTBOX_LIMIT", "50");
+    let server = SmtpServer::builder().start().await;
+    account(&world, "acme", &server, &[]).await;
+    let sql = world.sql().await;
+    sql.batch_execute(
+        "INSERT INTO outbox (tenant, id, seq, due_at, created_at, body)
+         SELECT 'acme', 'owed-' || n, n, now() + interval '1 hour', now(), '{}' FROM generate_series(1, 50) n",
+    )
+    .await
+    .unwrap();
+    let mut reports = world.reports().await;
+    let worker = world.start_worker().await;
+    worker.wait_log("fill the outbox").await;
+    world
+        .publish_all(Level::Medium, &mails("acme", "job", JOBS))
+        .await;
+    worker.wait_log("the outbox is full: nothing is consumed").await;
+    world.wait_depth("mail.jobs.medium", JOBS as u32).await;
+    // Several leases more.
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    assert!(!worker.ready().await);
+    let delivered = worker.count("postroom_deliveries_total").await;
+    assert!(delivered <= JOBS as u64, "{delivered} deliveries");
+    sql.batch_execute("DELETE FROM outbox").await.unwrap();
+    assert_eq!(reports.finals(JOBS, Duration::from_mins(1)).await.len(), JOBS);
+    eventually(Duration::from_secs(10), || worker.ready()).await;
+    assert_eq!(server.received_count(), JOBS);
+    world.assert_settled().await;
+}
+
+#[tokio::test]
 async fn a_database_that_stands_still_for_longer_than_the_lease_costs_no_lease() {
     let mut world = World::new().await;
     world.set("POSTROOM_LEASE", "3s");

@@ -86,6 +86,45 @@ async fn a_worker_whose_connections_lead_to_a_standby_is_not_ready_and_finds_the
 }
 
 #[tokio::test]
+async fn what_a_worker_cut_off_from_its_database_has_in_hand_is_sent_by_another() {
+    const JOBS: usize = 100;
+    let mut world = World::ready().await;
+    world.set("POSTROOM_LEASE", "3s");
+    let server = SmtpServer::builder().start().await;
+    account(&world, "acme", &server, &[]).await;
+    let mut reports = world.reports().await;
+    let direct = world.database_url().to_owned();
+    let (proxy, url) = proxied(&direct).await;
+    world.set("POSTROOM_DATABASE_URL", url);
+    let cut = world.start_worker().await;
+    proxy.set(Weather::Cut);
+    cut.wait_not_ready().await;
+    // Not fresh any more, and not yet for so long that it would take nothing.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    world
+        .publish_all(Level::Medium, &mails("acme", "job", JOBS))
+        .await;
+    let delivered = async || {
+        cut.count("postroom_deliveries_total").await > 0 || cut.logs().contains("nothing is consumed")
+    };
+    eventually(LIMIT, delivered).await;
+    world.set("POSTROOM_DATABASE_URL", direct);
+    let mut other = world.start_worker().await;
+    reports.finals(JOBS, LIMIT).await;
+    let (_, told) = cut.get("/readyz").await.unwrap();
+    assert!(told.contains("[-] intake"), "{told}");
+
+    // It comes back by itself.
+    other.term().await;
+    proxy.heal();
+    proxy.reset();
+    world.publish_mail(Level::Medium, "acme", "later").await;
+    assert_eq!(reports.final_of("later").await.kind(), "mail.sent");
+    eventually(LIMIT, || cut.ready()).await;
+    assert_eq!(server.received_count(), JOBS + 1);
+}
+
+#[tokio::test]
 async fn a_worker_told_twice_to_end_while_it_waits_for_its_database_ends_at_once() {
     let mut world = World::ready().await;
     let server = SmtpServer::builder().start().await;
