@@ -21,6 +21,7 @@ pub mod slots;
 mod tests;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicI64;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -186,6 +187,8 @@ pub struct Ledger {
     sql: Arc<Statements>,
     health: Arc<Known>,
     breaker: Breaker,
+    /// The number at which a search for owed reports begins.
+    outbox_first: Arc<AtomicI64>,
 }
 
 /// The statements of the hot path, with the schema's name put in once.
@@ -227,6 +230,7 @@ impl Ledger {
             sql,
             health: Arc::default(),
             breaker: Breaker::default(),
+            outbox_first: Arc::default(),
         }
     }
 

@@ -129,6 +129,19 @@ CREATE TABLE outbox (
 ) WITH (autovacuum_vacuum_threshold = 5000, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_insert_threshold = -1,
         autovacuum_vacuum_cost_delay = 0, autovacuum_analyze_threshold = 2147483647, vacuum_truncate = false);
 
+-- How many of them there are, as it was counted last, for all workers, and where they begin.
+CREATE TABLE outbox_census (
+    owed      bigint NOT NULL DEFAULT 0,
+    oldest_at timestamptz,                                      -- since when the oldest is
+    -- Searches begin at this number, and not among the index entries of what has passed, which stay as long as any
+    -- transaction is open anywhere (a backup). It lies below the lowest number found: numbers may commit out of order. What
+    -- comes lower still is found by a search of the whole, now and then.
+    first_n   bigint NOT NULL DEFAULT 0,
+    whole_at  timestamptz NOT NULL DEFAULT '-infinity',         -- when that is
+    next_at   timestamptz NOT NULL DEFAULT '-infinity'          -- not counted again before
+);
+INSERT INTO outbox_census DEFAULT VALUES;
+
 -- One row per (account, level, tenant) that has waiting jobs: who is to be looked at, and when.
 CREATE TABLE lane (
     account text COLLATE "C" NOT NULL,
@@ -1612,13 +1625,14 @@ BEGIN
     DELETE FROM outbox x WHERE x.n = ANY (p_numbers);
 END $$;
 
--- Reports that should have been published long ago, the oldest first, leased to the caller for a while.
-CREATE FUNCTION owed_reports_v1(p_max integer, p_hold interval)
+-- Reports that should have been published long ago, the oldest first, leased to the caller for a while. p_first: as
+-- outbox_backlog_v1 said.
+CREATE FUNCTION owed_reports_v1(p_max integer, p_hold interval, p_first bigint)
 RETURNS TABLE (number bigint, tenant text, id text, seq bigint, report text)
 LANGUAGE sql SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
     WITH due AS (
         UPDATE outbox x SET due_at = clock_timestamp() + p_hold
-        WHERE x.n = ANY (ARRAY(SELECT y.n FROM outbox y WHERE y.due_at <= clock_timestamp()
+        WHERE x.n = ANY (ARRAY(SELECT y.n FROM outbox y WHERE y.n >= p_first AND y.due_at <= clock_timestamp()
                                ORDER BY y.n LIMIT p_max FOR UPDATE SKIP LOCKED))
         RETURNING x.n, x.tenant, x.id, x.seq, x.body)
     SELECT * FROM due ORDER BY n
@@ -1630,13 +1644,32 @@ LANGUAGE sql SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bi
     UPDATE outbox SET due_at = clock_timestamp() WHERE n = ANY (p_numbers)
 $$;
 
--- How many reports are owed, counted up to p_most, and the age of the oldest, whoever has taken it. By the index: most of
--- the table's pages hold only what is gone.
-CREATE FUNCTION outbox_backlog_v1(p_most bigint) RETURNS TABLE (owed bigint, oldest_us bigint)
-LANGUAGE sql SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
-    SELECT (SELECT count(*) FROM (SELECT FROM outbox ORDER BY n LIMIT p_most) o),
-           (SELECT micros(clock_timestamp()) - micros(y.created_at) FROM outbox y ORDER BY y.n LIMIT 1)
-$$;
+-- How many reports are owed, counted up to p_most, the age of the oldest, whoever has taken it, and the number at which a
+-- search for them begins. By the index: most of the table's pages hold only what is gone. Counted anew by one caller at a time,
+-- not more often than p_every, and for a fiftieth of the time at most; all others get what was counted last.
+CREATE FUNCTION outbox_backlog_v1(p_most bigint, p_every interval) RETURNS TABLE (owed bigint, oldest_us bigint, first_n bigint)
+LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
+DECLARE
+    c outbox_census; v_began timestamptz := clock_timestamp(); v_last bigint; v_owed bigint; v_lowest bigint;
+BEGIN
+    SELECT * INTO c FROM outbox_census s WHERE s.next_at <= v_began FOR UPDATE SKIP LOCKED;
+    IF FOUND THEN
+        PERFORM set_config('synchronous_commit', 'off', true);
+        IF c.whole_at <= v_began THEN
+            c.first_n := 0; c.whole_at := v_began + interval '5 minutes';
+        END IF;
+        -- Read before the search: whatever is drawn later is higher.
+        SELECT q.last_value INTO v_last FROM outbox_n_seq q;
+        c.first_n := least(c.first_n, v_last);
+        SELECT count(*), min(o.n) INTO v_owed, v_lowest
+            FROM (SELECT y.n FROM outbox y WHERE y.n >= c.first_n ORDER BY y.n LIMIT p_most) o;
+        UPDATE outbox_census s SET owed = v_owed, oldest_at = (SELECT y.created_at FROM outbox y WHERE y.n = v_lowest),
+            first_n = greatest(coalesce(v_lowest, v_last) - 2000, 0), whole_at = c.whole_at,
+            next_at = clock_timestamp() + greatest(p_every, 50 * (clock_timestamp() - v_began));
+    END IF;
+    RETURN QUERY SELECT s.owed, micros(clock_timestamp()) - micros(s.oldest_at), s.first_n FROM outbox_census s;
+END $$;
 
 -- ── Workers ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

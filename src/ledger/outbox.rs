@@ -1,5 +1,6 @@
 //! The outbox: reports that are written but not yet confirmed by the broker.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::{Ledger, micros};
@@ -49,19 +50,20 @@ impl Ledger {
     }
 
     /// Takes up to `most` reports that are overdue, those of one job in their order; nobody else takes them for the time
-    /// `hold`.
+    /// `hold`. Searched for from where the [backlog](Self::outbox_backlog) began when it was asked for last.
     ///
     /// # Errors
     /// If the database cannot be asked.
     pub async fn owed_reports(&self, most: i32, hold: Duration) -> Result<Vec<Owed>, DbError> {
         let sql = self
             .db
-            .sql("SELECT * FROM {s}.owed_reports_v1($1, $2::bigint * interval '1 microsecond')");
+            .sql("SELECT * FROM {s}.owed_reports_v1($1, $2::bigint * interval '1 microsecond', $3)");
+        let first = self.outbox_first.load(Ordering::Relaxed);
         let rows = self
             .db
             .client()
             .await?
-            .query(&sql, &[&most, &micros(hold)])
+            .query(&sql, &[&most, &micros(hold), &first])
             .await?;
         rows.iter()
             .map(|row| {
@@ -90,17 +92,19 @@ impl Ledger {
         Ok(())
     }
 
-    /// How many reports are owed, counted up to `most`, and since when the oldest is, resting or not.
+    /// How many reports are owed, counted up to `most`, and since when the oldest is, resting or not. One worker counts for
+    /// all, not more often than `every` and with a fiftieth of its time at most.
     ///
     /// # Errors
     /// If the database cannot be asked.
-    pub async fn outbox_backlog(&self, most: i64) -> Result<Backlog, DbError> {
-        let sql = self
-            .db
-            .sql("SELECT owed, oldest_us FROM {s}.outbox_backlog_v1($1)");
+    pub async fn outbox_backlog(&self, most: i64, every: Duration) -> Result<Backlog, DbError> {
+        let sql = self.db.sql(
+            "SELECT owed, oldest_us, first_n FROM {s}.outbox_backlog_v1($1, $2::bigint * interval '1 microsecond')",
+        );
         let client = self.db.client().await?;
         let statement = client.prepare_cached(&sql).await?;
-        let row = client.query_one(&statement, &[&most]).await?;
+        let row = client.query_one(&statement, &[&most, &micros(every)]).await?;
+        self.outbox_first.store(row.try_get(2)?, Ordering::Relaxed);
         Ok(Backlog {
             owed: row.try_get(0)?,
             oldest: super::slots::wait(row.try_get(1)?),

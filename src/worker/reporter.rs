@@ -98,11 +98,14 @@ impl Reporter {
     }
 }
 
+/// How often the outbox is counted, by one worker for all. A little less than each looks.
+const COUNT: Duration = Duration::from_millis(1500);
+
 /// Looks how full the outbox is, and how old; also while the broker takes nothing, when that is what tells.
 pub async fn measure(worker: &Arc<Worker>) {
     let limit = worker.reporter.limit;
     let most = i64::try_from(limit).unwrap_or(i64::MAX).saturating_add(1);
-    match worker.ledger.outbox_backlog(most).await {
+    match worker.ledger.outbox_backlog(most, COUNT).await {
         Ok(Backlog { owed, oldest }) => {
             worker.reporter.note_owed(usize::try_from(owed).unwrap_or(0));
             let metrics = &worker.metrics;

@@ -55,7 +55,56 @@ async fn a_call_about_one_job_does_not_read_thousands_that_came_since_the_tables
     .await;
 }
 
+/// Reports that pass through the outbox, and what a look at it may read then: as many below the lowest that is owed are
+/// searched too.
+const PASSING: i64 = 10_000;
+const BELOW: i64 = 2000;
+
+#[tokio::test]
+async fn a_look_at_the_outbox_does_not_walk_what_has_passed_while_a_snapshot_keeps_it() {
+    in_world_of(1, |world| async move {
+        never_analyzed(&world.db).await;
+        let backup = world.db.reserved().unwrap().client().await.unwrap();
+        let snapshot = world.db.sql("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT FROM {s}.outbox");
+        backup.batch_execute(&snapshot).await.unwrap();
+        assert_eq!(world.backlog().await.0, 0);
+        let passing = format!(
+            "INSERT INTO {{s}}.outbox (tenant, id, seq, due_at, created_at, body)
+             SELECT 'acme', 'passing', i, now(), now(), '{{}}' FROM generate_series(1, {PASSING}) i;
+             DELETE FROM {{s}}.outbox"
+        );
+        world.run(&passing).await;
+        world.backlog().await;
+        let (owed, read) = world.backlog().await;
+        assert!(owed == 0 && read <= BELOW + MOST, "{read} read");
+        let before = rows_read(&world.db).await;
+        let swept = world.ledger.owed_reports(10, Duration::ZERO).await.unwrap();
+        let read = rows_read(&world.db).await - before;
+        assert!(swept.is_empty() && read <= BELOW + MOST, "{read} read");
+
+        // A number drawn long ago that is committed now is found by the search of the whole.
+        world
+            .run("INSERT INTO {s}.outbox (n, tenant, id, seq, due_at, created_at, body) SELECT 1, 'acme', 'late', 1, now(), now(), '{}'")
+            .await;
+        assert_eq!(world.backlog().await.0, 0);
+        world.run("UPDATE {s}.outbox_census SET whole_at = '-infinity'").await;
+        assert_eq!(world.backlog().await.0, 1);
+        let swept = world.ledger.owed_reports(10, Duration::ZERO).await.unwrap();
+        assert_eq!(swept.len(), 1);
+    })
+    .await;
+}
+
 impl World {
+    /// How many reports are owed, counted now, and what was read for that.
+    async fn backlog(&self) -> (i64, i64) {
+        self.run("UPDATE {s}.outbox_census SET next_at = '-infinity'")
+            .await;
+        let before = rows_read(&self.db).await;
+        let backlog = self.ledger.outbox_backlog(100, Duration::ZERO).await.unwrap();
+        (backlog.owed, rows_read(&self.db).await - before)
+    }
+
     /// Thousands of everything, as an installation that runs for long has them; some of it of the same tenant and account.
     async fn crowd(&self, who: &str, number: u32) {
         let columns = "tenant, id, state, level, account, digest, born, seq, created_at, updated_at";
@@ -212,7 +261,7 @@ impl<'a> Calls<'a> {
         self.of("strike reports off", ledger.clear_outbox(&numbers))
             .await
             .unwrap();
-        self.of("outbox backlog", ledger.outbox_backlog(10))
+        self.of("outbox backlog", ledger.outbox_backlog(10, Duration::ZERO))
             .await
             .unwrap();
         let capped = account("acme/main");
