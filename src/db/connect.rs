@@ -22,6 +22,9 @@ use crate::config;
 /// Time after which the server ends a statement. Batches take milliseconds; what takes this long is stuck, and its
 /// caller would rather try again than hold locks.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
+/// Time after which the server ends a session that does nothing in an open transaction: its client is gone or stands still,
+/// and TCP would keep its locks for hours.
+const IDLE_IN_TRANSACTION: Duration = Duration::from_secs(30);
 /// TCP connect, per address.
 const TCP_CONNECT: Duration = Duration::from_secs(5);
 /// Bytes unacknowledged for this long mean that the peer is gone.
@@ -35,11 +38,11 @@ pub(super) struct Connector(Arc<RwLock<Arc<Parameters>>>);
 
 /// Everything needed to open a connection.
 struct Parameters {
-    /// With the statement time limit as a start-up option.
+    /// With the server's time limits as start-up options.
     config: Config,
     /// Without: `PgBouncer` refuses options that it does not track.
     plain: Config,
-    /// The server (or what stands in front of it) refused the option.
+    /// The server (or what stands in front of it) refused the options.
     refused: AtomicBool,
     tls: Option<MakeRustlsConnect>,
 }
@@ -111,8 +114,7 @@ impl Parameters {
             .tcp_user_timeout(TCP_USER_TIMEOUT)
             .keepalives_idle(KEEPALIVE_IDLE);
         let mut config = plain.clone();
-        let given = plain.get_options().unwrap_or_default();
-        config.options(format!("-c statement_timeout={} {given}", STATEMENT_TIMEOUT.as_millis()).trim());
+        config.options(options(plain.get_options().unwrap_or_default()));
         let tls = proof.map(|proof| tls::connector(proof, &ca_files)).transpose()?;
         Ok(Self {
             config,
@@ -146,6 +148,14 @@ impl Parameters {
             Ok((client, tokio::spawn(drive(connection, clock))))
         }
     }
+}
+
+/// The server's time limits, and what the URL says besides, which wins.
+fn options(given: &str) -> String {
+    let (statement, idle) = (STATEMENT_TIMEOUT.as_millis(), IDLE_IN_TRANSACTION.as_millis());
+    let limits =
+        format!("-c statement_timeout={statement} -c idle_in_transaction_session_timeout={idle} {given}");
+    limits.trim().to_owned()
 }
 
 /// Runs a connection until it ends.

@@ -102,7 +102,8 @@ impl DbError {
 
     /// Whether the same call may work later without anybody changing anything: connection trouble, conflicts
     /// (SQLSTATE class 40), lack of resources (53), intervention by an operator or a time limit (57), I/O (58),
-    /// a lock not granted, or a server that is read-only because a failover is under way.
+    /// a lock not granted, a transaction that its client left open for too long, or a server that is read-only because a
+    /// failover is under way.
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match self {
@@ -113,6 +114,7 @@ impl DbError {
                     matches!(state_class(code), "08" | "40" | "53" | "57" | "58")
                         || *code == SqlState::LOCK_NOT_AVAILABLE
                         || *code == SqlState::READ_ONLY_SQL_TRANSACTION
+                        || *code == SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT
                 }
                 None => is_broken(error),
             },
@@ -165,7 +167,12 @@ fn state_class(code: &SqlState) -> &str {
 }
 
 fn state_label(code: &SqlState) -> &'static str {
-    if *code == SqlState::QUERY_CANCELED {
+    if [
+        SqlState::QUERY_CANCELED,
+        SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT,
+    ]
+    .contains(code)
+    {
         return "timeout";
     }
     if *code == SqlState::READ_ONLY_SQL_TRANSACTION {

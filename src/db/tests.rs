@@ -223,12 +223,31 @@ async fn connections_behind_which_the_server_takes_no_writes_any_more_are_replac
 async fn every_connection_has_a_time_limit_and_a_name() {
     let scratch = Scratch::new();
     let client = scratch.database().client().await.unwrap();
-    let show = "SELECT current_setting('statement_timeout'), current_setting('application_name')";
-    let row = client.query_one(show, &[]).await.unwrap();
-    assert_eq!(
-        (row.get::<_, &str>(0), row.get::<_, &str>(1)),
-        ("30s", "postroom")
+    for (name, value) in [
+        ("statement_timeout", "30s"),
+        ("idle_in_transaction_session_timeout", "30s"),
+        ("application_name", "postroom"),
+    ] {
+        let row = client.query_one(&format!("SHOW {name}"), &[]).await.unwrap();
+        assert_eq!(row.get::<_, &str>(0), value, "{name}");
+    }
+}
+
+#[tokio::test]
+async fn a_transaction_that_its_client_left_open_holds_nobody_up_for_long() {
+    let scratch = Scratch::new();
+    let option = "options=-c%20idle_in_transaction_session_timeout%3D200ms";
+    let config = scratch.with_url(|url| with_option(url, option));
+    let (left, other) = (Database::connect(&config).unwrap(), scratch.database());
+    let left = left.client().await.unwrap();
+    let lock = format!(
+        "SELECT pg_advisory_xact_lock(hashtext('{}'))",
+        scratch.config.schema
     );
+    left.batch_execute(&format!("BEGIN; {lock}")).await.unwrap();
+    other.client().await.unwrap().batch_execute(&lock).await.unwrap();
+    let error = DbError::from(left.batch_execute("SELECT 1").await.unwrap_err());
+    assert!(error.is_retryable(), "{error}");
 }
 
 /// A statement; whether it may work later, whether a row is to blame, and how that is called.
@@ -278,6 +297,12 @@ const SQLSTATES: &[(&str, bool, bool, &str)] = &[
         true,
         false,
         "server",
+    ),
+    (
+        "DO $$ BEGIN RAISE idle_in_transaction_session_timeout; END $$",
+        true,
+        false,
+        "timeout",
     ),
     (
         "SET statement_timeout = 1; SELECT pg_sleep(5)",
