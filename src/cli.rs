@@ -138,6 +138,7 @@ impl Invocation {
         for warning in self.sources.unknown() {
             tracing::warn!("{warning}");
         }
+        let is_service = matches!(self.command, Command::Worker | Command::Bridge);
         let mut out = std::io::stdout();
         let result = self
             .dispatch(&mut out)
@@ -149,6 +150,10 @@ impl Invocation {
             Err(error) if error.is_broken_pipe() => ExitCode::from(DONE),
             Err(error) => {
                 let _ = writeln!(std::io::stderr(), "postroom: {error}");
+                // Whoever looks at the log of a service looks for its last line.
+                if is_service {
+                    tracing::error!(%error, "this process cannot go on");
+                }
                 ExitCode::from(error.exit_code())
             }
         }

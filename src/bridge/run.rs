@@ -60,6 +60,16 @@ pub enum RunError {
 /// # Errors
 /// If it cannot start for a reason that waiting does not cure, or a part of it died.
 pub async fn run(settings: Settings, service: Service) -> Result<(), RunError> {
+    let worked = Box::pin(work(settings, &service)).await;
+    // Also of one that could not begin: no part of it is to be found dead.
+    service.shutdown.soft.cancel();
+    let finished = service.finish().await;
+    worked?;
+    Ok(finished?)
+}
+
+/// From its settings to the end of its sessions.
+async fn work(settings: Settings, service: &Service) -> Result<(), RunError> {
     let database = Database::connect(&settings.database)?;
     let (metrics, watched) = (Arc::clone(&service.metrics), Arc::clone(&service.metrics));
     let supervisor = Supervisor::new(settings.broker, Arc::clone(&metrics));
@@ -68,7 +78,7 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), RunError> {
     let amqp = service.readiness.component("amqp");
     let soft = service.shutdown.soft.clone();
     if !database.wait_until_usable(&ready, &soft).await? {
-        return Ok(service.finish().await?);
+        return Ok(());
     }
     let keys = Keys::open(&settings.keys, &database).await?;
     service.follow_keys(keys.clone(), database.clone());
@@ -113,13 +123,7 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), RunError> {
             done.clone(),
         )
     });
-    let served = Box::pin(serving).await;
-    if served.is_err() {
-        soft.cancel();
-    }
-    let finished = service.finish().await;
-    served?;
-    Ok(finished?)
+    Ok(Box::pin(serving).await?)
 }
 
 /// One session: hands reports on until it ends or the bridge does.

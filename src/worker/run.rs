@@ -86,6 +86,16 @@ pub enum WorkerError {
 /// # Errors
 /// If it cannot start for a reason that waiting does not cure, or a part of it died.
 pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError> {
+    let worked = Box::pin(work(settings, &service)).await;
+    // Also of one that could not begin: no part of it is to be found dead.
+    service.shutdown.soft.cancel();
+    let finished = service.finish().await;
+    worked?;
+    Ok(finished?)
+}
+
+/// From its settings to the end of its last job.
+async fn work(settings: Settings, service: &Service) -> Result<(), WorkerError> {
     let database = Database::connect(&settings.database)?;
     let supervisor = Supervisor::new(settings.broker.clone(), Arc::clone(&service.metrics));
     service.follow_urls(supervisor.url(), database.clone());
@@ -93,11 +103,11 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError
     let amqp = service.readiness.component("amqp");
     let intake = service.readiness.component("intake");
     if !database.wait_until_usable(&ready, &service.shutdown.soft).await? {
-        return Ok(service.finish().await?);
+        return Ok(());
     }
     let keys = Keys::open(&settings.keys, &database).await?;
     service.follow_keys(keys.clone(), database.clone());
-    let (worker, arrivals) = build(settings, &service, keys, database, ready, &supervisor).await?;
+    let (worker, arrivals) = build(settings, service, keys, database, ready, &supervisor).await?;
     // Before the first job: by a host's own clock it might seem expired.
     if let Err(error) = worker.correct_clock().await {
         worker.database_trouble("clock", &error);
@@ -105,7 +115,7 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError
     let end = CancellationToken::new();
     let parts = Parts {
         worker: Arc::clone(&worker),
-        service: &service,
+        service,
         amqp,
         intake,
         end: end.clone(),
@@ -131,9 +141,7 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError
     if complete && let Err(error) = worker.ledger.retire(&worker.epoch()).await {
         tracing::warn!(%error, "this worker could not sign off; its leases run out by themselves");
     }
-    let finished = service.finish().await;
-    served?;
-    Ok(finished?)
+    Ok(served?)
 }
 
 /// The ledger as a worker uses it.

@@ -97,6 +97,33 @@ fn the_password_is_in_no_log_even_at_trace() {
 }
 
 #[test]
+fn a_service_that_cannot_start_says_why_in_the_last_line_of_its_log() {
+    let schema = format!("t_it_none_{}", std::process::id());
+    let url = database_url();
+    let env = [
+        ("POSTROOM_DATABASE_URL", url.as_str()),
+        ("POSTROOM_DATABASE_SCHEMA", &schema),
+        ("POSTROOM_AMQP_URL", "amqp://guest:guest@127.0.0.1:1"),
+        ("POSTROOM_HTTP_ADDR", "off"),
+    ];
+    let key = crate::support::new_key("k");
+    let env: Vec<_> = env
+        .into_iter()
+        .chain([("POSTROOM_ENCRYPTION_KEYS", key.as_str())])
+        .collect();
+    for service in ["worker", "bridge"] {
+        let output = run(&[service], &env);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let stderr = text(&output.stderr);
+        assert!(!stderr.contains("task died"), "{stderr}");
+        let last: serde_json::Value = serde_json::from_str(stderr.lines().last().unwrap()).unwrap();
+        assert_eq!(last["level"], "ERROR", "{last}");
+        let error = last["error"].as_str().unwrap();
+        assert!(error.contains("postroom migrate"), "{last}");
+    }
+}
+
+#[test]
 fn a_reader_that_goes_away_is_no_failure() {
     let schema = format!("t_it_pipe_{}", std::process::id());
     let url = database_url();
