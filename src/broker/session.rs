@@ -158,6 +158,13 @@ impl Supervisor {
         }
     }
 
+    /// The same for a process that needs no reports itself, see [`Topology::leaving_reports`].
+    #[must_use]
+    pub fn leaving_reports(mut self) -> Self {
+        self.topology = self.topology.leaving_reports();
+        self
+    }
+
     /// A publisher that outlives sessions; between them it fails at once.
     #[must_use]
     pub fn publisher(&self) -> Publisher {

@@ -54,6 +54,8 @@ struct Binding {
     destination: String,
     to_exchange: bool,
     key: String,
+    /// Made only with its queue. Bindings cannot be seen over AMQP: one that somebody deleted would be made again.
+    once: bool,
 }
 
 /// Everything postroom needs on the broker, by name.
@@ -87,6 +89,17 @@ impl Topology {
         topology.add_queues();
         topology.add_bindings(extra_queues);
         topology
+    }
+
+    /// The same for a process that needs no reports itself. It binds the bridge's queue only when it declares it: before the
+    /// first bridge starts no report is lost, and who runs none can delete the binding for good.
+    #[must_use]
+    pub fn leaving_reports(mut self) -> Self {
+        let queue = self.reports_queue();
+        for binding in &mut self.bindings {
+            binding.once = binding.destination == queue;
+        }
+        self
     }
 
     /// The job queues to consume, each with the level its jobs have.
@@ -201,6 +214,7 @@ impl Topology {
             destination: route.clone(),
             to_exchange: true,
             key: "#".to_owned(),
+            once: false,
         });
         for (level, queue) in extra_queues {
             if let Some(tenant) = queue.strip_prefix(&format!("{}.jobs.{level}.", self.prefix)) {
@@ -240,6 +254,7 @@ impl Topology {
             destination: queue.to_owned(),
             to_exchange: false,
             key: key.to_owned(),
+            once: false,
         });
     }
 }

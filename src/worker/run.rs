@@ -97,7 +97,7 @@ pub async fn run(settings: Settings, service: Service) -> Result<(), WorkerError
 /// From its settings to the end of its last job.
 async fn work(settings: Settings, service: &Service) -> Result<(), WorkerError> {
     let database = Database::connect(&settings.database)?;
-    let supervisor = Supervisor::new(settings.broker.clone(), Arc::clone(&service.metrics));
+    let supervisor = Supervisor::new(settings.broker.clone(), Arc::clone(&service.metrics)).leaving_reports();
     service.follow_urls(supervisor.url(), database.clone());
     let ready = service.readiness.component("database");
     let amqp = service.readiness.component("amqp");

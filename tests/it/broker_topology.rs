@@ -1,6 +1,8 @@
 //! The topology as a broker sees it.
 
 use lapin::BasicProperties;
+use lapin::options::QueueDeclareOptions;
+use lapin::types::FieldTable;
 use postroom::broker::{self, Topology};
 use postroom::level::Level;
 
@@ -21,6 +23,64 @@ async fn what_is_missing_is_declared_and_a_second_time_nothing_is() {
     let second = topology.apply(&connection).await.unwrap();
     assert_eq!((second.created.len(), second.present), (0, 6 + 8));
     topology.check(&connection).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_queue_of_the_bridge_is_bound_when_it_is_declared_and_by_workers_never_again() {
+    const KEY: &str = "report.acme.mail.sent";
+    let world = World::new().await;
+    world.postroom(&["migrate"]).await.success();
+    let mut worker = world.start_worker().await;
+    let amqp = world.amqp().await;
+    let report = async || {
+        amqp.publish("mail.reports", KEY, BasicProperties::default(), b"{}")
+            .await;
+    };
+    report().await;
+    world.wait_depth("mail.reports.bridge", 1).await;
+    worker.term().await;
+
+    let connection = broker::connect(&world.broker_config(), "test").await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    let (queue, exchange) = ("mail.reports.bridge", "mail.reports");
+    channel
+        .queue_unbind(
+            queue.into(),
+            exchange.into(),
+            "report.#".into(),
+            FieldTable::default(),
+        )
+        .await
+        .unwrap();
+    let mut worker = world.start_worker().await;
+    report().await;
+    world.wait_depth("mail.unroutable", 1).await;
+    assert_eq!(world.depth(queue).await, 1);
+    worker.term().await;
+    // Who wants it back says so.
+    world.postroom(&["topology", "apply"]).await.success();
+    report().await;
+    world.wait_depth(queue, 2).await;
+}
+
+#[tokio::test]
+async fn a_worker_does_not_start_where_a_queue_differs() {
+    let world = World::new().await;
+    world.postroom(&["migrate"]).await.success();
+    let connection = broker::connect(&world.broker_config(), "test").await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    let durable = QueueDeclareOptions {
+        durable: true,
+        ..QueueDeclareOptions::default()
+    };
+    channel
+        .queue_declare("mail.jobs.low".into(), durable, FieldTable::default())
+        .await
+        .unwrap();
+    let mut worker = world.spawn(&["worker"]);
+    assert_eq!(worker.wait().await.code(), Some(1), "{}", worker.logs());
+    let logs = worker.logs();
+    assert!(logs.contains("different: queue mail.jobs.low"), "{logs}");
 }
 
 #[tokio::test]

@@ -9,7 +9,7 @@ use lapin::types::FieldTable;
 use lapin::{Channel, Connection, ErrorKind, ExchangeKind};
 use tokio::time::timeout;
 
-use super::{Exchange, Queue, Topology, arguments_table};
+use super::{Binding, Exchange, Queue, Topology, arguments_table};
 use crate::broker::BrokerError;
 
 /// For one declaration or binding.
@@ -22,6 +22,17 @@ pub struct Applied {
     pub created: Vec<String>,
     /// How many were there already, as they should be.
     pub present: usize,
+}
+
+impl Applied {
+    fn has_created_queue(&self, name: &str) -> bool {
+        self.created.iter().any(|created| *created == queue_name(name))
+    }
+}
+
+/// How a queue is called in [`Applied`] and [`TopologyError`].
+fn queue_name(name: &str) -> String {
+    format!("queue {name}")
 }
 
 /// Exchanges or queues are not as they should be. The text lists them all, with what to do.
@@ -78,7 +89,8 @@ enum Found {
 }
 
 impl Topology {
-    /// Declares what is missing and binds everything; touches nothing that is there. Deletes nothing.
+    /// Declares what is missing and binds everything; touches nothing that is there. Deletes nothing. After
+    /// [`Topology::leaving_reports`] the bridge's queue is bound only if it was missing.
     ///
     /// # Errors
     /// [`BrokerError::Topology`] naming everything that differs or is not permitted; other variants if the broker fails.
@@ -93,7 +105,7 @@ impl Topology {
             note(found, name, was_missing, &mut applied, &mut wrong);
         }
         for queue in &self.queues {
-            let name = format!("queue {}", queue.name);
+            let name = queue_name(&queue.name);
             let was_missing = matches!(queue.look(connection).await?, Found::Missing);
             let found = queue.declare(connection).await?;
             let found = if was_missing { found } else { seen(found) };
@@ -102,7 +114,7 @@ impl Topology {
         if !wrong.is_empty() {
             return Err(wrong.into());
         }
-        self.bind_all(connection).await?;
+        self.bind_all(connection, &applied).await?;
         Ok(applied)
     }
 
@@ -124,7 +136,7 @@ impl Topology {
             note(found, name, false, &mut applied, &mut wrong);
         }
         for queue in &self.queues {
-            let name = format!("queue {}", queue.name);
+            let name = queue_name(&queue.name);
             let found = match queue.look(connection).await? {
                 Found::AsItShouldBe => seen(queue.declare(connection).await?),
                 other => other,
@@ -138,9 +150,10 @@ impl Topology {
         }
     }
 
-    async fn bind_all(&self, connection: &Connection) -> Result<(), BrokerError> {
+    async fn bind_all(&self, connection: &Connection, applied: &Applied) -> Result<(), BrokerError> {
         let channel = open(connection).await?;
-        for binding in &self.bindings {
+        let wanted = |binding: &&Binding| !binding.once || applied.has_created_queue(&binding.destination);
+        for binding in self.bindings.iter().filter(wanted) {
             let (source, destination) = (binding.source.as_str(), binding.destination.as_str());
             let key = binding.key.as_str();
             let bound = async {
