@@ -191,6 +191,15 @@ pub struct Ledger {
     outbox_first: Arc<AtomicI64>,
 }
 
+/// How many jobs wait, and for what.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Census {
+    /// By reason.
+    pub waiting: Vec<(WaitReason, i64)>,
+    /// Held: nobody knows whether they were sent, and somebody has to decide.
+    pub held: i64,
+}
+
 /// The statements of the hot path, with the schema's name put in once.
 #[derive(Debug)]
 struct Statements {
@@ -267,30 +276,26 @@ impl Ledger {
         Ok(self.db.client().await?.query_one(&sql, &[]).await?.try_get(0)?)
     }
 
-    /// How many jobs wait, by reason, counted up to `most`. One worker counts for all, not more often than `every` and with a
-    /// fiftieth of its time at most, so that it stays cheap with a full waiting room.
+    /// How many jobs wait, by reason, and how many are held, counted up to `most` each. One worker counts for all, not more
+    /// often than `every` and with a fiftieth of its time at most, so that it stays cheap with a full waiting room.
     ///
     /// # Errors
     /// If the database cannot be asked.
-    pub async fn waiting(&self, most: i64, every: Duration) -> Result<Vec<(WaitReason, i64)>, DbError> {
+    pub async fn census(&self, most: i64, every: Duration) -> Result<Census, DbError> {
         let sql = self
             .db
-            .sql("SELECT reason, jobs FROM {s}.waiting_v1($1, $2::bigint * interval '1 microsecond')");
-        let rows = self
-            .db
-            .client()
-            .await?
-            .query(&sql, &[&most, &micros(every)])
-            .await?;
-        Ok(rows
-            .iter()
-            .filter_map(|row| {
-                Some((
-                    WaitReason::from_number(row.try_get(0).ok()?)?,
-                    row.try_get(1).ok()?,
-                ))
-            })
-            .collect())
+            .sql("SELECT waiting, held FROM {s}.census_v1($1, $2::bigint * interval '1 microsecond')");
+        let client = self.db.client().await?;
+        let row = client.query_one(&sql, &[&most, &micros(every)]).await?;
+        let counts: Vec<i64> = row.try_get(0)?;
+        let reasons = (1..).map(WaitReason::from_number);
+        Ok(Census {
+            waiting: reasons
+                .zip(counts)
+                .filter_map(|(reason, count)| Some((reason?, count)))
+                .collect(),
+            held: row.try_get(1)?,
+        })
     }
 
     fn observe(&self, statement: &str, rows: usize, took: Duration) {

@@ -197,6 +197,7 @@ fn every_panel_has_a_title_a_description_and_a_place() {
 fn what_every_process_shows_for_the_whole_installation_is_never_summed() {
     let whole = [
         "postroom_waiting_jobs",
+        "postroom_held_jobs",
         "postroom_unhealthy_accounts",
         "postroom_outbox_jobs",
         "postroom_outbox_oldest_seconds",

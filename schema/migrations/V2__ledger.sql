@@ -104,9 +104,11 @@ CREATE INDEX job_finished ON job (finished_at) WHERE state IN (3, 5, 6);
 -- For operators, who are asked about these; its columns never change.
 CREATE INDEX job_held ON job (tenant, id) WHERE state = 4;
 
--- How many jobs wait for which reason, as it was counted last, for all workers: a full waiting room takes long to read.
+-- How many jobs wait for which reason, and how many are held, as it was counted last, for all workers: a full waiting room
+-- takes long to read.
 CREATE TABLE census (
     waiting bigint[] NOT NULL DEFAULT '{}',                     -- by reason
+    held    bigint NOT NULL DEFAULT 0,
     next_at timestamptz NOT NULL DEFAULT '-infinity'            -- not counted again before
 );
 INSERT INTO census DEFAULT VALUES;
@@ -1352,23 +1354,24 @@ BEGIN
     END IF;
 END $$;
 
--- How many jobs wait, by reason, counted up to p_most. Counted anew by one caller at a time, not more often than p_every, and
--- for a fiftieth of the time at most; all others get what was counted last.
-CREATE FUNCTION waiting_v1(p_most bigint, p_every interval) RETURNS TABLE (reason smallint, jobs bigint)
+-- How many jobs wait, by reason, and how many are held, counted up to p_most each. Counted anew by one caller at a time, not more
+-- often than p_every, and for a fiftieth of the time at most; all others get what was counted last.
+CREATE FUNCTION census_v1(p_most bigint, p_every interval) RETURNS TABLE (waiting bigint[], held bigint)
 LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
 SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 DECLARE
-    v_waiting bigint[] := array_fill(0::bigint, ARRAY[7]); v_began timestamptz := clock_timestamp(); c record;
+    v_waiting bigint[] := array_fill(0::bigint, ARRAY[7]); v_held bigint; v_began timestamptz := clock_timestamp(); c record;
 BEGIN
     PERFORM 1 FROM census s WHERE s.next_at <= v_began FOR UPDATE SKIP LOCKED;
     IF FOUND THEN
         FOR c IN SELECT w.reason, count(*) AS jobs FROM (SELECT x.reason FROM job x WHERE x.state = 2 LIMIT p_most) w GROUP BY 1 LOOP
             v_waiting[c.reason] := c.jobs;
         END LOOP;
-        UPDATE census SET waiting = v_waiting,
+        SELECT count(*) INTO v_held FROM (SELECT FROM job x WHERE x.state = 4 LIMIT p_most) w;
+        UPDATE census s SET waiting = v_waiting, held = v_held,
             next_at = clock_timestamp() + greatest(p_every, 50 * (clock_timestamp() - v_began));
     END IF;
-    RETURN QUERY SELECT u.o::smallint, u.n FROM census s, unnest(s.waiting) WITH ORDINALITY u(n, o);
+    RETURN QUERY SELECT s.waiting, s.held FROM census s;
 END $$;
 
 -- ── Release ──────────────────────────────────────────────────────────────────────────────────────────────────────

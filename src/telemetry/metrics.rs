@@ -97,6 +97,9 @@ metrics! {
     /// Waiting jobs of the whole installation by reason: rate, retry, schedule, busy, contract, key, unhealthy; counted up to
     /// 200 000 in all, every 15 s or more rarely while that takes long; every worker shows it.
     waiting: IntGaugeVec "postroom_waiting_jobs" ["reason"];
+    /// Jobs of the whole installation that are held, since nobody knows whether they were sent and their tenant wants to be
+    /// asked; counted with those that wait; every worker shows it.
+    held: IntGauge "postroom_held_jobs";
     /// Accounts of the whole installation whose circuit breaker is not closed; every worker shows it.
     unhealthy_accounts: IntGauge "postroom_unhealthy_accounts";
     /// Transitions of circuit breakers that this process brought about: opened, recovered, `opened_again`, unproved.

@@ -149,9 +149,11 @@ async fn find_forgotten(worker: &Arc<Worker>) {
 }
 
 async fn count_waiting(worker: &Arc<Worker>) {
-    if let Ok(counts) = worker.ledger.waiting(MOST, CENSUS).await {
+    if let Ok(census) = worker.ledger.census(MOST, CENSUS).await {
+        worker.metrics.held.set(census.held);
         for reason in crate::ledger::WaitReason::ALL {
-            let count = counts
+            let count = census
+                .waiting
                 .iter()
                 .find(|(r, _)| *r == reason)
                 .map_or(0, |(_, count)| *count);

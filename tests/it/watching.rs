@@ -55,6 +55,7 @@ async fn assert_metrics(worker: &Process) {
     let page = worker.get("/metrics").await.unwrap().1;
     for family in [
         "postroom_waiting_jobs",
+        "postroom_held_jobs",
         "postroom_permits_in_use",
         "postroom_smtp_connections",
         "postroom_outbox_oldest_seconds",

@@ -286,8 +286,9 @@ async fn waiting_jobs_are_counted_by_one_for_all_and_not_too_often() {
         let epoch = world.epoch().await;
         let count = async |most| {
             let every = Duration::from_secs(15);
-            let counts = world.ledger.waiting(most, every).await.unwrap();
-            counts
+            let census = world.ledger.census(most, every).await.unwrap();
+            census
+                .waiting
                 .into_iter()
                 .filter(|(_, jobs)| *jobs > 0)
                 .collect::<Vec<_>>()
@@ -322,10 +323,31 @@ async fn waiting_jobs_are_counted_by_one_for_all_and_not_too_often() {
 }
 
 #[tokio::test]
+async fn held_jobs_are_counted_until_somebody_has_decided() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        let held = async || {
+            world.run("UPDATE {s}.census SET next_at = '-infinity'").await;
+            let census = world.ledger.census(100, Duration::ZERO).await;
+            census.unwrap().held
+        };
+        assert_eq!(held().await, 0);
+        let row = world.go(request(&epoch, "acme", "1")).await;
+        let next = Next::Hold { body: Some(body()) };
+        world.settle_one(settlement(&row, next)).await;
+        assert_eq!(world.state("acme", "1").await, 4);
+        assert_eq!(held().await, 1);
+        world.run("UPDATE {s}.job SET state = 3").await;
+        assert_eq!(held().await, 0);
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_count_of_waiting_jobs_that_took_long_is_not_repeated_soon() {
     in_world(|world| async move {
         let slow = world.holding("LOCK {s}.job").await;
-        let count = world.ledger.waiting(100, Duration::ZERO);
+        let count = world.ledger.census(100, Duration::ZERO);
         let hold = async {
             until("the count waits", async || {
                 world
