@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use super::acker::Acker;
+use super::topology::TopologyError;
 use super::{BrokerError, Consumer, Publisher, Subscription, Topology, close, connect, consumer};
 use crate::config::{self, TopologyMode};
 use crate::telemetry::metrics::Metrics;
@@ -195,8 +196,8 @@ impl Supervisor {
     /// are the connections closed. If it returns earlier the session ends too.
     ///
     /// # Errors
-    /// What only the operator can change: a malformed URL, and with `POSTROOM_TOPOLOGY=check` a topology that is not as
-    /// it should be at start.
+    /// What only the operator can change: a malformed URL, and at start an exchange or queue with other arguments, or with
+    /// `POSTROOM_TOPOLOGY=check` any topology that is not as it should be.
     pub async fn run<F, S>(&self, shutdown: &CancellationToken, mut serve: F) -> Result<(), BrokerError>
     where
         F: FnMut(Session) -> S,
@@ -218,10 +219,8 @@ impl Supervisor {
                     self.serve(&session, &publish, shutdown, &mut serve).await;
                 }
                 Err(error @ BrokerError::Url) => return Err(error),
-                Err(error @ BrokerError::Topology(_))
-                    if generation == 0 && self.config.topology == TopologyMode::Check =>
-                {
-                    return Err(error);
+                Err(BrokerError::Topology(wrong)) if generation == 0 && self.is_final(&wrong) => {
+                    return Err(wrong.into());
                 }
                 Err(error) => error!(%error, "no session with RabbitMQ"),
             }
@@ -235,6 +234,11 @@ impl Supervisor {
                 Ok(()) = url.changed() => {}
             }
         }
+    }
+
+    /// Whether only the operator can change it. What is not permitted may be, a moment later, to who declares.
+    fn is_final(&self, wrong: &TopologyError) -> bool {
+        self.config.topology == TopologyMode::Check || !wrong.different.is_empty()
     }
 
     /// Connections, topology, the publishing channel.
