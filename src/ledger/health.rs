@@ -301,14 +301,18 @@ impl Ledger {
         Ok(())
     }
 
-    /// Forgets accounts whose trouble is over for longer than any attempt takes.
+    /// Forgets accounts whose trouble is over for longer than any attempt takes, and those that are gone: an attempt that
+    /// ended after its account was removed has noted how it ended.
     ///
     /// # Errors
     /// If the database cannot be asked.
     pub async fn forget_health(&self) -> Result<u64, DbError> {
         let sql = self.db.sql(
-            "DELETE FROM {s}.account_health WHERE account IN (SELECT account FROM {s}.account_health
-                 WHERE state = 0 AND noted_at < clock_timestamp() - interval '30 minutes' FOR UPDATE SKIP LOCKED)",
+            "DELETE FROM {s}.account_health WHERE account IN (SELECT h.account FROM {s}.account_health h
+                 WHERE h.state = 0 AND h.noted_at < clock_timestamp() - interval '30 minutes'
+                     OR NOT EXISTS (SELECT FROM {s}.account a
+                                    WHERE a.tenant = split_part(h.account, '/', 1) AND a.id = split_part(h.account, '/', 2))
+                 FOR UPDATE OF h SKIP LOCKED)",
         );
         Ok(self.db.client().await?.execute(&sql, &[]).await?)
     }

@@ -177,6 +177,20 @@ async fn an_operator_changes_and_removes_accounts() {
 }
 
 #[tokio::test]
+async fn an_account_that_is_created_again_knows_nothing_of_the_trouble_of_its_predecessor() {
+    let scratch = Scratch::new().await;
+    let store = scratch.store();
+    ok(&store, "tenant set acme").await;
+    scratch
+        .execute("INSERT INTO {s}.account_health (account, state, faults, reason) VALUES ('acme/main', 1, 5, 'connect')")
+        .await;
+    ok(&store, "account set acme main --host h --port 25 --tls none").await;
+    let all = json(&store, "account list --json").await;
+    assert_eq!(all[0]["health"]["state"], Value::Null, "{all}");
+    scratch.end().await;
+}
+
+#[tokio::test]
 async fn an_operator_finds_the_unhealthy_accounts_of_all_tenants() {
     let scratch = Scratch::new().await;
     let store = scratch.store();

@@ -62,8 +62,12 @@ impl Store {
         if next.max_connections != current.max_connections {
             self.set_cap(&tx, key.as_str(), next.max_connections).await?;
         }
-        if next.version != current.version {
+        if stored.is_none() || next.version != current.version {
             self.reset_health(&tx, key.as_str()).await?;
+        }
+        // What is known is of an account that had its name before.
+        if stored.is_none() {
+            self.forget_health(&tx, key.as_str()).await?;
         }
         let written = self.read_accounts(&tx, tenant).await?;
         tx.commit().await?;

@@ -541,6 +541,12 @@ async fn events_have_the_id_that_reports_have() {
 async fn trouble_long_over_is_forgotten_and_trouble_that_lasts_is_not() {
     in_world(|world| async move {
         let epoch = world.epoch().await;
+        world
+            .run(
+                "INSERT INTO {s}.tenant (id) VALUES ('acme');
+                 INSERT INTO {s}.account (tenant, id, host, port, tls) VALUES ('acme', 'main', 'h', 25, 'none')",
+            )
+            .await;
         world.open(&epoch).await;
         let age = "UPDATE {s}.account_health SET noted_at = noted_at - interval '1 hour'";
         world.run(age).await;
@@ -551,6 +557,18 @@ async fn trouble_long_over_is_forgotten_and_trouble_that_lasts_is_not() {
         assert_eq!(world.ledger.forget_health().await.unwrap(), 0);
         world.run(age).await;
         assert_eq!(world.ledger.forget_health().await.unwrap(), 1);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn trouble_of_an_account_that_is_gone_is_forgotten() {
+    in_world(|world| async move {
+        let epoch = world.epoch().await;
+        // By attempts that end after the account was removed.
+        world.open(&epoch).await;
+        assert_eq!(world.ledger.forget_health().await.unwrap(), 1);
+        assert_eq!(world.breaker().await, None);
     })
     .await;
 }
