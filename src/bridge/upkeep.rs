@@ -1,9 +1,9 @@
 //! What the bridge does beside: forgets old events, measures its backlog, publishes the reports it owes.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use jiff::Timestamp;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_postgres::types::{ToSql, Type};
 use tokio_util::sync::CancellationToken;
 
@@ -36,18 +36,13 @@ impl Bridge {
     async fn watch<K: ReportSink>(&self, sink: &K) {
         let mut often = interval(OFTEN);
         often.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut measured_until = Instant::now();
+        let mut resting = Resting(Instant::now());
         loop {
             let (round, done) = tokio::select! {
                 () = self.owed.notified() => ("publish", self.publish_owed(sink).await),
                 _ = often.tick() => ("measure", async {
                     self.publish_owed(sink).await?;
-                    let begun = Instant::now();
-                    if begun >= measured_until {
-                        self.measure().await?;
-                        measured_until = begun + begun.elapsed() * REST;
-                    }
-                    Ok(())
+                    resting.around(self.measure()).await
                 }.await),
             };
             told(round, done);
@@ -148,8 +143,53 @@ impl Bridge {
     }
 }
 
+/// Until when the backlog is not measured.
+struct Resting(Instant);
+
+impl Resting {
+    /// Does the work unless it is too early. Also what fails is followed by a rest: a count that took too long would else be
+    /// begun again at once, by every bridge.
+    async fn around(
+        &mut self,
+        work: impl Future<Output = Result<(), BridgeError>>,
+    ) -> Result<(), BridgeError> {
+        let begun = Instant::now();
+        if begun < self.0 {
+            return Ok(());
+        }
+        let done = work.await;
+        self.0 = begun + begun.elapsed() * REST;
+        done
+    }
+}
+
 fn told(round: &str, done: Result<(), BridgeError>) {
     if let Err(error) = done {
         tracing::warn!(%error, round, "upkeep of the bridge failed, will try again");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::db::DbError;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_measurement_that_took_long_is_followed_by_a_rest_even_if_it_failed() {
+        let mut resting = Resting(Instant::now());
+        let slow = Duration::from_secs(30);
+        let failing = async {
+            tokio::time::sleep(slow).await;
+            Err(BridgeError::Database(DbError::Timeout))
+        };
+        assert!(resting.around(failing).await.is_err());
+        let too_early = async { Err(BridgeError::Database(DbError::Timeout)) };
+        assert!(
+            resting.around(too_early).await.is_ok(),
+            "it was tried again at once"
+        );
+        tokio::time::advance(slow * REST).await;
+        let tried = async { Err(BridgeError::Database(DbError::Timeout)) };
+        assert!(resting.around(tried).await.is_err());
     }
 }
