@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use refinery::Migration;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Transaction};
 
 use super::connect::Connector;
@@ -19,6 +20,23 @@ mod embedded {
 
 /// A migration takes as long as it takes, within reason: it may have to rewrite a large table, or wait for another.
 const LIMIT: Duration = Duration::from_hours(1);
+
+/// How long a migration waits for locks that others hold: whoever wants the same table meanwhile stands behind it, and that is
+/// all mail.
+struct Queueing {
+    /// For one lock.
+    lock: Duration,
+    /// Before it is tried again from the beginning.
+    pause: Duration,
+    /// How often.
+    tries: u32,
+}
+
+const QUEUEING: Queueing = Queueing {
+    lock: Duration::from_secs(5),
+    pause: Duration::from_secs(10),
+    tries: 30,
+};
 
 /// What a run of [`migrate`] did.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,7 +61,7 @@ pub fn newest_version() -> i32 {
 /// If the server cannot be reached, a statement fails, or the history does not fit: then nothing was changed.
 pub async fn migrate(config: &config::Database) -> Result<Migrated, DbError> {
     let mut client = connect(config).await?;
-    super::within(LIMIT, run(&mut client, &config.schema)).await?
+    super::within(LIMIT, run(&mut client, &config.schema, &QUEUEING)).await?
 }
 
 /// Lets a role work with the schema as it is now, without the right to change it. Run it after every migration.
@@ -110,8 +128,44 @@ async fn alone<'a>(client: &'a mut Client, schema: &str) -> Result<Transaction<'
     Ok(transaction)
 }
 
-async fn run(client: &mut Client, schema: &str) -> Result<Migrated, DbError> {
+/// Tries until nobody else holds what the migrations have to change.
+async fn run(client: &mut Client, schema: &str, queueing: &Queueing) -> Result<Migrated, DbError> {
+    for _ in 1..queueing.tries {
+        match run_once(client, schema, queueing.lock).await {
+            Err(error) if is_locked(&error) => {
+                tracing::warn!(
+                    schema,
+                    "others hold a lock that the migration needs; trying again"
+                );
+                tokio::time::sleep(queueing.pause).await;
+            }
+            other => return other,
+        }
+    }
+    run_once(client, schema, queueing.lock).await.map_err(|error| {
+        if is_locked(&error) {
+            DbError::Migration {
+                schema: schema.into(),
+                reason: "others hold a lock that the migration needs, and nothing was changed: look in pg_stat_activity for \
+                         old transactions, such as a backup's, and run it again when they are over"
+                    .into(),
+            }
+        } else {
+            error
+        }
+    })
+}
+
+fn is_locked(error: &DbError) -> bool {
+    error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE)
+}
+
+async fn run_once(client: &mut Client, schema: &str, lock: Duration) -> Result<Migrated, DbError> {
     let transaction = alone(client, schema).await?;
+    // Not for another migration, which is waited for.
+    transaction
+        .batch_execute(&format!("SET LOCAL lock_timeout = {}", lock.as_millis()))
+        .await?;
     create_schema(&transaction, schema).await?;
     set_search_path(&transaction, schema).await?;
     let done = history(&transaction).await?;
@@ -211,12 +265,15 @@ async fn apply(transaction: &Transaction<'_>, schema: &str, migration: &Migratio
     transaction
         .batch_execute(migration.sql().unwrap_or_default())
         .await
-        .map_err(|error| DbError::Migration {
-            schema: schema.into(),
-            reason: format!(
-                "{migration} failed, nothing was changed: {}",
-                DbError::from(error)
-            ),
+        .map_err(DbError::from)
+        .map_err(|error| {
+            if is_locked(&error) {
+                return error;
+            }
+            DbError::Migration {
+                schema: schema.into(),
+                reason: format!("{migration} failed, nothing was changed: {error}"),
+            }
         })?;
     // A migration may have changed it; the next one relies on it.
     set_search_path(transaction, schema).await?;
@@ -235,4 +292,38 @@ fn migrations() -> Vec<Migration> {
     let mut all = embedded::migrations::runner().get_migrations().clone();
     all.sort_by_key(Migration::version);
     all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_migration_stands_in_nobodys_way_for_long_and_is_tried_again() {
+        let config = crate::db::tests::scratch_config();
+        migrate(&config).await.unwrap();
+        let (mut holder, mut client) = (connect(&config).await.unwrap(), connect(&config).await.unwrap());
+        let history = format!("{}.refinery_schema_history", quote(&config.schema));
+        let held = holder.transaction().await.unwrap();
+        held.batch_execute(&format!("LOCK {history}")).await.unwrap();
+        let queueing = Queueing {
+            lock: Duration::from_millis(50),
+            pause: Duration::from_millis(50),
+            tries: 3,
+        };
+        let error = run(&mut client, &config.schema, &queueing).await.unwrap_err();
+        assert!(error.to_string().contains("pg_stat_activity"), "{error}");
+        let queueing = Queueing {
+            tries: 1000,
+            ..queueing
+        };
+        let release = async {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            held.rollback().await.unwrap();
+        };
+        let (migrated, ()) = tokio::join!(run(&mut client, &config.schema, &queueing), release);
+        assert_eq!(migrated.unwrap().applied, Vec::<String>::new());
+        let drop = format!("DROP SCHEMA {} CASCADE", quote(&config.schema));
+        client.batch_execute(&drop).await.unwrap();
+    }
 }

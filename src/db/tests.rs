@@ -51,6 +51,11 @@ fn config(url: &str, schema: &str) -> config::Database {
     }
 }
 
+/// For tests of parts: a schema that nobody has, and nobody drops.
+pub(super) fn scratch_config() -> config::Database {
+    Scratch::new().config
+}
+
 fn with_option(url: &str, option: &str) -> String {
     let separator = if url.contains('?') { '&' } else { '?' };
     format!("{url}{separator}{option}")
