@@ -149,7 +149,8 @@ impl Invocation {
             // `postroom job list | head`: who reads has seen enough.
             Err(error) if error.is_broken_pipe() => ExitCode::from(DONE),
             Err(error) => {
-                let _ = writeln!(std::io::stderr(), "postroom: {error}");
+                let text = table::safe_lines(&error.to_string());
+                let _ = writeln!(std::io::stderr(), "postroom: {text}");
                 // Whoever looks at the log of a service looks for its last line.
                 if is_service {
                     tracing::error!(%error, "this process cannot go on");

@@ -134,14 +134,14 @@ pub(super) async fn run(
                 .map_err(of_directory)?;
             let health = store.health(&account.key()).await.map_err(of_directory)?;
             if args.json {
-                return table::json(out, &as_json(&account, health.as_ref()));
+                return Ok(table::json(out, &as_json(&account, health.as_ref()))?);
             }
             let mut pairs = as_pairs(&account);
             pairs.push((
                 "health",
                 health.as_ref().map_or_else(|| "good".to_owned(), in_words),
             ));
-            table::pairs(out, pairs)
+            Ok(table::pairs(out, pairs)?)
         }
         Command::List(args) => list(&args, store, out).await,
         Command::Remove { tenant, account } => {
@@ -170,7 +170,7 @@ async fn list(args: &ListArgs, store: &Store, out: &mut dyn Write) -> Result<(),
         .map(|account| (account, unhealthy.get(&account.key())));
     if args.json {
         let all = listed.map(|(account, health)| as_json(account, health));
-        return table::json(out, &all.collect());
+        return Ok(table::json(out, &all.collect::<Value>())?);
     }
     let header = [
         "TENANT",
@@ -185,7 +185,7 @@ async fn list(args: &ListArgs, store: &Store, out: &mut dyn Write) -> Result<(),
         "HEALTH",
     ];
     let rows = listed.map(|(account, health)| as_row(account, health));
-    table::columns(out, &header, rows.collect())
+    Ok(table::columns(out, &header, rows.collect())?)
 }
 
 async fn set(

@@ -55,7 +55,7 @@ pub struct Filter {
     /// Only messages of this tenant
     #[arg(long)]
     pub tenant: Option<String>,
-    /// Only messages with this job id or AMQP message id
+    /// Only messages with this job id or AMQP message id; replay and drop want --tenant too if several tenants use it
     #[arg(long)]
     pub id: Option<String>,
     /// At most this many
@@ -89,6 +89,23 @@ pub enum DeadError {
     /// A level where keys have one.
     #[error("--level is for --queue unroutable: jobs elsewhere keep the level of their key")]
     Level,
+    /// An id that several tenants use.
+    #[error(
+        "`{id}` is in the dead letters of several tenants: {}; say whose with --tenant",
+        shown(tenants)
+    )]
+    Ambiguous {
+        /// The id.
+        id: String,
+        /// Whose letters have it; empty for those that name no tenant.
+        tenants: Vec<String>,
+    },
+    /// Nothing has the id.
+    #[error(
+        "no message here has the id `{0}`, or another filter leaves it out; those that another `postroom dead` is reading \
+         are hidden until it has done so"
+    )]
+    Unknown(String),
     /// The broker.
     #[error(transparent)]
     Broker(#[from] BrokerError),
@@ -113,8 +130,16 @@ impl DeadError {
     /// Whether the command was used wrongly (exit code 2) rather than having failed.
     #[must_use]
     pub fn is_usage(&self) -> bool {
-        matches!(self, Self::Unspecific | Self::Level)
+        matches!(self, Self::Unspecific | Self::Level | Self::Ambiguous { .. })
     }
+}
+
+fn shown(tenants: &[String]) -> String {
+    let named = tenants.iter().map(|tenant| match tenant.as_str() {
+        "" => "none (--tenant '')".to_owned(),
+        tenant => format!("`{tenant}`"),
+    });
+    named.collect::<Vec<_>>().join(", ")
 }
 
 impl From<lapin::Error> for DeadError {
@@ -152,7 +177,7 @@ pub async fn run(
     let connection = broker::connect(config, "dead").await?;
     let walk = Walk {
         action,
-        filter,
+        filter: filter.clone(),
         unseal,
         publisher: Publisher::on(&connection, Arc::new(Metrics::new()?)).await?,
         topology,

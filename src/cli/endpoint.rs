@@ -8,6 +8,7 @@ use std::io::{self, BufRead, Write};
 use jiff::Timestamp;
 use secrecy::{ExposeSecret as _, SecretString};
 
+use super::table;
 use crate::bridge::signature::{self, InvalidSecret, SigningKey};
 use crate::db::Database;
 use crate::endpoint::{self, Change, Endpoint, EndpointError, Replay, SealedAuth};
@@ -101,7 +102,7 @@ pub async fn run(
         EndpointCommand::Show(ShowArgs { which, json }) => {
             let found = endpoint::show(db, &which.tenant, &which.name).await?;
             let printed = if json {
-                print::json(&found, streams.output)
+                table::json(streams.output, &found)
             } else {
                 print::one(&found, streams.output)
             };
@@ -110,7 +111,7 @@ pub async fn run(
         EndpointCommand::List(ListArgs { tenant, json }) => {
             let found = endpoint::list(db, tenant.as_ref()).await?;
             let printed = if json {
-                print::json(&found, streams.output)
+                table::json(streams.output, &found)
             } else {
                 print::table(&found, streams.output)
             };

@@ -8,7 +8,7 @@ use clap::{Args, Subcommand};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::CliError;
+use super::{CliError, table};
 use crate::config;
 use crate::db::Database;
 use crate::id::{AccountKey, JobId, TenantId};
@@ -125,16 +125,20 @@ async fn show(database: &Database, args: &OneArgs, out: &mut (dyn Write + Send))
         }
     }
     if args.json {
-        writeln!(out, "{job}")?;
-        return Ok(());
+        return Ok(writeln!(out, "{}", table::safe_json(&job.to_string()))?);
     }
+    print(&job, out)
+}
+
+/// A line for each thing that is known.
+fn print(job: &Value, out: &mut (dyn Write + Send)) -> Result<(), CliError> {
     for (name, value) in job.as_object().into_iter().flatten() {
         match value {
             Value::Null => {}
-            Value::String(text) => writeln!(out, "{name:<16} {text}")?,
+            Value::String(text) => writeln!(out, "{name:<16} {}", table::safe(text))?,
             Value::Array(recipients) if name == "recipients" => {
                 for recipient in recipients {
-                    let of = |key: &str| recipient[key].as_str().unwrap_or_default();
+                    let of = |key: &str| table::safe(recipient[key].as_str().unwrap_or_default());
                     writeln!(
                         out,
                         "{:<16} {} {} {}",
@@ -148,10 +152,10 @@ async fn show(database: &Database, args: &OneArgs, out: &mut (dyn Write + Send))
             Value::Object(health) => {
                 for (key, value) in health {
                     let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-                    writeln!(out, "{:<16} {key}: {text}", "account health")?;
+                    writeln!(out, "{:<16} {key}: {}", "account health", table::safe(&text))?;
                 }
             }
-            other => writeln!(out, "{name:<16} {other}")?,
+            other => writeln!(out, "{name:<16} {}", table::safe_json(&other.to_string()))?,
         }
     }
     Ok(())

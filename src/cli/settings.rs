@@ -52,7 +52,7 @@ pub(super) fn examples(command: &str) -> &'static str {
         }
         "job" => "Examples:\n  postroom job list --state waiting --json\n  postroom job show acme order-4711",
         "dead" => {
-            "Examples:\n  postroom dead list --reason invalid\n  postroom dead replay --id order-4711\n  \
+            "Examples:\n  postroom dead list --reason invalid\n  postroom dead replay --tenant acme --id order-4711\n  \
              postroom dead replay --queue unroutable --level low --tenant acme"
         }
         "send" => {

@@ -71,14 +71,14 @@ pub(super) async fn run(command: Command, store: &Store, out: &mut dyn Write) ->
         Command::Show(args) => {
             let tenant = store.tenant(&args.tenant).await.map_err(of_directory)?;
             if args.json {
-                return table::json(out, &as_json(&tenant));
+                return Ok(table::json(out, &as_json(&tenant))?);
             }
-            table::pairs(out, as_pairs(&tenant))
+            Ok(table::pairs(out, as_pairs(&tenant))?)
         }
         Command::List { json } => {
             let tenants = store.tenants().await.map_err(of_directory)?;
             if json {
-                return table::json(out, &tenants.iter().map(as_json).collect());
+                return Ok(table::json(out, &tenants.iter().map(as_json).collect::<Value>())?);
             }
             let header = [
                 "TENANT",
@@ -88,7 +88,11 @@ pub(super) async fn run(command: Command, store: &Store, out: &mut dyn Write) ->
                 "LIMITS",
                 "LARGE FILES",
             ];
-            table::columns(out, &header, tenants.iter().map(as_row).collect())
+            Ok(table::columns(
+                out,
+                &header,
+                tenants.iter().map(as_row).collect(),
+            )?)
         }
         Command::Remove { tenant } => {
             store.remove_tenant(&tenant).await.map_err(of_directory)?;

@@ -324,6 +324,165 @@ async fn a_dead_letter_that_cannot_be_opened_does_not_keep_others_from_being_rep
     world.wait_depth("mail.jobs.dead", 2).await;
 }
 
+fn by_id(id: &str, tenant: Option<&str>) -> Filter {
+    Filter {
+        id: Some(id.to_owned()),
+        tenant: tenant.map(str::to_owned),
+        ..Filter::default()
+    }
+}
+
+#[tokio::test]
+async fn dead_letters_of_an_id_that_two_tenants_use_are_changed_for_the_one_that_is_named() {
+    let world = World::new().await;
+    world.apply_topology().await;
+    let of = |tenant| format!(r#"{{"id": "17", "tenant": "{tenant}"}}"#);
+    for key in ["low.a", "low.a-b", "low.a"] {
+        put_dead(&world, key, &[("x-dead-reason", "invalid")], &of(&key[4..])).await;
+    }
+    put_dead(
+        &world,
+        "low.c",
+        &[("x-dead-reason", "invalid")],
+        r#"{"id": "18"}"#,
+    )
+    .await;
+    world.wait_depth("mail.jobs.dead", 4).await;
+
+    for command in [
+        DeadCommand::Drop(by_id("17", None)),
+        replay(by_id("17", None)),
+        DeadCommand::Drop(Filter {
+            limit: Some(1),
+            all: true,
+            ..by_id("17", None)
+        }),
+    ] {
+        let error = dead(&world, command).await.unwrap_err();
+        assert!(error.is_usage(), "{error}");
+        assert!(error.to_string().contains("`a`, `a-b`; say whose"), "{error}");
+        world.wait_depth("mail.jobs.dead", 4).await;
+    }
+    let dropped = dead(&world, DeadCommand::Drop(by_id("17", Some("a")))).await;
+    assert_eq!(dropped.unwrap(), "2 dropped\n");
+    let rest = dead(&world, DeadCommand::List(Filter::default())).await.unwrap();
+    assert!(rest.contains("low.a-b") && rest.contains("low.c"), "{rest}");
+    // One tenant's alone needs no name.
+    let as_json = Filter {
+        json: true,
+        ..by_id("18", None)
+    };
+    let replayed = dead(&world, replay(as_json)).await.unwrap();
+    assert_eq!(replayed, "{\"replayed\":1}\n");
+    world.wait_depth("mail.jobs.dead", 1).await;
+}
+
+#[tokio::test]
+async fn an_id_that_no_dead_letter_has_is_a_failure_whatever_was_to_be_done() {
+    let world = World::new().await;
+    world.apply_topology().await;
+    put_dead(&world, "low.a", &[("x-dead-reason", "invalid")], r#"{"id": "1"}"#).await;
+    world.wait_depth("mail.jobs.dead", 1).await;
+    for (id, tenant) in [("2", None), ("2", Some("a")), ("1", Some("b"))] {
+        for command in [
+            DeadCommand::List(by_id(id, tenant)),
+            DeadCommand::Show(by_id(id, tenant)),
+            DeadCommand::Drop(by_id(id, tenant)),
+            replay(by_id(id, tenant)),
+        ] {
+            let error = dead(&world, command).await.unwrap_err();
+            assert!(
+                matches!(error, DeadError::Unknown(_)) && !error.is_usage(),
+                "{error}"
+            );
+        }
+    }
+    world.wait_depth("mail.jobs.dead", 1).await;
+}
+
+/// A pager at its first screen: takes nothing more until it is told to.
+struct Pager {
+    began: tokio::sync::mpsc::UnboundedSender<()>,
+    go_on: std::sync::mpsc::Receiver<()>,
+}
+
+impl std::io::Write for Pager {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let _ = self.began.send(());
+        // Ends when the test drops the other side.
+        let _ = self.go_on.recv();
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn dead_letters_that_somebody_pages_through_are_seen_by_others() {
+    let world = World::new().await;
+    world.apply_topology().await;
+    for key in ["low.a", "low.b", "low.c"] {
+        put_dead(&world, key, &[("x-dead-reason", "invalid")], "{}").await;
+    }
+    world.wait_depth("mail.jobs.dead", 3).await;
+    let (began, mut begins) = tokio::sync::mpsc::unbounded_channel();
+    let (go_on, waits) = std::sync::mpsc::channel();
+    let mut pager = Pager { began, go_on: waits };
+    let config = world.broker_config();
+    let show = tokio::spawn(async move {
+        let command = DeadCommand::Show(Filter::default());
+        dead::run(&command, &config, &sealed, &mut pager).await
+    });
+    begins.recv().await.unwrap();
+    let listed = dead(&world, DeadCommand::List(Filter::default())).await.unwrap();
+    drop(go_on);
+    show.await.unwrap().unwrap();
+    assert_eq!(listed.lines().count(), 4, "{listed}");
+}
+
+#[tokio::test]
+async fn what_a_producer_writes_cannot_forge_a_line_of_a_list() {
+    let world = World::new().await;
+    world.apply_topology().await;
+    let id = "1\u{1b}[2K\n2   acme  low.acme  invalid\u{9b}\u{202e}";
+    let body = json!({"id": id, "tenant": "acme"}).to_string();
+    put_dead(
+        &world,
+        "low\u{1b}",
+        &[("x-dead-reason", "in\nvalid\u{1b}")],
+        &body,
+    )
+    .await;
+    world.wait_depth("mail.jobs.dead", 1).await;
+    let harmless = |text: &str| {
+        text.chars()
+            .all(|c| c == '\n' || !c.is_control() && c != '\u{202e}')
+    };
+
+    let table = dead(&world, DeadCommand::List(Filter::default())).await.unwrap();
+    assert!(table.lines().count() == 2 && harmless(&table), "{table:?}");
+    let as_json = Filter {
+        json: true,
+        ..Filter::default()
+    };
+    for command in [DeadCommand::List(as_json.clone()), DeadCommand::Show(as_json)] {
+        let text = dead(&world, command).await.unwrap();
+        assert!(text.lines().count() == 1 && harmless(&text), "{text:?}");
+        assert_eq!(serde_json::from_str::<Value>(&text).unwrap()["id"], id);
+    }
+    let mut out = Vec::new();
+    let all = Filter {
+        all: true,
+        ..Filter::default()
+    };
+    let result = dead::run(&replay(all), &world.broker_config(), &sealed, &mut out).await;
+    assert!(matches!(result.unwrap_err(), DeadError::Left { left: 1 }));
+    let said = String::from_utf8(out).unwrap();
+    assert!(said.lines().count() == 2 && harmless(&said), "{said:?}");
+}
+
 #[tokio::test]
 async fn dropped_messages_are_gone_and_others_are_not() {
     let world = World::new().await;

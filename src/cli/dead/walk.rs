@@ -1,17 +1,22 @@
 //! A queue of dead messages, taken one by one without acknowledging; what stays is given back at the end.
 
-use std::io::Write;
+use std::collections::BTreeSet;
+use std::io::{self, Write};
 
-use comfy_table::{Table, presets};
 use lapin::message::BasicGetMessage;
 use lapin::options::{BasicAckOptions, BasicGetOptions, BasicNackOptions};
 use lapin::{Channel, Connection};
+use serde_json::json;
 use tokio::time::timeout;
 
 use super::letter::Letter;
 use super::{DeadError, DeadQueue, Filter, LIMIT, Unseal};
 use crate::broker::{BrokerError, PublishError, Publisher, Topology};
+use crate::cli::table;
 use crate::level::Level;
+
+/// Output that is kept until the messages are given back, in bytes. Printing may take as long as somebody reads.
+const MOST_KEPT: usize = 16 << 20;
 
 /// What is done with the messages that the filter names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,7 +43,7 @@ pub(super) enum Stays {
 
 pub(super) struct Walk<'a> {
     pub action: Action,
-    pub filter: &'a Filter,
+    pub filter: Filter,
     pub unseal: Unseal<'a>,
     pub publisher: Publisher,
     pub topology: Topology,
@@ -49,31 +54,52 @@ pub(super) struct Walk<'a> {
 struct Tally {
     done: usize,
     left: usize,
-    rows: Vec<[String; 7]>,
+    rows: Vec<Vec<String>>,
+    text: String,
 }
 
 impl Walk<'_> {
     pub(super) async fn run(
-        &self,
+        mut self,
         connection: &Connection,
         out: &mut (dyn Write + Send),
     ) -> Result<(), DeadError> {
         let channel = connection.create_channel().await?;
+        if self.changes_by_id_alone() {
+            let owner = self.owner(&channel).await;
+            give_back(&channel).await;
+            // What another tenant's producer puts there from now on is not meant.
+            self.filter.tenant = owner?;
+        }
         let mut tally = Tally::default();
         let walked = self.walk(&channel, &mut tally, out).await;
-        // Everything taken and not acknowledged goes back to its place.
-        let options = BasicNackOptions {
-            multiple: true,
-            requeue: true,
-        };
+        give_back(&channel).await;
         if channel.status().connected() {
-            let _ = timeout(LIMIT, channel.basic_nack(0, options)).await;
             let _ = timeout(LIMIT, channel.close(200, "done".into())).await;
         }
         self.conclude(walked, tally, out)
     }
 
-    /// At most as many messages as there were at the first: a replayed one may be dead again at once.
+    fn changes_by_id_alone(&self) -> bool {
+        let changes = matches!(self.action, Action::Replay(_) | Action::Drop);
+        changes && self.filter.id.is_some() && self.filter.tenant.is_none()
+    }
+
+    /// The only tenant with letters that the filter names: an id is unique within its tenant only.
+    async fn owner(&self, channel: &Channel) -> Result<Option<String>, DeadError> {
+        let (mut behind, mut tenants) = (None, BTreeSet::new());
+        while let Some((_, letter)) = self.next(channel, &mut behind).await? {
+            tenants.insert(letter.tenant().to_owned());
+        }
+        if tenants.len() > 1 {
+            return Err(DeadError::Ambiguous {
+                id: self.filter.id.clone().unwrap_or_default(),
+                tenants: tenants.into_iter().collect(),
+            });
+        }
+        Ok(tenants.pop_first())
+    }
+
     async fn walk(
         &self,
         channel: &Channel,
@@ -81,24 +107,22 @@ impl Walk<'_> {
         out: &mut (dyn Write + Send),
     ) -> Result<(), DeadError> {
         let mut behind = None;
-        while behind != Some(0) && self.filter.limit.is_none_or(|limit| tally.done < limit) {
-            let Some(message) = self.next(channel).await? else {
+        while self.filter.limit.is_none_or(|limit| tally.done < limit) {
+            let Some((tag, letter)) = self.next(channel, &mut behind).await? else {
                 break;
             };
-            behind = Some(behind.map_or(message.message_count, |behind| behind - 1));
-            let tag = message.delivery.delivery_tag;
-            let letter = Letter::new(message.delivery);
-            if !self.filter.matches(&letter) {
-                continue;
-            }
             match self.action {
-                Action::List if self.filter.json => writeln!(out, "{}", letter.summary())?,
-                Action::List => tally.rows.push(letter.row()),
-                Action::Show if self.filter.json => writeln!(out, "{}", letter.full())?,
-                Action::Show => writeln!(out, "{:#}", letter.full())?,
+                Action::List if self.filter.json => {
+                    tally.say(&table::safe_json(&letter.summary().to_string()), out)?
+                }
+                Action::List => tally.rows.push(letter.row().to_vec()),
+                Action::Show if self.filter.json => {
+                    tally.say(&table::safe_json(&letter.full().to_string()), out)?
+                }
+                Action::Show => tally.say(&table::safe_json(&format!("{:#}", letter.full())), out)?,
                 Action::Replay(level) => {
                     if let Err(why) = self.replay(&letter, level).await {
-                        tally.leave(&letter, why, out)?;
+                        self.leave(tally, &letter, why, out)?;
                         continue;
                     }
                     answered(channel.basic_ack(tag, BasicAckOptions::default()), "basic.ack").await?;
@@ -112,9 +136,30 @@ impl Walk<'_> {
         Ok(())
     }
 
+    /// The next letter that the filter names. Of all, at most as many are looked at as there were at the first: a replayed one
+    /// may be dead again at once.
+    async fn next(
+        &self,
+        channel: &Channel,
+        behind: &mut Option<u32>,
+    ) -> Result<Option<(u64, Letter)>, DeadError> {
+        while *behind != Some(0) {
+            let Some(message) = self.get(channel).await? else {
+                break;
+            };
+            *behind = Some(behind.map_or(message.message_count, |behind| behind - 1));
+            let tag = message.delivery.delivery_tag;
+            let letter = Letter::new(message.delivery);
+            if self.filter.matches(&letter) {
+                return Ok(Some((tag, letter)));
+            }
+        }
+        Ok(None)
+    }
+
     /// Not by `queue.declare`, which would tell the depth before: from RabbitMQ 4.3 on, even a passive one wants the right to
     /// configure.
-    async fn next(&self, channel: &Channel) -> Result<Option<BasicGetMessage>, DeadError> {
+    async fn get(&self, channel: &Channel) -> Result<Option<BasicGetMessage>, DeadError> {
         let queue = self.filter.queue.name(&self.topology);
         let getting = channel.basic_get(queue.into(), BasicGetOptions::default());
         answered(getting, "basic.get").await
@@ -136,25 +181,51 @@ impl Walk<'_> {
         Ok(())
     }
 
+    /// Of one that could not be replayed.
+    fn leave(
+        &self,
+        tally: &mut Tally,
+        letter: &Letter,
+        why: Stays,
+        out: &mut (dyn Write + Send),
+    ) -> Result<(), DeadError> {
+        match why {
+            // The next one would fare no better, or only after as long a wait.
+            Stays::Publish(error) if error.is_of_the_broker() || matches!(error, PublishError::Timeout) => {
+                return Err(error.into());
+            }
+            why if self.filter.json => {
+                let left = json!({"id": letter.id(), "tenant": letter.tenant(), "key": letter.key(), "left": why.to_string()});
+                tally.say(&table::safe_json(&left.to_string()), out)?;
+            }
+            why => {
+                let line = format!("{} (key {}): {why}", letter.id(), letter.key());
+                tally.say(&table::safe(&line), out)?;
+            }
+        }
+        tally.left += 1;
+        Ok(())
+    }
+
     /// What was done is said even if it did not come to its end.
     fn conclude(
         &self,
         walked: Result<(), DeadError>,
-        tally: Tally,
+        mut tally: Tally,
         out: &mut (dyn Write + Send),
     ) -> Result<(), DeadError> {
+        if let (Ok(()), Some(id), 0) = (&walked, &self.filter.id, tally.done + tally.left) {
+            return Err(DeadError::Unknown(id.clone()));
+        }
+        tally.write(out)?;
         let worked = walked.is_ok() || tally.done > 0;
         match self.action {
             Action::List if !self.filter.json && walked.is_ok() => {
-                let mut table = Table::new();
-                table
-                    .load_style(presets::NOTHING)
-                    .set_header(["ID", "TENANT", "KEY", "REASON", "SINCE", "BYTES", "DETAIL"]);
-                table.add_rows(tally.rows);
-                writeln!(out, "{table}")?;
+                let header = ["ID", "TENANT", "KEY", "REASON", "SINCE", "BYTES", "DETAIL"];
+                table::columns(out, &header, tally.rows)?;
             }
-            Action::Replay(_) if worked => writeln!(out, "{} replayed", tally.done)?,
-            Action::Drop if worked => writeln!(out, "{} dropped", tally.done)?,
+            Action::Replay(_) if worked => self.count(tally.done, "replayed", out)?,
+            Action::Drop if worked => self.count(tally.done, "dropped", out)?,
             _ => {}
         }
         walked?;
@@ -163,21 +234,41 @@ impl Walk<'_> {
         }
         Ok(())
     }
+
+    fn count(&self, done: usize, what: &str, out: &mut (dyn Write + Send)) -> io::Result<()> {
+        if self.filter.json {
+            writeln!(out, "{}", json!({ what: done }))
+        } else {
+            writeln!(out, "{done} {what}")
+        }
+    }
 }
 
 impl Tally {
-    fn leave(&mut self, letter: &Letter, why: Stays, out: &mut (dyn Write + Send)) -> Result<(), DeadError> {
-        match why {
-            // The next one would fare no better, or only after as long a wait.
-            Stays::Publish(error) if error.is_of_the_broker() || matches!(error, PublishError::Timeout) => {
-                Err(error.into())
-            }
-            why => {
-                self.left += 1;
-                writeln!(out, "{} (key {}): {why}", letter.id(), letter.key())?;
-                Ok(())
-            }
+    /// Printed at once only if it is more than can be kept.
+    fn say(&mut self, text: &str, out: &mut (dyn Write + Send)) -> io::Result<()> {
+        self.text.push_str(text);
+        self.text.push('\n');
+        if self.text.len() > MOST_KEPT {
+            self.write(out)?;
         }
+        Ok(())
+    }
+
+    fn write(&mut self, out: &mut (dyn Write + Send)) -> io::Result<()> {
+        out.write_all(std::mem::take(&mut self.text).as_bytes())
+    }
+}
+
+/// Everything taken and not acknowledged goes back to its place.
+async fn give_back(channel: &Channel) {
+    let options = BasicNackOptions {
+        multiple: true,
+        requeue: true,
+    };
+    if channel.status().connected() {
+        // If it does not come to that, the end of the connection does it.
+        let _ = timeout(LIMIT, channel.basic_nack(0, options)).await;
     }
 }
 

@@ -2,14 +2,8 @@
 
 use std::io::{self, Write};
 
-use comfy_table::{Table, presets};
-
+use crate::cli::table::{self, safe};
 use crate::endpoint::Endpoint;
-
-pub(super) fn json<T: serde::Serialize>(value: &T, out: &mut dyn Write) -> io::Result<()> {
-    serde_json::to_writer_pretty(&mut *out, value)?;
-    writeln!(out)
-}
 
 fn state(endpoint: &Endpoint) -> String {
     match (&endpoint.disabled_reason, endpoint.failing_since) {
@@ -27,22 +21,19 @@ fn events(endpoint: &Endpoint) -> String {
 }
 
 pub(super) fn table(endpoints: &[Endpoint], out: &mut dyn Write) -> io::Result<()> {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING);
-    table.set_header(["TENANT", "NAME", "STATE", "PENDING", "FAILED", "EVENTS", "URL"]);
-    for e in endpoints {
-        let (pending, failed) = (e.pending.to_string(), e.failed.to_string());
-        table.add_row([
-            &e.tenant,
-            &e.name,
-            &state(e),
-            &pending,
-            &failed,
-            &events(e),
-            &e.url,
-        ]);
-    }
-    writeln!(out, "{table}")
+    let header = ["TENANT", "NAME", "STATE", "PENDING", "FAILED", "EVENTS", "URL"];
+    let row = |e: &Endpoint| {
+        vec![
+            e.tenant.clone(),
+            e.name.clone(),
+            state(e),
+            e.pending.to_string(),
+            e.failed.to_string(),
+            events(e),
+            e.url.clone(),
+        ]
+    };
+    table::columns(out, &header, endpoints.iter().map(row).collect())
 }
 
 pub(super) fn one(endpoint: &Endpoint, out: &mut dyn Write) -> io::Result<()> {
@@ -78,7 +69,7 @@ pub(super) fn one(endpoint: &Endpoint, out: &mut dyn Write) -> io::Result<()> {
         ("created", format!("{:.0}", endpoint.created_at)),
         ("updated", format!("{:.0}", endpoint.updated_at)),
     ] {
-        writeln!(out, "{label:<11} {value}")?;
+        writeln!(out, "{label:<11} {}", safe(&value))?;
     }
     Ok(())
 }

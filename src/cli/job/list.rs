@@ -103,7 +103,7 @@ pub(super) async fn run(
     for row in &rows {
         let job = object(row)?;
         if args.json {
-            writeln!(out, "{job}")?;
+            writeln!(out, "{}", table::safe_json(&job.to_string()))?;
         } else {
             lines.push(line(&job));
         }
