@@ -99,7 +99,8 @@ impl Limit {
     }
 }
 
-/// Reads a length of time: a number followed by `s`, `m`, `h` or `d`; without a letter, seconds.
+/// Reads a length of time: a number followed by `s`, `m`, `h` or `d`. Only 0 needs no letter: who writes `--max-age 3` means
+/// days, and seconds would make the first deferral final.
 ///
 /// # Errors
 /// With what is allowed.
@@ -111,7 +112,8 @@ pub fn parse_period(text: &str) -> Result<Duration, String> {
         Some(b'm') => (&text[..text.len() - 1], 60),
         Some(b'h') => (&text[..text.len() - 1], 3_600),
         Some(b'd') => (&text[..text.len() - 1], 86_400),
-        _ => (text, 1),
+        _ if text == "0" => (text, 1),
+        _ => return Err(refused()),
     };
     if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
         return Err(refused());
@@ -227,7 +229,7 @@ mod tests {
         for (text, canonical) in [
             ("60/3s", "60/3s:messages"),
             ("10000/1d:recipients", "10000/1d:recipients"),
-            ("5/90", "5/90s:messages"),
+            ("5/90s", "5/90s:messages"),
             ("5/120s:messages", "5/2m:messages"),
             ("0/24h", "0/1d:messages"),
         ] {
@@ -240,6 +242,8 @@ mod tests {
             "/1m",
             "-1/1m",
             "60/0s",
+            "60/0",
+            "5/60",
             "60/32d",
             "60/1w",
             "60/1m:mails",
@@ -247,6 +251,15 @@ mod tests {
             "60/+1m",
         ] {
             assert!(text.parse::<Limit>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_length_of_time_has_a_unit_unless_it_is_zero() {
+        assert_eq!(parse_period("0"), Ok(Duration::ZERO));
+        assert_eq!(parse_period("3d"), Ok(3 * DAY));
+        for text in ["3", "12", "00", "", "d"] {
+            assert!(parse_period(text).unwrap_err().contains("such as 90s or 2d"), "{text}");
         }
     }
 

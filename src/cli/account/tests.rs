@@ -286,6 +286,11 @@ async fn wrong_use_is_told_apart_from_failure() {
             "such as 90s",
         ),
         (
+            "account set acme main --host h --port 25 --tls none --max-age 12",
+            2,
+            "such as 90s",
+        ),
+        (
             "account set acme a/b --host h --port 25 --tls none",
             2,
             "1 to 64 characters",
