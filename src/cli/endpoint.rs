@@ -5,7 +5,6 @@ mod print;
 
 use std::io::{self, BufRead, Write};
 
-use jiff::Timestamp;
 use secrecy::{ExposeSecret as _, SecretString};
 
 use super::table;
@@ -84,7 +83,7 @@ impl std::fmt::Debug for Streams<'_> {
     }
 }
 
-/// Carries out `postroom endpoint …`. Only `set` needs the keys.
+/// Carries out `postroom endpoint …`. Only a `set` that stores a secret needs the keys.
 ///
 /// # Errors
 /// With a sentence for the operator; [`EndpointCommandError::is_wrong_use`] tells the exit code.
@@ -95,10 +94,7 @@ pub async fn run(
     streams: Streams<'_>,
 ) -> Result<(), EndpointCommandError> {
     match command {
-        EndpointCommand::Set(args) => {
-            let keyring = keyring.ok_or(EndpointCommandError::NoKeys)?;
-            set(*args, db, keyring, streams).await
-        }
+        EndpointCommand::Set(args) => set(*args, db, keyring, streams).await,
         EndpointCommand::Show(ShowArgs { which, json }) => {
             let found = endpoint::show(db, &which.tenant, &which.name).await?;
             let printed = if json {
@@ -125,24 +121,22 @@ pub async fn run(
 async fn set(
     args: SetArgs,
     db: &Database,
-    keyring: &Keyring,
+    keyring: Option<&Keyring>,
     streams: Streams<'_>,
 ) -> Result<(), EndpointCommandError> {
-    let NameArgs { tenant, name } = &args.which;
     let secret = new_secret(&args, streams.input)?;
-    if secret.is_some() || args.basic_user.is_some() || args.bearer_stdin {
+    let (secret_sealed, auth) = if args.seals() {
+        let keyring = keyring.ok_or(EndpointCommandError::NoKeys)?;
         // Sealed with a wrong key it would be lost to every bridge.
         verify_sealing(db, keyring).await?;
-    }
-    let seal = |secret: &SecretString, aad: &str| keyring.seal(secret.expose_secret().as_bytes(), aad);
-    let auth = new_auth(&args, streams.input, |secret| {
-        seal(secret, &endpoint::credential_aad(tenant.as_str(), name.as_str()))
-    })?;
+        sealed(&args, secret.as_ref(), keyring, streams.input)?
+    } else {
+        (None, args.no_auth.then_some(SealedAuth::None))
+    };
+    let NameArgs { tenant, name } = &args.which;
     let change = Change {
         url: args.url,
-        secret: secret
-            .as_ref()
-            .map(|s| seal(s, &endpoint::secret_aad(tenant.as_str(), name.as_str()))),
+        secret: secret_sealed,
         keep_previous: args.rotate_keep,
         auth,
         events: args.events.map(|filter| filter.0),
@@ -153,21 +147,33 @@ async fn set(
             args.disable.then_some(false)
         },
     };
-    let before = if args.enable {
-        endpoint::show(db, tenant, name).await.ok()
-    } else {
-        None
-    };
+    let before = endpoint::show(db, tenant, name).await.ok();
     endpoint::set(db, tenant, name, &change).await?;
-    if let Some(secret) = secret.filter(|_| args.generate_secret) {
+    if let Some(secret) = secret.as_ref().filter(|_| args.generate_secret) {
         writeln!(streams.output, "{}", secret.expose_secret())?;
     }
     let after = endpoint::show(db, tenant, name).await?;
-    remark(
-        &after,
-        before.and_then(|endpoint| endpoint.disabled_at),
-        streams.remarks,
-    )
+    remark(&after, streams.remarks)?;
+    match before {
+        Some(before) => remark_change(&before, &after, secret.is_some(), streams.remarks),
+        None => Ok(()),
+    }
+}
+
+/// What is stored of the secret and of new credentials.
+fn sealed(
+    args: &SetArgs,
+    secret: Option<&SecretString>,
+    keyring: &Keyring,
+    input: &mut dyn BufRead,
+) -> Result<(Option<String>, Option<SealedAuth>), EndpointCommandError> {
+    let NameArgs { tenant, name } = &args.which;
+    let seal = |secret: &SecretString, aad: &str| keyring.seal(secret.expose_secret().as_bytes(), aad);
+    let secret = secret.map(|s| seal(s, &endpoint::secret_aad(tenant.as_str(), name.as_str())));
+    let auth = new_auth(args, input, |secret| {
+        seal(secret, &endpoint::credential_aad(tenant.as_str(), name.as_str()))
+    })?;
+    Ok((secret, auth))
 }
 
 /// A new signing secret, made or read.
@@ -204,11 +210,7 @@ fn new_auth(
 }
 
 /// What the operator should know about an endpoint just set.
-fn remark(
-    endpoint: &Endpoint,
-    was_disabled: Option<Timestamp>,
-    out: &mut dyn Write,
-) -> Result<(), EndpointCommandError> {
+fn remark(endpoint: &Endpoint, out: &mut dyn Write) -> Result<(), EndpointCommandError> {
     let Endpoint { tenant, name, .. } = endpoint;
     if endpoint.url.starts_with("http:") {
         writeln!(
@@ -225,10 +227,29 @@ fn remark(
     if !endpoint.enabled {
         writeln!(out, "note: {tenant}/{name} is disabled; --enable switches it on")?;
     }
-    if let Some(since) = was_disabled {
+    Ok(())
+}
+
+/// What the change itself leaves to do.
+fn remark_change(
+    before: &Endpoint,
+    after: &Endpoint,
+    is_rotated: bool,
+    out: &mut dyn Write,
+) -> Result<(), EndpointCommandError> {
+    let Endpoint { tenant, name, .. } = after;
+    if let (Some(since), true) = (before.disabled_at, after.enabled) {
         writeln!(
             out,
             "note: reports since {since} were not queued for it: postroom endpoint replay {tenant} {name} --since {since}"
+        )?;
+    }
+    let ends = (before.previous_secret_until, after.previous_secret_until);
+    if let (true, (Some(_), Some(until))) = (is_rotated, ends) {
+        writeln!(
+            out,
+            "note: an earlier rotation was not over: the secret from before it goes on signing until {until:.0}, the one that \
+             it gave does not"
         )?;
     }
     Ok(())

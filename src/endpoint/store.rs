@@ -8,6 +8,9 @@ use super::{Change, Endpoint, EndpointError, SealedAuth};
 use crate::db::Database;
 use crate::id::{AccountId, TenantId};
 
+/// A receiver may still know nothing but the secret before this one: the rotation that gave it is not over.
+const ROTATES: &str = "previous_secret IS NOT NULL AND previous_secret_until > clock_timestamp()";
+
 /// Changes what the change names, creating the endpoint if it is new. Whether it is new.
 ///
 /// # Errors
@@ -83,10 +86,11 @@ async fn update(
         Some(SealedAuth::Basic { username, password }) => (Some("basic"), Some(username), Some(password)),
     };
     let events = change.events.clone().flatten();
-    let sql = db.sql(
-        "UPDATE {s}.endpoint SET url = coalesce($2, url), \
-         previous_secret = CASE WHEN $3 IS NULL THEN previous_secret WHEN $4 > 0 THEN secret END, \
-         previous_secret_until = CASE WHEN $3 IS NULL THEN previous_secret_until \
+    let sql = format!(
+        "UPDATE {{s}}.endpoint SET url = coalesce($2, url), \
+         previous_secret = CASE WHEN $3 IS NULL OR ($4 > 0 AND {ROTATES}) THEN previous_secret \
+             WHEN $4 > 0 THEN secret END, \
+         previous_secret_until = CASE WHEN $3 IS NULL OR ($4 > 0 AND {ROTATES}) THEN previous_secret_until \
              WHEN $4 > 0 AND secret IS NOT NULL THEN clock_timestamp() + make_interval(secs => $4) END, \
          secret = coalesce($3, secret), \
          auth = coalesce($5, auth), \
@@ -96,12 +100,13 @@ async fn update(
          all_tenants = coalesce($10, all_tenants), \
          enabled = coalesce($11, enabled), \
          disabled_reason = CASE $11 WHEN true THEN NULL WHEN false THEN 'operator' ELSE disabled_reason END, \
-         disabled_at = CASE $11 WHEN true THEN NULL WHEN false THEN clock_timestamp() ELSE disabled_at END, \
+         disabled_at = CASE $11 WHEN true THEN NULL WHEN false THEN coalesce(disabled_at, clock_timestamp()) \
+             ELSE disabled_at END, \
          version = version + 1, updated_at = clock_timestamp() WHERE id = $1",
     );
     transaction
         .execute_typed(
-            &sql,
+            &db.sql(&sql),
             &[
                 (&id, Type::INT8),
                 (&change.url, Type::TEXT),

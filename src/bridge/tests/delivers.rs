@@ -238,6 +238,37 @@ async fn both_secrets_sign_while_they_are_rotated() {
 }
 
 #[tokio::test]
+async fn a_second_rotation_leaves_the_receiver_the_secret_that_it_knows() {
+    let world = World::new(&["acme"]).await;
+    let hook = WebhookReceiver::start().await.unwrap();
+    let known = world.set("acme", "default", &hook, &[]).await;
+    let rotate = ["set", "acme", "default", "--generate-secret"];
+    let (between, remarks) = world.endpoint(&rotate, "").await.unwrap();
+    assert!(!remarks.contains("rotation"), "{remarks}");
+    let until = world.show("acme", "default").await["previous_secret_until"].take();
+    let (newest, remarks) = world.endpoint(&rotate, "").await.unwrap();
+    assert!(remarks.contains("earlier rotation was not over"), "{remarks}");
+    assert_eq!(
+        world.show("acme", "default").await["previous_secret_until"],
+        until
+    );
+    world.record(&[("evt_1", "acme", "mail.sent")]).await;
+    let running = world.start();
+    let received = hook.wait_for(1, PATIENCE).await.unwrap();
+    received[0].verify(&known).unwrap();
+    received[0].verify(newest.trim()).unwrap();
+    assert!(received[0].verify(between.trim()).is_err());
+    // Over at once, if that is wanted.
+    let at_once = [&rotate[..], &["--rotate-keep", "0"]].concat();
+    let (last, _) = world.endpoint(&at_once, "").await.unwrap();
+    world.record(&[("evt_2", "acme", "mail.sent")]).await;
+    let received = hook.wait_for(2, PATIENCE).await.unwrap();
+    received[1].verify(last.trim()).unwrap();
+    assert!(received[1].verify(&known).is_err());
+    running.stop().await;
+}
+
+#[tokio::test]
 async fn a_redirect_is_a_failure_and_not_followed() {
     let world = World::new(&["acme"]).await;
     let (hook, elsewhere) = (

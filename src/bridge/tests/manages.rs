@@ -78,6 +78,20 @@ async fn secrets_are_not_sealed_with_another_key_of_the_same_name() {
 }
 
 #[tokio::test]
+async fn an_endpoint_that_is_off_stays_off_since_the_first_time() {
+    let world = World::new(&["acme"]).await;
+    let first = ["set", "acme", "--url", "https://example.com/", "--disable"];
+    world.endpoint(&first, "").await.unwrap();
+    let since = world.show("acme", "default").await["disabled_at"].take();
+    assert!(since.is_string());
+    world.endpoint(&["set", "acme", "--disable"], "").await.unwrap();
+    assert_eq!(world.show("acme", "default").await["disabled_at"], since);
+    let (_, remarks) = world.endpoint(&["set", "acme", "--enable"], "").await.unwrap();
+    assert!(remarks.contains(since.as_str().unwrap()), "{remarks}");
+    assert!(world.show("acme", "default").await["disabled_at"].is_null());
+}
+
+#[tokio::test]
 async fn set_changes_only_what_is_named() {
     let world = World::new(&["acme"]).await;
     let url = "https://example.com/hook";

@@ -49,7 +49,8 @@ pub struct SetArgs {
     /// Make a signing secret and print it, this one time
     #[arg(long)]
     pub generate_secret: bool,
-    /// How long the previous signing secret signs as well, such as `24h`; `0` for not at all
+    /// How long the previous signing secret signs as well, such as `24h`; `0` for not at all. During an earlier rotation the
+    /// secret from before that one goes on signing, until its own end
     #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = parse_duration)]
     pub rotate_keep: Duration,
     /// Read a bearer token from standard input (on the line after the secret, if both are read)
@@ -76,6 +77,13 @@ pub struct SetArgs {
     /// Switch it off; what waits for it is kept
     #[arg(long)]
     pub disable: bool,
+}
+
+impl SetArgs {
+    /// Whether it stores a secret, so that the keys are needed.
+    pub(in crate::cli) fn seals(&self) -> bool {
+        self.secret_stdin || self.generate_secret || self.bearer_stdin || self.basic_user.is_some()
+    }
 }
 
 /// The value of `--events`: `None` is the default filter.
@@ -105,12 +113,13 @@ pub struct ListArgs {
 
 /// `postroom endpoint replay`.
 #[derive(Debug, Args)]
+#[group(required = true, multiple = true, id = "events", args = ["event", "since", "failed"])]
 pub struct ReplayArgs {
     /// Which endpoint.
     #[command(flatten)]
     pub which: NameArgs,
     /// This event, whatever the filter says
-    #[arg(long, value_name = "ID", required_unless_present_any = ["since", "failed"], conflicts_with_all = ["since", "until", "failed"])]
+    #[arg(long, value_name = "ID", conflicts_with_all = ["since", "until", "failed"])]
     pub event: Option<String>,
     /// Events received from then on: a time (RFC 3339), or how long ago, such as `2h` or `3d`
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
