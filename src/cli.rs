@@ -221,11 +221,10 @@ async fn dead(
     out: &mut (dyn Write + Send),
 ) -> Result<(), CliError> {
     let broker: config::Broker = load(sources)?;
-    let keys = load::<config::Keys>(sources)
-        .ok()
-        .and_then(|keys| Keyring::parse(&keys.encryption).ok());
+    // Most letters are not sealed: what is wrong with the keys is said of one that is.
+    let keys = encryption_keys(sources).map_err(|error| error.to_string());
     let unseal = |sealed: &str| {
-        let keys = keys.as_ref().ok_or("set POSTROOM_ENCRYPTION_KEYS to open it")?;
+        let keys = keys.as_ref().map_err(Clone::clone)?;
         let opened = keys
             .open_bytes(sealed, crate::worker::DEAD_BODY)
             .map_err(|error| error.to_string())?;
@@ -243,7 +242,7 @@ async fn endpoint(
     sources: &Sources,
     out: &mut (dyn Write + Send),
 ) -> Result<(), CliError> {
-    let seals = matches!(command, endpoint::EndpointCommand::Set(_));
+    let seals = matches!(&command, endpoint::EndpointCommand::Set(args) if args.seals());
     let keys = if seals {
         Some(encryption_keys(sources)?)
     } else {

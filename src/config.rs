@@ -2,6 +2,9 @@
 //! reports every error at once; it opens nothing. A command asks for the sections that it needs by their types:
 //! `let (broker, database): (Broker, Database) = load(&sources)?`.
 
+mod amqp;
+mod authorities;
+mod dsn;
 mod load;
 mod parse;
 mod sections;
@@ -21,6 +24,9 @@ use secrecy::SecretString;
 
 use crate::level::Level;
 
+pub use amqp::amqp_uri;
+pub use authorities::check_authorities;
+pub use dsn::{Dsn, SslMode};
 pub use load::{ConfigError, FromSettings, Reader, Sources, load};
 
 /// `RabbitMQ`.
@@ -230,8 +236,8 @@ pub struct Worker {
     pub retention: Duration,
     /// What to do with jobs of unknown tenants (`POSTROOM_UNKNOWN_TENANT`, default reject).
     pub unknown_tenant: UnknownTenant,
-    /// A `mail.deferred` report is made only when the wait is at least this long
-    /// (`POSTROOM_DEFERRED_REPORT_AFTER`, default 60 s).
+    /// A `mail.deferred` report of a wait for a date, a limit or an account is made only when it is at least this long
+    /// (`POSTROOM_DEFERRED_REPORT_AFTER`, default 60 s); of a first retry, and of a wait for a key, always.
     pub deferred_report_after: Duration,
     /// The schedule of accounts that set none (`POSTROOM_RETRY_BASE`, default 15 s; `POSTROOM_RETRY_CAP`, default
     /// 4 hours).

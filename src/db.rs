@@ -4,7 +4,6 @@
 //! `search_path`, so that they mean the same behind a `PgBouncer` in transaction mode.
 
 mod connect;
-mod dsn;
 mod error;
 mod migrate;
 mod pool;

@@ -65,18 +65,7 @@ pub fn vhost(url: &SecretString) -> Result<String, BrokerError> {
 
 /// The errors never quote the URL: it holds the password.
 fn parse_url(url: &SecretString) -> Result<AMQPUri, BrokerError> {
-    let text = url.expose_secret();
-    let parsed = url::Url::parse(text).map_err(|_| BrokerError::Url)?;
-    let mut uri: AMQPUri = text.parse().map_err(|_| BrokerError::Url)?;
-    // AMQPUri takes names only and would fall back to localhost.
-    match parsed.host() {
-        Some(url::Host::Ipv6(address)) => uri.authority.host = address.to_string(),
-        Some(_) => {}
-        None => return Err(BrokerError::Url),
-    }
-    if uri.vhost.is_empty() {
-        "/".clone_into(&mut uri.vhost);
-    }
+    let mut uri = config::amqp_uri(url.expose_secret()).ok_or(BrokerError::Url)?;
     uri.query.heartbeat.get_or_insert(HEARTBEAT);
     Ok(uri)
 }

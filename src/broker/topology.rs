@@ -331,6 +331,7 @@ fn arguments_table(arguments: &Arguments) -> FieldTable {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config;
 
     fn definitions() -> Value {
         Topology::new(
@@ -358,6 +359,19 @@ mod tests {
             named(&definitions(), "exchanges", "mail.jobs")["arguments"],
             json!({})
         );
+    }
+
+    #[test]
+    fn queues_of_its_own_are_refused_as_dedicated_ones() {
+        let own = Topology::new("mail", &[]).definitions("/");
+        for queue in own["queues"].as_array().unwrap() {
+            let named = format!("low:{}", queue["name"].as_str().unwrap());
+            let sources = config::Sources {
+                env: [("POSTROOM_QUEUES".to_owned(), named)].into(),
+                ..config::Sources::default()
+            };
+            assert!(config::load::<config::BrokerNames>(&sources).is_err(), "{queue}");
+        }
     }
 
     #[test]

@@ -19,10 +19,9 @@ pub(super) fn sections(command: &str) -> &'static [Section] {
         ],
         "bridge" => &[Broker, Database, Keys, Webhook, Egress, Process, Http, Traces],
         "migrate" | "tenant" | "job" => &[Database],
-        "account" | "endpoint" => &[Database, Keys, Egress],
-        "key" => &[Database, Keys],
-        "topology" => &[Broker],
-        "dead" | "send" => &[Broker, Job],
+        "account" | "endpoint" | "key" => &[Database, Keys],
+        "topology" | "send" => &[Broker],
+        "dead" => &[Broker, Keys],
         "healthcheck" => &[Http],
         _ => &[],
     }

@@ -190,6 +190,65 @@ async fn wrong_settings_are_wrong_use_and_all_are_named() {
 }
 
 #[tokio::test]
+async fn what_only_a_driver_can_read_is_checked_with_all_else() {
+    let database = ("POSTROOM_DATABASE_URL", "postgres://u:hunter2@h/d");
+    let amqp = ("POSTROOM_AMQP_URL", "amqps://u:hunter2@h");
+    for (name, value) in [
+        (database.0, "postgres://u:hunter2@h/d?sslmode=on"),
+        (database.0, "postgres://u:hunter2@h/d?foo=1"),
+        (database.0, "postgres://u:hunter2@h:99999/d"),
+        (database.0, "postgres://u:hunter2@h/d?sslrootcert=Cargo.toml"),
+        (database.0, "postgres://u:hunter2@h/d?sslrootcert=/no/such/file"),
+        ("POSTROOM_DATABASE_CA_FILE", "Cargo.toml"),
+        (amqp.0, "amqp://u:hunter2@h:99999"),
+        (amqp.0, "amqp://u:hunter2@h/mail?heartbeat=often"),
+        ("POSTROOM_AMQP_CA_FILE", "Cargo.toml"),
+        ("POSTROOM_SMTP_CA_FILE", "Cargo.toml"),
+    ] {
+        let key = (
+            "POSTROOM_ENCRYPTION_KEYS",
+            "k:AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=",
+        );
+        let given = [database, amqp, key, ("POSTROOM_LEASE", "soon"), (name, value)];
+        let error = run(&["worker"], &given).await.0.unwrap_err();
+        assert_eq!(error.exit_code(), WRONG_USE, "{value}: {error}");
+        let text = error.to_string();
+        assert!(
+            text.contains(name) && text.contains("POSTROOM_LEASE"),
+            "{value}: {text}"
+        );
+        assert_eq!(text.lines().count(), 3, "{value}: {text}");
+        assert!(!text.contains("hunter2"), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn keys_are_asked_for_only_where_something_is_sealed() {
+    let env = [("POSTROOM_DATABASE_URL", "postgres://u:hunter2@127.0.0.1:1/d")];
+    for change in ["--enable", "--disable", "--events=default", "--no-auth"] {
+        let error = run(&["endpoint", "set", "acme", change], &env)
+            .await
+            .0
+            .unwrap_err();
+        assert!(error.to_string().contains("cannot connect"), "{change}: {error}");
+    }
+    let sealing = ["endpoint", "set", "acme", "--generate-secret"];
+    let error = run(&sealing, &env).await.0.unwrap_err();
+    assert!(error.to_string().contains("POSTROOM_ENCRYPTION_KEYS"), "{error}");
+    assert_eq!(error.exit_code(), WRONG_USE);
+}
+
+#[test]
+fn what_a_replay_may_be_of_is_named_together() {
+    let error = parse(&["endpoint", "replay", "acme"]).unwrap_err().to_string();
+    for flag in ["--event", "--since", "--failed"] {
+        assert!(error.contains(flag), "{error}");
+    }
+    assert!(parse(&["endpoint", "replay", "acme", "--failed", "--since", "2h"]).is_ok());
+    assert!(parse(&["endpoint", "replay", "acme", "--event", "e", "--failed"]).is_err());
+}
+
+#[tokio::test]
 async fn a_database_that_is_away_is_a_failure_and_its_password_is_not_shown() {
     let env = [("POSTROOM_DATABASE_URL", "postgres://u:hunter2@127.0.0.1:1/d")];
     let error = run(&["migrate"], &env).await.0.unwrap_err();
@@ -237,6 +296,31 @@ async fn migrate_says_what_it_did() {
         .batch_execute(&drop)
         .await
         .unwrap();
+}
+
+#[tokio::test]
+async fn commands_without_a_schema_say_what_makes_it() {
+    let url = std::env::var("POSTROOM_TEST_DATABASE_URL")
+        .expect("POSTROOM_TEST_DATABASE_URL must name a Postgres server for tests: run `make test`");
+    let schema = format!("t_cli_{}", uuid::Uuid::new_v4().simple());
+    let env = [
+        ("POSTROOM_DATABASE_URL", url.as_str()),
+        ("POSTROOM_DATABASE_SCHEMA", schema.as_str()),
+    ];
+    for args in [
+        &["job", "list"][..],
+        &["tenant", "list"],
+        &["account", "list"],
+        &["endpoint", "list"],
+        &["job", "cancel", "acme", "1"],
+    ] {
+        let error = run(args, &env).await.0.unwrap_err();
+        assert_eq!(error.exit_code(), FAILED);
+        assert!(
+            error.to_string().contains("`postroom migrate`"),
+            "{args:?}: {error}"
+        );
+    }
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use secrecy::SecretString;
 
+use super::authorities;
 use super::settings::{self, Setting};
 
 /// A secret longer than this is no secret but the wrong file.
@@ -149,15 +150,11 @@ impl Reader<'_> {
         self.sources.raw(definition(name)).is_some()
     }
 
-    /// A file that may be absent from the settings, but must exist if it is named.
-    pub(super) fn file(&mut self, name: &'static str) -> Option<PathBuf> {
+    /// A file with certificate authorities, which may be absent from the settings, but must hold some if it is named.
+    pub(super) fn authorities(&mut self, name: &'static str) -> Option<PathBuf> {
         self.optional(name, |text| {
             let path = PathBuf::from(text);
-            if path.is_file() {
-                Ok(path)
-            } else {
-                Err("no such file".into())
-            }
+            authorities::check_file(&path).map(|()| path)
         })
     }
 

@@ -8,6 +8,8 @@ use ipnet::IpNet;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use url::Url;
 
+use super::Dsn;
+use super::amqp_uri;
 use crate::level::Level;
 
 /// What a parser gives: the value, or what is allowed.
@@ -193,6 +195,18 @@ pub(super) fn queues(text: &str) -> Parsed<Vec<(Level, String)>> {
     Ok(queues)
 }
 
+/// Whether Postroom makes this queue itself: consumed as a dedicated one too, its jobs would come at a level by chance, and
+/// its dead letters or reports as jobs.
+pub(super) fn is_own_queue(prefix: &str, queue: &str) -> bool {
+    let Some(rest) = queue.strip_prefix(prefix).and_then(|rest| rest.strip_prefix('.')) else {
+        return false;
+    };
+    match rest.strip_prefix("jobs.") {
+        Some(name) => name == "dead" || name.parse::<Level>().is_ok(),
+        None => matches!(rest, "unroutable" | "reports.bridge" | "reports.dead"),
+    }
+}
+
 /// Networks in CIDR form; an address alone is a network of one.
 pub(super) fn networks(text: &str) -> Parsed<Vec<IpNet>> {
     let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
@@ -225,9 +239,12 @@ pub(super) fn http_addr(text: &str) -> Parsed<Option<SocketAddr>> {
 
 /// `amqp://` or `amqps://`.
 pub(super) fn amqp_url(text: &str) -> Parsed<()> {
-    match Url::parse(text) {
-        Ok(url) if matches!(url.scheme(), "amqp" | "amqps") && url.has_host() => Ok(()),
-        _ => Err("give amqp://user:password@host:port/vhost, or amqps:// for TLS".into()),
+    match amqp_uri(text) {
+        Some(_) => Ok(()),
+        None => Err(
+            "give amqp://user:password@host:port/vhost, or amqps:// for TLS, what is special encoded (%2f)"
+                .into(),
+        ),
     }
 }
 
@@ -238,11 +255,9 @@ pub(super) fn is_plain_amqp(text: &str) -> bool {
 
 /// `postgres://`.
 pub(super) fn database_url(text: &str) -> Parsed<()> {
-    if text.starts_with("postgres://") || text.starts_with("postgresql://") {
-        Ok(())
-    } else {
-        Err("give postgres://user:password@host:port/database".into())
-    }
+    let read = Dsn::parse(text).and_then(|dsn| dsn.for_driver());
+    read.map(drop)
+        .map_err(|why| format!("{why}; give postgres://user:password@host:port/database"))
 }
 
 /// Where large attachments go.

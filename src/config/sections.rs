@@ -1,17 +1,17 @@
 //! How each section is read. All fields are read before the first error ends it, so that every error is noted.
 
+mod worker;
+
 use std::time::Duration;
 
 use secrecy::{ExposeSecret as _, SecretString};
 
 use super::load::{FromSettings, Reader};
 use super::{
-    Broker, BrokerNames, Database, Egress, Fetch, JobLimits, Keys, LEAST_CONCURRENCY, Process, Smtp,
-    SmtpTimeouts, Storage, Telemetry, TopologyMode, UnknownTenant, Webhook, Worker, parse,
+    Broker, BrokerNames, Database, Dsn, Egress, Fetch, JobLimits, Keys, Process, Smtp, SmtpTimeouts, Storage,
+    Telemetry, TopologyMode, Webhook, authorities, parse,
 };
 
-use crate::memory::least_budget;
-use crate::retry::{Breaker, RetryPolicy};
 use crate::secret::Keyring;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -55,7 +55,7 @@ impl FromSettings for Broker {
 
 /// All but the URL.
 fn broker_names(r: &mut Reader<'_>, url: Option<&SecretString>) -> Option<Broker> {
-    let ca_file = r.file("POSTROOM_AMQP_CA_FILE");
+    let ca_file = r.authorities("POSTROOM_AMQP_CA_FILE");
     if ca_file.is_some() && url.is_some_and(|url| parse::is_plain_amqp(url.expose_secret())) {
         r.note(
             "POSTROOM_AMQP_CA_FILE",
@@ -73,6 +73,16 @@ fn broker_names(r: &mut Reader<'_>, url: Option<&SecretString>) -> Option<Broker
         parse::one_of(text, &modes)
     });
     let extra_queues = r.optional("POSTROOM_QUEUES", parse::queues);
+    let named = extra_queues.iter().flatten().map(|(_, queue)| queue);
+    if let Some(prefix) = &prefix
+        && let Some(own) = named.into_iter().find(|queue| parse::is_own_queue(prefix, queue))
+    {
+        r.note(
+            "POSTROOM_QUEUES",
+            &format!("`{own}` is a queue of Postroom's own"),
+            "give names of dedicated queues, such as high:mail.jobs.acme",
+        );
+    }
     Some(Broker {
         url: String::new().into(),
         ca_file,
@@ -86,7 +96,17 @@ impl FromSettings for Database {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let url = r.secret("POSTROOM_DATABASE_URL", parse::database_url);
         let schema = r.get("POSTROOM_DATABASE_SCHEMA", parse::schema);
-        let ca_file = r.file("POSTROOM_DATABASE_CA_FILE");
+        let ca_file = r.authorities("POSTROOM_DATABASE_CA_FILE");
+        let root_cert = url
+            .as_ref()
+            .and_then(|url| Dsn::parse(url.expose_secret()).ok()?.root_cert);
+        if let Some(Err(why)) = root_cert.map(|path| authorities::check_file(&path)) {
+            r.note(
+                "POSTROOM_DATABASE_URL",
+                &format!("names a file in sslrootcert that cannot be used ({why})"),
+                "give certificate authorities in PEM form, or sslrootcert=system",
+            );
+        }
         let pool_size = r.count("POSTROOM_DATABASE_POOL_SIZE", 1000);
         Some(Self {
             url: url?,
@@ -101,6 +121,16 @@ impl FromSettings for Keys {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let encryption = r.secret("POSTROOM_ENCRYPTION_KEYS", key_ring);
         let overrides = r.optional_secret("POSTROOM_OVERRIDE_KEYS", key_ring);
+        if let (Some(stored), Some(sent)) = (&encryption, &overrides)
+            && let (Ok(stored), Ok(sent)) = (Keyring::parse(stored), Keyring::parse(sent))
+            && stored.shares_a_key_with(&sent)
+        {
+            r.note(
+                "POSTROOM_OVERRIDE_KEYS",
+                "has a key of POSTROOM_ENCRYPTION_KEYS",
+                "give keys of its own: producers have these, and what is stored is not for them to open",
+            );
+        }
         Some(Self {
             encryption: encryption?,
             overrides,
@@ -116,7 +146,7 @@ fn key_ring(text: &str) -> Result<(), String> {
 
 impl FromSettings for Smtp {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let ca_file = r.file("POSTROOM_SMTP_CA_FILE");
+        let ca_file = r.authorities("POSTROOM_SMTP_CA_FILE");
         let ehlo_name = r.optional("POSTROOM_EHLO_NAME", parse::ehlo_name);
         let pool_size = r.count("POSTROOM_POOL_SIZE", 1000);
         let max_messages = r.count("POSTROOM_CONNECTION_MAX_MESSAGES", 1_000_000);
@@ -241,54 +271,6 @@ impl FromSettings for Egress {
     }
 }
 
-impl FromSettings for Worker {
-    fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let concurrency = r.get("POSTROOM_CONCURRENCY", |text| {
-            parse::number(text, LEAST_CONCURRENCY as u64..=10_000)
-        });
-        let job_memory = job_memory(r);
-        let outbox_limit = r.count("POSTROOM_OUTBOX_LIMIT", 100_000_000);
-        let lease = r.duration("POSTROOM_LEASE", SECOND, 10 * MINUTE);
-        let process = Process::read(r);
-        let retention = retention(r);
-        let unknown_tenant = r.get("POSTROOM_UNKNOWN_TENANT", |text| {
-            parse::one_of(
-                text,
-                &[
-                    ("reject", UnknownTenant::Reject),
-                    ("platform", UnknownTenant::Platform),
-                ],
-            )
-        });
-        let deferred_report_after = r.duration("POSTROOM_DEFERRED_REPORT_AFTER", Duration::ZERO, 30 * DAY);
-        let base = r.duration("POSTROOM_RETRY_BASE", Duration::from_millis(10), DAY);
-        let cap = r.duration("POSTROOM_RETRY_CAP", Duration::from_millis(10), 7 * DAY);
-        let faults = r.count("POSTROOM_BREAKER_FAULTS", 10_000);
-        let cooldown = r.duration("POSTROOM_BREAKER_COOLDOWN", Duration::from_millis(100), DAY);
-        let longest = r.duration("POSTROOM_BREAKER_COOLDOWN_CAP", Duration::from_millis(100), DAY);
-        Some(Self {
-            concurrency: concurrency? as usize,
-            job_memory: job_memory?,
-            outbox_limit: outbox_limit?,
-            lease: lease?,
-            grace_period: process?.grace_period,
-            retention: retention?,
-            unknown_tenant: unknown_tenant?,
-            deferred_report_after: deferred_report_after?,
-            retry: RetryPolicy {
-                base: base?,
-                cap: cap?,
-                ..RetryPolicy::default()
-            },
-            breaker: Breaker {
-                faults: u32::try_from(faults?).unwrap_or(u32::MAX),
-                cooldown: cooldown?,
-                cap: longest?,
-            },
-        })
-    }
-}
-
 impl FromSettings for Webhook {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let timeout = r.duration("POSTROOM_WEBHOOK_TIMEOUT", Duration::from_millis(100), 5 * MINUTE);
@@ -306,32 +288,6 @@ impl FromSettings for Webhook {
             retry_scale: retry_scale?,
         })
     }
-}
-
-/// What the budget leaves for jobs. The largest job must fit, also while it may use only a share.
-fn job_memory(r: &mut Reader<'_>) -> Option<u64> {
-    let budget = r.size("POSTROOM_MEMORY_BUDGET", 1 << 20, 1 << 40);
-    let attachments = Fetch::read(r);
-    let limits = JobLimits::read(r);
-    let (budget, attachments, limits) = (budget?, attachments?, limits?);
-    let beside = attachments.memory + attachments.cache();
-    let least = least_budget(limits.max_inflated as u64);
-    if budget < beside + least {
-        let mib = |bytes: u64| bytes.div_ceil(1 << 20);
-        r.note(
-            "POSTROOM_MEMORY_BUDGET",
-            "has no room for the largest job",
-            &format!(
-                "give at least {}MiB: {}MiB for attachments and their cache (POSTROOM_ATTACHMENT_MEMORY and a quarter), \
-                 {}MiB for one job of POSTROOM_JOB_MAX_INFLATED_BYTES; or lower those",
-                mib(beside) + mib(least),
-                mib(beside),
-                mib(least)
-            ),
-        );
-        return None;
-    }
-    Some(budget - beside)
 }
 
 fn retention(r: &mut Reader<'_>) -> Option<Duration> {

@@ -275,7 +275,7 @@ pub const SETTINGS: &[Setting] = &[
         "DURATION",
         Some("60s"),
         &[Worker],
-        "Waits shorter than this give no mail.deferred report.",
+        "A new job that waits for its date, a limit or its account gives mail.deferred if it is for at least this long; a first retry, and a wait for a key, always do.",
     ),
     plain(
         "POSTROOM_RETRY_BASE",

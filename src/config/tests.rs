@@ -176,6 +176,11 @@ fn what_does_not_fit_is_refused() {
         ("POSTROOM_QUEUES", "mail.jobs.acme"),
         ("POSTROOM_QUEUES", "urgent:q"),
         ("POSTROOM_QUEUES", "high:q,low:q"),
+        ("POSTROOM_QUEUES", "high:mail.jobs.low"),
+        ("POSTROOM_QUEUES", "high:q,low:mail.jobs.dead"),
+        ("POSTROOM_QUEUES", "low:mail.unroutable"),
+        ("POSTROOM_QUEUES", "low:mail.reports.bridge"),
+        ("POSTROOM_QUEUES", "low:mail.reports.dead"),
         ("POSTROOM_JOB_MAX_BYTES", "16MiB"),
         ("POSTROOM_JOB_MAX_INFLATED_BYTES", "1MiB"),
         ("POSTROOM_STORAGE_URL", "ftp://x/y"),
@@ -203,6 +208,10 @@ fn what_does_not_fit_is_refused() {
     }
     for setting in [
         ("POSTROOM_QUEUES", " high:a , low:b "),
+        (
+            "POSTROOM_QUEUES",
+            "low:mail.jobs.low.acme,low:post.jobs.low,low:mail.jobs.acme",
+        ),
         ("POSTROOM_EGRESS_ALLOW", "127.0.0.1, 10.0.0.0/8,fd00::/8"),
         ("POSTROOM_HTTP_ADDR", ":8080"),
         ("POSTROOM_HTTP_ADDR", "off"),
@@ -220,7 +229,7 @@ fn what_does_not_fit_is_refused() {
 
 #[test]
 fn a_ca_file_with_a_plain_amqp_url_is_refused() {
-    let ca = ("POSTROOM_AMQP_CA_FILE", "Cargo.toml");
+    let ca = ("POSTROOM_AMQP_CA_FILE", "src/directory/ca/authority.pem");
     for url in [AMQP.1, "AMQP://u:hunter2@h"] {
         let found = errors::<Broker>(&[("POSTROOM_AMQP_URL", url), ca]);
         assert_eq!(found.len(), 1, "{found:?}");
@@ -234,6 +243,41 @@ fn a_ca_file_with_a_plain_amqp_url_is_refused() {
     let secure = ("POSTROOM_AMQP_URL", "amqps://u:hunter2@h");
     assert!(load::<Broker>(&sources(&[secure, ca])).is_ok());
     assert!(load::<BrokerNames>(&sources(&[ca])).is_ok());
+}
+
+#[test]
+fn settings_that_contradict_each_other_are_refused() {
+    let key = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
+    let stored = format!("k1:ICEiIyQlJicoKSorLC0uLzAxMjM0NTY3ODk6Ozw9Pj8=,k2:{key}");
+    let keys = [
+        ("POSTROOM_ENCRYPTION_KEYS", stored.as_str()),
+        ("POSTROOM_OVERRIDE_KEYS", &format!("other:{key}")),
+    ];
+    for (env, named) in [
+        (&[("POSTROOM_RETRY_BASE", "5h")][..], "POSTROOM_RETRY_CAP"),
+        (&[("POSTROOM_RETRY_CAP", "10s")], "POSTROOM_RETRY_CAP"),
+        (
+            &[("POSTROOM_BREAKER_COOLDOWN", "16m")],
+            "POSTROOM_BREAKER_COOLDOWN_CAP",
+        ),
+        (&keys, "POSTROOM_OVERRIDE_KEYS"),
+    ] {
+        let others = [keys[0], DATABASE];
+        let env: Vec<_> = env.iter().chain(&others).copied().collect();
+        let found = errors::<(Keys, Worker)>(&env);
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(
+            found[0].starts_with(named) && found[0].contains("give "),
+            "{found:?}"
+        );
+        assert!(!found[0].contains(key), "{found:?}");
+    }
+    let equal = [
+        keys[0],
+        ("POSTROOM_RETRY_BASE", "4h"),
+        ("POSTROOM_BREAKER_COOLDOWN_CAP", "60s"),
+    ];
+    assert_eq!(errors::<(Keys, Worker)>(&equal), Vec::<String>::new());
 }
 
 #[test]

@@ -14,10 +14,9 @@ use tokio_postgres::{Client, Config, Error, NoTls};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::DbError;
-use super::dsn::{Dsn, SslMode};
 use super::pool::Clock;
 use super::tls::{self, Proof};
-use crate::config;
+use crate::config::{self, Dsn, SslMode};
 
 /// Time after which the server ends a statement. Batches take milliseconds; what takes this long is stuck, and its
 /// caller would rather try again than hold locks.
@@ -72,11 +71,8 @@ impl Connector {
 
 impl Parameters {
     fn new(database: &config::Database) -> Result<Self, DbError> {
-        let dsn = Dsn::parse(database.url.expose_secret())?;
-        let mut plain: Config = dsn
-            .url
-            .parse()
-            .map_err(|error: Error| DbError::Url(reason(&error)))?;
+        let dsn = Dsn::parse(database.url.expose_secret()).map_err(DbError::Url)?;
+        let mut plain = dsn.for_driver().map_err(DbError::Url)?;
         let ca_files: Vec<&Path> = [database.ca_file.as_deref(), dsn.root_cert.as_deref()]
             .into_iter()
             .flatten()
@@ -174,9 +170,4 @@ fn is_refused_option(error: &Error) -> bool {
         && error
             .as_db_error()
             .is_some_and(|db| db.message().contains("startup parameter"))
-}
-
-/// Why the driver does not like the URL.
-fn reason(error: &Error) -> String {
-    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }

@@ -1,8 +1,6 @@
 //! Certificate authorities given for an account.
 
-use rustls::RootCertStore;
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject;
+use crate::config::check_authorities;
 
 /// Longest text, in bytes; a certificate takes about 2 KiB.
 pub const MAX_PEM: usize = 256 << 10;
@@ -16,17 +14,7 @@ pub fn check_pem(pem: &[u8]) -> Result<String, String> {
         return Err(format!("the certificates are longer than {} KiB", MAX_PEM >> 10));
     }
     let text = str::from_utf8(pem).map_err(|_| "the certificates are not PEM text".to_owned())?;
-    let mut roots = RootCertStore::empty();
-    for (index, certificate) in CertificateDer::pem_slice_iter(pem).enumerate() {
-        let number = index + 1;
-        let certificate = certificate.map_err(|error| format!("certificate {number}: {error}"))?;
-        roots
-            .add(certificate)
-            .map_err(|error| format!("certificate {number}: {error}"))?;
-    }
-    if roots.is_empty() {
-        return Err("no certificate found: expected PEM (`-----BEGIN CERTIFICATE-----`)".to_owned());
-    }
+    check_authorities(pem)?;
     // Postgres stores no NUL, and PEM allows text around the certificates.
     if text.contains('\0') {
         return Err("the certificates are not PEM text".to_owned());

@@ -203,6 +203,15 @@ impl Keyring {
         self.lost.iter().any(|lost| lost == kid)
     }
 
+    /// Whether a key of the one is a key of the other, under whatever id.
+    #[must_use]
+    pub fn shares_a_key_with(&self, other: &Self) -> bool {
+        // What a key makes of nothing tells it from others. It is shown to nobody.
+        let mark = |key: &Key| key.cipher.encrypt(&Nonce::<Aes256Gcm>::default(), &b""[..]).ok();
+        let marks: Vec<_> = self.iter().filter_map(mark).collect();
+        other.iter().filter_map(mark).any(|found| marks.contains(&found))
+    }
+
     fn iter(&self) -> impl Iterator<Item = &Key> {
         std::iter::once(&self.active).chain(&self.others)
     }

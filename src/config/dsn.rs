@@ -1,4 +1,4 @@
-//! Takes `sslmode` and `sslrootcert` out of the URL: the driver does not know `verify-ca`, `verify-full` and
+//! The URL of Postgres. Takes `sslmode` and `sslrootcert` out of it: the driver does not know `verify-ca`, `verify-full` and
 //! `sslrootcert`, though managed Postgres services hand out URLs with them. And looks whether the URL says which servers
 //! will do.
 
@@ -6,11 +6,11 @@ use std::path::PathBuf;
 
 use percent_encoding::percent_decode_str;
 
-use super::DbError;
+use tokio_postgres::{Config, Error};
 
 /// How much TLS the URL asks for, in the words of libpq.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum SslMode {
+pub enum SslMode {
     /// Never.
     Disable,
     /// If the server offers it; without a CA the certificate is not checked, as with libpq: whoever can forge it
@@ -23,24 +23,36 @@ pub(super) enum SslMode {
 }
 
 /// A URL without its TLS parameters, and those.
-pub(super) struct Dsn {
+pub struct Dsn {
     /// What the driver may read.
-    pub(super) url: String,
+    url: String,
     /// `sslmode`, if given.
-    pub(super) mode: Option<SslMode>,
+    pub mode: Option<SslMode>,
     /// `sslrootcert`, if given and not `system`.
-    pub(super) root_cert: Option<PathBuf>,
+    pub root_cert: Option<PathBuf>,
     /// Whether it has a `target_session_attrs`.
-    pub(super) has_target: bool,
+    pub has_target: bool,
+}
+
+impl std::fmt::Debug for Dsn {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // The URL holds the password.
+        f.debug_struct("Dsn")
+            .field("mode", &self.mode)
+            .field("root_cert", &self.root_cert)
+            .field("has_target", &self.has_target)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Dsn {
     /// Splits a `postgres://` URL.
-    pub(super) fn parse(url: &str) -> Result<Self, DbError> {
+    ///
+    /// # Errors
+    /// Says what is wrong, never what stands there: it may hold a password.
+    pub fn parse(url: &str) -> Result<Self, String> {
         if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
-            return Err(DbError::Url(
-                "must begin with postgres:// or postgresql://".into(),
-            ));
+            return Err("must begin with postgres:// or postgresql://".into());
         }
         // The password may hold a question mark, and a parameter an `@`: as for the driver, it ends at the first `@`.
         let host = url.find('@').unwrap_or(0);
@@ -64,9 +76,7 @@ impl Dsn {
                     ));
                 }
                 Some(("sslcert" | "sslkey" | "sslpassword", _)) => {
-                    return Err(DbError::Url(
-                        "client certificates are not supported; use a password".into(),
-                    ));
+                    return Err("client certificates are not supported; use a password".into());
                 }
                 other => {
                     has_target |= other.is_some_and(|(name, _)| name == "target_session_attrs");
@@ -82,17 +92,35 @@ impl Dsn {
             has_target,
         })
     }
+
+    /// The rest as the driver reads it.
+    ///
+    /// # Errors
+    /// Says which parameter it does not take, or that there is no host.
+    pub fn for_driver(&self) -> Result<Config, String> {
+        let config: Config = self.url.parse().map_err(|error| self.refused(&error))?;
+        if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
+            return Err("names no host".into());
+        }
+        Ok(config)
+    }
+
+    /// The driver quotes names of parameters: what follows an `@` in a password that is not encoded would be taken for some.
+    fn refused(&self, error: &Error) -> String {
+        if self.url.matches('@').count() > 1 {
+            return "cannot be read: an `@` in user name or password is written %40".into();
+        }
+        std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
+    }
 }
 
-fn ssl_mode(value: &str) -> Result<SslMode, DbError> {
+fn ssl_mode(value: &str) -> Result<SslMode, String> {
     match value {
         "disable" => Ok(SslMode::Disable),
         "allow" | "prefer" => Ok(SslMode::Prefer),
         "verify-ca" => Ok(SslMode::VerifyCa),
         "require" | "verify-full" => Ok(SslMode::VerifyFull),
-        _ => Err(DbError::Url(
-            "sslmode must be disable, prefer, require, verify-ca or verify-full".into(),
-        )),
+        _ => Err("sslmode must be disable, prefer, require, verify-ca or verify-full".into()),
     }
 }
 
@@ -147,7 +175,7 @@ mod tests {
         let dsn = parse("postgres://u:p@db/mail?sslmode=require&application_name=postroom@eu");
         assert_eq!(dsn.mode, Some(SslMode::VerifyFull));
         assert_eq!(dsn.url, "postgres://u:p@db/mail?application_name=postroom@eu");
-        let config: tokio_postgres::Config = dsn.url.parse().unwrap();
+        let config = dsn.for_driver().unwrap();
         assert_eq!(config.get_application_name(), Some("postroom@eu"));
         assert_eq!(
             config.get_hosts(),
@@ -162,8 +190,30 @@ mod tests {
             "postgres://u:hunter2@h/?sslmode=on",
             "postgres://u:hunter2@h/?sslkey=k",
         ] {
-            let error = Dsn::parse(url).err().unwrap().to_string();
+            let error = Dsn::parse(url).unwrap_err();
             assert!(!error.contains("hunter2"), "{error}");
         }
+    }
+
+    #[test]
+    fn what_the_driver_cannot_use_is_named_without_the_password() {
+        for (url, why) in [
+            ("postgres://u:hunter2@h:99999/d", "`port`"),
+            ("postgres://u:hunter2@h/d?foo=1", "`foo`"),
+            (
+                "postgres://u:hunter2@h/d?connect_timeout=soon",
+                "`connect_timeout`",
+            ),
+            ("postgres://u:x@y?hunter2=z@h/d", "%40"),
+            ("postgres:///d", "no host"),
+        ] {
+            let error = parse(url).for_driver().unwrap_err();
+            assert!(
+                error.contains(why) && !error.contains("hunter2"),
+                "{url}: {error}"
+            );
+        }
+        assert!(parse("postgres:///d?host=/run/postgresql").for_driver().is_ok());
+        assert!(!format!("{:?}", parse("postgres://u:hunter2@h/d")).contains("hunter2"));
     }
 }
