@@ -124,6 +124,12 @@ pub enum DirectoryError {
     /// The platform is always there.
     #[error("the platform `-` cannot be removed; remove its accounts one by one")]
     Platform,
+    /// Its jobs would be left behind.
+    #[error(
+        "jobs of tenant `{0}` wait, and would fail without it: `postroom job list --tenant {0} --state waiting` shows them; \
+         with --fail-waiting it is removed all the same"
+    )]
+    JobsWait(TenantId),
     /// A password needs a key.
     #[error(
         "passwords are stored sealed: set POSTROOM_ENCRYPTION_KEYS (`postroom key generate` makes a key)"
@@ -152,6 +158,9 @@ impl DirectoryError {
     /// Whether the command was used wrongly (exit code 2), as opposed to having failed (exit code 1).
     #[must_use]
     pub fn is_wrong_use(&self) -> bool {
-        matches!(self, Self::Incomplete { .. } | Self::Invalid(_) | Self::Platform)
+        matches!(
+            self,
+            Self::Incomplete { .. } | Self::Invalid(_) | Self::Platform | Self::JobsWait(_)
+        )
     }
 }

@@ -59,14 +59,16 @@ where
 /// Libraries log warnings only, unless the text names them, and never below info: at debug and trace several of them
 /// print what they send and receive, passwords included (AMQP's `start-ok`, SQL parameters, HTTP headers).
 ///
-/// lapin logs every closed channel as an error, those that a look for a missing queue or an orderly end closes too. What
-/// is worth telling about a channel reaches us as the error of a call.
+/// lapin logs every closed channel as an error, those that a look for a missing queue or an orderly end closes too, and of a
+/// refused login that it will not try again. What is worth telling about a channel or a connection reaches us as the error of
+/// a call.
 fn filter(text: &str) -> Targets {
     let given: Targets = text.parse().unwrap_or_default();
     let default = given.default_level().unwrap_or(LevelFilter::INFO);
     let base = Targets::new()
         .with_default(default.min(LevelFilter::WARN))
         .with_target("lapin::channel", LevelFilter::OFF)
+        .with_target("lapin::io_loop", LevelFilter::OFF)
         .with_target(OWN, default);
     given
         .into_iter()
@@ -166,6 +168,7 @@ mod tests {
             ("info", "lapin", Level::WARN, true),
             ("info", "lapin", Level::INFO, false),
             ("info", "lapin::channels", Level::ERROR, false),
+            ("info", "lapin::io_loop", Level::ERROR, false),
             ("info,lapin::channel=error", "lapin::channel", Level::ERROR, true),
             ("trace", "postroom", Level::TRACE, true),
             ("trace", "lapin::frames", Level::INFO, false),

@@ -3,6 +3,8 @@
 use std::error::Error;
 use std::fmt;
 
+use tokio_postgres::error::SqlState;
+
 use super::{FAILED, WRONG_USE};
 use crate::config::ConfigError;
 
@@ -30,11 +32,35 @@ impl CliError {
     /// Whether the reader of the output has gone.
     #[must_use]
     pub fn is_broken_pipe(&self) -> bool {
-        let Self::Failed(error) = self else { return false };
-        let first: &(dyn Error + 'static) = error.as_ref();
-        std::iter::successors(Some(first), |error| (*error).source())
-            .filter_map(|error| error.downcast_ref::<std::io::Error>())
-            .any(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+        let mut causes = self.causes();
+        causes.any(|error| {
+            let error = error.downcast_ref::<std::io::Error>();
+            error.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+        })
+    }
+
+    /// Whether the database has no schema, or not all of this program's.
+    fn lacks_schema(&self) -> bool {
+        const LACKS: [SqlState; 5] = [
+            SqlState::INVALID_SCHEMA_NAME,
+            SqlState::UNDEFINED_TABLE,
+            SqlState::UNDEFINED_COLUMN,
+            SqlState::UNDEFINED_FUNCTION,
+            SqlState::UNDEFINED_OBJECT,
+        ];
+        let codes = self
+            .causes()
+            .filter_map(|error| error.downcast_ref::<tokio_postgres::Error>()?.code());
+        codes.into_iter().any(|code| LACKS.contains(code))
+    }
+
+    /// The error of a failure, then what caused it.
+    fn causes(&self) -> impl Iterator<Item = &(dyn Error + 'static)> {
+        let first: Option<&(dyn Error + 'static)> = match self {
+            Self::Failed(error) => Some(error.as_ref()),
+            _ => None,
+        };
+        std::iter::successors(first, |error| (*error).source())
     }
 }
 
@@ -71,6 +97,9 @@ impl fmt::Display for CliError {
                         shown.push_str(&text);
                     }
                     source = cause.source();
+                }
+                if self.lacks_schema() {
+                    f.write_str("; `postroom migrate` makes the schema, or brings it up to date")?;
                 }
                 Ok(())
             }

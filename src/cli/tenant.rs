@@ -25,10 +25,14 @@ pub(super) enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Remove a tenant with its accounts and limits.
+    /// Remove a tenant with its accounts, limits and webhook endpoints; reports that wait for those are never sent. Jobs that
+    /// come later are refused as `unknown_tenant`.
     Remove {
         /// The tenant.
         tenant: TenantId,
+        /// Even if jobs of it wait: they fail with `tenant_not_found`.
+        #[arg(long)]
+        fail_waiting: bool,
     },
 }
 
@@ -94,7 +98,10 @@ pub(super) async fn run(command: Command, store: &Store, out: &mut dyn Write) ->
                 tenants.iter().map(as_row).collect(),
             )?)
         }
-        Command::Remove { tenant } => {
+        Command::Remove { tenant, fail_waiting } => {
+            if !fail_waiting {
+                store.check_none_waits(&tenant).await.map_err(of_directory)?;
+            }
             store.remove_tenant(&tenant).await.map_err(of_directory)?;
             writeln!(out, "tenant {tenant} removed")?;
             Ok(())

@@ -259,7 +259,10 @@ mod tests {
         assert_eq!(parse_period("0"), Ok(Duration::ZERO));
         assert_eq!(parse_period("3d"), Ok(3 * DAY));
         for text in ["3", "12", "00", "", "d"] {
-            assert!(parse_period(text).unwrap_err().contains("such as 90s or 2d"), "{text}");
+            assert!(
+                parse_period(text).unwrap_err().contains("such as 90s or 2d"),
+                "{text}"
+            );
         }
     }
 

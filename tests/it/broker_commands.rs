@@ -484,6 +484,27 @@ async fn what_a_producer_writes_cannot_forge_a_line_of_a_list() {
 }
 
 #[tokio::test]
+async fn a_sealed_dead_letter_says_what_is_wrong_with_the_keys() {
+    let mut world = World::new().await;
+    world.apply_topology().await;
+    let sealed = [("x-dead-reason", "id_conflict"), ("x-dead-sealed", "true")];
+    put_dead(&world, "low.acme", &sealed, "v1:k:lost").await;
+    world.wait_depth("mail.jobs.dead", 1).await;
+    world.unset("POSTROOM_ENCRYPTION_KEYS");
+    let none = ["dead", "replay", "--all"];
+    let unreadable = [&none[..], &["--encryption-keys-file", "/no/such/file"]].concat();
+    for (command, why) in [
+        (&none[..], "is not set"),
+        (&unreadable, "cannot open /no/such/file"),
+    ] {
+        let said = world.postroom(command).await;
+        assert_eq!(said.code, 1, "{}", said.stderr);
+        assert!(said.stdout.contains(why), "{}", said.stdout);
+    }
+    world.postroom(&["dead", "list"]).await.success();
+}
+
+#[tokio::test]
 async fn dropped_messages_are_gone_and_others_are_not() {
     let world = World::new().await;
     world.apply_topology().await;

@@ -256,6 +256,16 @@ async fn wrong_use_is_told_apart_from_failure() {
         ("account set acme main --host h", 2, "--port, --tls"),
         ("account set acme main --host h --port 0 --tls none", 2, "--port"),
         (
+            "account set acme main --host x:25 --port 25 --tls none",
+            2,
+            "its port apart",
+        ),
+        (
+            "account set acme main --host [::1]:25 --port 25 --tls none",
+            2,
+            "its port apart",
+        ),
+        (
             "account set acme main --host h --port 25 --tls ssl",
             2,
             "use one of: none, starttls, implicit",
@@ -310,6 +320,30 @@ async fn wrong_use_is_told_apart_from_failure() {
         assert_eq!(found, code, "{line}: {error}");
         assert!(error.contains(part), "{line}: {error}");
     }
+    scratch.end().await;
+}
+
+#[tokio::test]
+async fn a_tenant_whose_jobs_wait_is_removed_only_if_that_is_said() {
+    let scratch = Scratch::new().await;
+    let store = scratch.store();
+    ok(&store, "tenant set acme").await;
+    ok(&store, "tenant set acme-2").await;
+    let waiting = "INSERT INTO {s}.job (tenant, id, state, level, account, digest, born, seq, created_at, updated_at, due_at, \
+                                        reason, body)
+                   VALUES ('acme', '1', 2, 1, 'acme/main', '', 0, 0, now(), now(), now(), 1, 'x');
+                   INSERT INTO {s}.lane (account, level, tenant, next_at) VALUES ('acme/main', 1, 'acme', now())";
+    scratch.execute(waiting).await;
+    let (code, error) = run_with(&store, "", "tenant remove acme").await.unwrap_err();
+    assert_eq!(code, 2, "{error}");
+    assert!(
+        error.contains("--fail-waiting") && error.contains("job list --tenant acme"),
+        "{error}"
+    );
+    ok(&store, "tenant show acme").await;
+    ok(&store, "tenant remove acme-2").await;
+    ok(&store, "tenant remove acme --fail-waiting").await;
+    run_with(&store, "", "tenant show acme").await.unwrap_err();
     scratch.end().await;
 }
 

@@ -25,7 +25,7 @@ pub struct ListArgs {
     #[arg(long, value_parser = STATES)]
     pub state: Option<String>,
     /// At most this many
-    #[arg(long, default_value_t = 50)]
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(i64).range(1..))]
     pub limit: i64,
     /// One JSON object per line
     #[arg(long)]

@@ -1,5 +1,6 @@
 //! What can be changed about an account, and what a change makes of it.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use secrecy::SecretString;
@@ -129,11 +130,15 @@ pub(super) fn connects_differently(a: &StoredAccount, b: &StoredAccount) -> bool
 }
 
 fn check_host(host: &str) -> Result<(), DirectoryError> {
-    let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_' | b':' | b'[' | b']');
-    if host.is_empty() || host.len() > 253 || !host.bytes().all(allowed) {
-        return Err(DirectoryError::Invalid(
-            "the host must be a host name (international ones in their xn-- form) or an address".to_owned(),
-        ));
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_');
+    let bare = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+    let is_address = bare.unwrap_or(host).parse::<IpAddr>().is_ok();
+    let is_name = !host.is_empty() && host.len() <= 253 && host.bytes().all(allowed);
+    if is_name || is_address {
+        return Ok(());
     }
-    Ok(())
+    Err(DirectoryError::Invalid(
+        "the host must be a host name (international ones in their xn-- form) or an address, its port apart (--port)"
+            .to_owned(),
+    ))
 }

@@ -147,7 +147,27 @@ impl Store {
         .await
     }
 
-    /// Removes a tenant with its accounts, their limits, and what is known of their health.
+    /// Refuses if jobs of the tenant wait: without it they fail. Some may begin to wait at any time; they fare no worse than
+    /// those that come later.
+    ///
+    /// # Errors
+    /// [`DirectoryError::JobsWait`], or if the database fails.
+    pub async fn check_none_waits(&self, id: &TenantId) -> Result<(), DirectoryError> {
+        within(async {
+            let sql = self.db.sql("SELECT FROM {s}.waiting_jobs_v1($1, 1)");
+            let client = self.db.client().await?;
+            let found = client.query_typed(&sql, &[(&id.as_str(), Type::TEXT)]).await?;
+            if found.is_empty() {
+                Ok(())
+            } else {
+                Err(DirectoryError::JobsWait(id.clone()))
+            }
+        })
+        .await
+    }
+
+    /// Removes a tenant with its accounts, their limits, what is known of their health, and its endpoints with what waits for
+    /// them.
     ///
     /// # Errors
     /// [`DirectoryError::NoTenant`], [`DirectoryError::Platform`], or if the database fails.
