@@ -176,11 +176,6 @@ fn what_does_not_fit_is_refused() {
         ("POSTROOM_QUEUES", "mail.jobs.acme"),
         ("POSTROOM_QUEUES", "urgent:q"),
         ("POSTROOM_QUEUES", "high:q,low:q"),
-        ("POSTROOM_QUEUES", "high:mail.jobs.low"),
-        ("POSTROOM_QUEUES", "high:q,low:mail.jobs.dead"),
-        ("POSTROOM_QUEUES", "low:mail.unroutable"),
-        ("POSTROOM_QUEUES", "low:mail.reports.bridge"),
-        ("POSTROOM_QUEUES", "low:mail.reports.dead"),
         ("POSTROOM_JOB_MAX_BYTES", "16MiB"),
         ("POSTROOM_JOB_MAX_INFLATED_BYTES", "1MiB"),
         ("POSTROOM_STORAGE_URL", "ftp://x/y"),
@@ -208,10 +203,6 @@ fn what_does_not_fit_is_refused() {
     }
     for setting in [
         ("POSTROOM_QUEUES", " high:a , low:b "),
-        (
-            "POSTROOM_QUEUES",
-            "low:mail.jobs.low.acme,low:post.jobs.low,low:mail.jobs.acme",
-        ),
         ("POSTROOM_EGRESS_ALLOW", "127.0.0.1, 10.0.0.0/8,fd00::/8"),
         ("POSTROOM_HTTP_ADDR", ":8080"),
         ("POSTROOM_HTTP_ADDR", "off"),
@@ -243,6 +234,24 @@ fn a_ca_file_with_a_plain_amqp_url_is_refused() {
     let secure = ("POSTROOM_AMQP_URL", "amqps://u:hunter2@h");
     assert!(load::<Broker>(&sources(&[secure, ca])).is_ok());
     assert!(load::<BrokerNames>(&sources(&[ca])).is_ok());
+}
+
+#[test]
+fn queues_of_its_own_are_no_dedicated_ones() {
+    for own in [
+        "high:mail.jobs.low",
+        "high:q,low:mail.jobs.dead",
+        "low:mail.unroutable",
+        "low:mail.reports.bridge",
+        "low:mail.reports.dead",
+    ] {
+        let found = errors::<BrokerNames>(&[("POSTROOM_QUEUES", own)]);
+        assert_eq!(found.len(), 1, "{own}: {found:?}");
+        assert!(found[0].contains("of Postroom's own: give "), "{found:?}");
+    }
+    let others = "low:mail.jobs.low.acme,low:post.jobs.low,low:mail.jobs.acme";
+    let found = errors::<BrokerNames>(&[("POSTROOM_QUEUES", others)]);
+    assert_eq!(found, Vec::<String>::new());
 }
 
 #[test]

@@ -448,13 +448,8 @@ async fn what_a_producer_writes_cannot_forge_a_line_of_a_list() {
     world.apply_topology().await;
     let id = "1\u{1b}[2K\n2   acme  low.acme  invalid\u{9b}\u{202e}";
     let body = json!({"id": id, "tenant": "acme"}).to_string();
-    put_dead(
-        &world,
-        "low\u{1b}",
-        &[("x-dead-reason", "in\nvalid\u{1b}")],
-        &body,
-    )
-    .await;
+    let headers = [("x-dead-reason", "in\nvalid\u{1b}"), ("x-dead-sealed", "true")];
+    put_dead(&world, "low.\u{1b}\nacme", &headers, &body).await;
     world.wait_depth("mail.jobs.dead", 1).await;
     let harmless = |text: &str| {
         text.chars()

@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use lapin::message::BasicGetMessage;
 use lapin::options::{BasicAckOptions, BasicGetOptions, BasicNackOptions};
 use lapin::{Channel, Connection};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use super::letter::Letter;
@@ -112,13 +112,9 @@ impl Walk<'_> {
                 break;
             };
             match self.action {
-                Action::List if self.filter.json => {
-                    tally.say(&table::safe_json(&letter.summary().to_string()), out)?
-                }
+                Action::List if self.filter.json => tally.say_json(&letter.summary(), out)?,
                 Action::List => tally.rows.push(letter.row().to_vec()),
-                Action::Show if self.filter.json => {
-                    tally.say(&table::safe_json(&letter.full().to_string()), out)?
-                }
+                Action::Show if self.filter.json => tally.say_json(&letter.full(), out)?,
                 Action::Show => tally.say(&table::safe_json(&format!("{:#}", letter.full())), out)?,
                 Action::Replay(level) => {
                     if let Err(why) = self.replay(&letter, level).await {
@@ -195,8 +191,9 @@ impl Walk<'_> {
                 return Err(error.into());
             }
             why if self.filter.json => {
-                let left = json!({"id": letter.id(), "tenant": letter.tenant(), "key": letter.key(), "left": why.to_string()});
-                tally.say(&table::safe_json(&left.to_string()), out)?;
+                let (id, tenant, key) = (letter.id(), letter.tenant(), letter.key());
+                let left = json!({"id": id, "tenant": tenant, "key": key, "left": why.to_string()});
+                tally.say_json(&left, out)?;
             }
             why => {
                 let line = format!("{} (key {}): {why}", letter.id(), letter.key());
@@ -253,6 +250,10 @@ impl Tally {
             self.write(out)?;
         }
         Ok(())
+    }
+
+    fn say_json(&mut self, value: &Value, out: &mut (dyn Write + Send)) -> io::Result<()> {
+        self.say(&table::safe_json(&value.to_string()), out)
     }
 
     fn write(&mut self, out: &mut (dyn Write + Send)) -> io::Result<()> {
