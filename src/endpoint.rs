@@ -55,6 +55,15 @@ pub enum EndpointError {
         "event `{0}` is not remembered for this tenant: it is older than the retention, or no endpoint wanted it"
     )]
     UnknownEvent(String),
+    /// Another rotation would drop one of two secrets that sign.
+    #[error(
+        "an earlier rotation is not over before {until:.0}, and both of its secrets sign: say with --receiver-has which of \
+         them the receiver knows, `current` or `previous`; that one goes on signing beside the new one"
+    )]
+    Rotating {
+        /// When it is over.
+        until: Timestamp,
+    },
     /// Only endpoints of the platform can be for all tenants.
     #[error("--all is for endpoints of the platform (tenant `-`) only")]
     NotPlatform,
@@ -91,6 +100,8 @@ pub struct Change {
     pub secret: Option<String>,
     /// How long the previous secret signs as well.
     pub keep_previous: Duration,
+    /// During an earlier rotation: which secret that is to be.
+    pub receiver_has: Option<Known>,
     /// New credentials.
     pub auth: Option<SealedAuth>,
     /// A new filter: `None` inside is the default, all but `mail.deferred`.
@@ -99,6 +110,15 @@ pub struct Change {
     pub all_tenants: Option<bool>,
     /// Switch it on or off.
     pub enabled: Option<bool>,
+}
+
+/// Which of the two secrets that sign during a rotation a receiver knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Known {
+    /// The one that the rotation gave.
+    Current,
+    /// The one from before it.
+    Previous,
 }
 
 /// [`Auth`] as it is stored.

@@ -138,6 +138,7 @@ async fn set(
         url: args.url,
         secret: secret_sealed,
         keep_previous: args.rotate_keep,
+        receiver_has: args.receiver_has,
         auth,
         events: args.events.map(|filter| filter.0),
         all_tenants: args.all,
@@ -155,7 +156,7 @@ async fn set(
     let after = endpoint::show(db, tenant, name).await?;
     remark(&after, streams.remarks)?;
     match before {
-        Some(before) => remark_change(&before, &after, secret.is_some(), streams.remarks),
+        Some(before) => remark_change(&before, &after, streams.remarks),
         None => Ok(()),
     }
 }
@@ -234,7 +235,6 @@ fn remark(endpoint: &Endpoint, out: &mut dyn Write) -> Result<(), EndpointComman
 fn remark_change(
     before: &Endpoint,
     after: &Endpoint,
-    is_rotated: bool,
     out: &mut dyn Write,
 ) -> Result<(), EndpointCommandError> {
     let Endpoint { tenant, name, .. } = after;
@@ -242,14 +242,6 @@ fn remark_change(
         writeln!(
             out,
             "note: reports since {since} were not queued for it: postroom endpoint replay {tenant} {name} --since {since}"
-        )?;
-    }
-    let ends = (before.previous_secret_until, after.previous_secret_until);
-    if let (true, (Some(_), Some(until))) = (is_rotated, ends) {
-        writeln!(
-            out,
-            "note: an earlier rotation was not over: the secret from before it goes on signing until {until:.0}, the one that \
-             it gave does not"
         )?;
     }
     Ok(())

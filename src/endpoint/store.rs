@@ -1,20 +1,22 @@
 //! Endpoints in Postgres.
 
+use jiff::Timestamp;
 use tokio_postgres::Row;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::Type;
 
-use super::{Change, Endpoint, EndpointError, SealedAuth};
+use super::{Change, Endpoint, EndpointError, Known, SealedAuth};
 use crate::db::Database;
 use crate::id::{AccountId, TenantId};
 
-/// A receiver may still know nothing but the secret before this one: the rotation that gave it is not over.
-const ROTATES: &str = "previous_secret IS NOT NULL AND previous_secret_until > clock_timestamp()";
+/// Until when a receiver may know nothing but the secret before this one: the rotation that gave it is not over.
+const ROTATES_UNTIL: &str = "CASE WHEN previous_secret IS NOT NULL AND previous_secret_until > clock_timestamp() \
+     THEN previous_secret_until END";
 
 /// Changes what the change names, creating the endpoint if it is new. Whether it is new.
 ///
 /// # Errors
-/// If the tenant does not exist, a new endpoint has no URL, or the database fails.
+/// If the tenant does not exist, a new endpoint has no URL, a rotation would cut off a receiver, or the database fails.
 pub async fn set(
     db: &Database,
     tenant: &TenantId,
@@ -27,13 +29,17 @@ pub async fn set(
     let mut client = db.client().await?;
     let transaction = client.transaction().await?;
     let (tenant, name) = (tenant.as_str(), name.as_str());
-    let sql = db.sql("SELECT id FROM {s}.endpoint WHERE tenant = $1 AND name = $2 FOR UPDATE");
+    let sql =
+        format!("SELECT id, {ROTATES_UNTIL} FROM {{s}}.endpoint WHERE tenant = $1 AND name = $2 FOR UPDATE");
     let found = transaction
-        .query_typed_opt(&sql, &[(&tenant, Type::TEXT), (&name, Type::TEXT)])
+        .query_typed_opt(&db.sql(&sql), &[(&tenant, Type::TEXT), (&name, Type::TEXT)])
         .await?;
     let is_new = found.is_none();
     let id: i64 = match found {
-        Some(row) => row.try_get(0)?,
+        Some(row) => {
+            may_rotate(change, row.try_get(1)?)?;
+            row.try_get(0)?
+        }
         None => create(db, &transaction, (tenant, name), change).await?,
     };
     update(db, &transaction, id, change).await?;
@@ -45,6 +51,16 @@ pub async fn set(
     transaction.execute_typed(&sql, &[(&id, Type::INT8)]).await?;
     transaction.commit().await?;
     Ok(is_new)
+}
+
+/// Of the two secrets that sign during a rotation one has to go for another one, and only the operator knows which of them
+/// the receiver has.
+fn may_rotate(change: &Change, until: Option<Timestamp>) -> Result<(), EndpointError> {
+    let keeps = change.secret.is_some() && !change.keep_previous.is_zero();
+    match until {
+        Some(until) if keeps && change.receiver_has.is_none() => Err(EndpointError::Rotating { until }),
+        _ => Ok(()),
+    }
 }
 
 async fn create(
@@ -86,11 +102,12 @@ async fn update(
         Some(SealedAuth::Basic { username, password }) => (Some("basic"), Some(username), Some(password)),
     };
     let events = change.events.clone().flatten();
+    let keeps = format!("$12 AND ({ROTATES_UNTIL}) IS NOT NULL");
     let sql = format!(
         "UPDATE {{s}}.endpoint SET url = coalesce($2, url), \
-         previous_secret = CASE WHEN $3 IS NULL OR ($4 > 0 AND {ROTATES}) THEN previous_secret \
+         previous_secret = CASE WHEN $3 IS NULL OR ($4 > 0 AND {keeps}) THEN previous_secret \
              WHEN $4 > 0 THEN secret END, \
-         previous_secret_until = CASE WHEN $3 IS NULL OR ($4 > 0 AND {ROTATES}) THEN previous_secret_until \
+         previous_secret_until = CASE WHEN $3 IS NULL THEN previous_secret_until \
              WHEN $4 > 0 AND secret IS NOT NULL THEN clock_timestamp() + make_interval(secs => $4) END, \
          secret = coalesce($3, secret), \
          auth = coalesce($5, auth), \
@@ -119,6 +136,7 @@ async fn update(
                 (&events, Type::TEXT_ARRAY),
                 (&change.all_tenants, Type::BOOL),
                 (&change.enabled, Type::BOOL),
+                (&(change.receiver_has == Some(Known::Previous)), Type::BOOL),
             ],
         )
         .await?;

@@ -238,33 +238,37 @@ async fn both_secrets_sign_while_they_are_rotated() {
 }
 
 #[tokio::test]
-async fn a_second_rotation_leaves_the_receiver_the_secret_that_it_knows() {
+async fn a_second_rotation_asks_which_secret_the_receiver_knows_and_leaves_it_that_one() {
     let world = World::new(&["acme"]).await;
     let hook = WebhookReceiver::start().await.unwrap();
     let known = world.set("acme", "default", &hook, &[]).await;
     let rotate = ["set", "acme", "default", "--generate-secret"];
-    let (between, remarks) = world.endpoint(&rotate, "").await.unwrap();
-    assert!(!remarks.contains("rotation"), "{remarks}");
-    let until = world.show("acme", "default").await["previous_secret_until"].take();
-    let (newest, remarks) = world.endpoint(&rotate, "").await.unwrap();
-    assert!(remarks.contains("earlier rotation was not over"), "{remarks}");
-    assert_eq!(
-        world.show("acme", "default").await["previous_secret_until"],
-        until
-    );
+    // Given out, as far as anybody knows, and never seen.
+    let (unseen, _) = world.endpoint(&rotate, "").await.unwrap();
+    let refused = world.endpoint(&rotate, "").await.unwrap_err();
+    assert!(refused.contains("--receiver-has"), "{refused}");
+    let previous = [&rotate[..], &["--receiver-has", "previous"]].concat();
+    let (given, _) = world.endpoint(&previous, "").await.unwrap();
     world.record(&[("evt_1", "acme", "mail.sent")]).await;
     let running = world.start();
     let received = hook.wait_for(1, PATIENCE).await.unwrap();
     received[0].verify(&known).unwrap();
-    received[0].verify(newest.trim()).unwrap();
-    assert!(received[0].verify(between.trim()).is_err());
+    received[0].verify(given.trim()).unwrap();
+    assert!(received[0].verify(unseen.trim()).is_err());
+    let current = [&rotate[..], &["--receiver-has", "current"]].concat();
+    let (newest, _) = world.endpoint(&current, "").await.unwrap();
+    world.record(&[("evt_2", "acme", "mail.sent")]).await;
+    let received = hook.wait_for(2, PATIENCE).await.unwrap();
+    received[1].verify(given.trim()).unwrap();
+    received[1].verify(newest.trim()).unwrap();
+    assert!(received[1].verify(&known).is_err());
     // Over at once, if that is wanted.
     let at_once = [&rotate[..], &["--rotate-keep", "0"]].concat();
     let (last, _) = world.endpoint(&at_once, "").await.unwrap();
-    world.record(&[("evt_2", "acme", "mail.sent")]).await;
-    let received = hook.wait_for(2, PATIENCE).await.unwrap();
-    received[1].verify(last.trim()).unwrap();
-    assert!(received[1].verify(&known).is_err());
+    world.record(&[("evt_3", "acme", "mail.sent")]).await;
+    let received = hook.wait_for(3, PATIENCE).await.unwrap();
+    received[2].verify(last.trim()).unwrap();
+    assert!(received[2].verify(newest.trim()).is_err());
     running.stop().await;
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use jiff::{Span, SpanRelativeTo, Timestamp};
 
-use crate::endpoint::{self, DEFAULT_NAME};
+use crate::endpoint::{self, DEFAULT_NAME, Known};
 use crate::id::{AccountId, TenantId};
 
 /// Webhook endpoints.
@@ -49,10 +49,12 @@ pub struct SetArgs {
     /// Make a signing secret and print it, this one time
     #[arg(long)]
     pub generate_secret: bool,
-    /// How long the previous signing secret signs as well, such as `24h`; `0` for not at all. During an earlier rotation the
-    /// secret from before that one goes on signing, until its own end
+    /// How long the previous signing secret signs as well, such as `24h`; `0` for not at all
     #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = parse_duration)]
     pub rotate_keep: Duration,
+    /// While an earlier rotation is not over: which of its secrets the receiver knows; that one goes on signing
+    #[arg(long, value_enum)]
+    pub receiver_has: Option<Known>,
     /// Read a bearer token from standard input (on the line after the secret, if both are read)
     #[arg(long, conflicts_with_all = ["basic_user", "no_auth"])]
     pub bearer_stdin: bool,
