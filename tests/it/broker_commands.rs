@@ -378,6 +378,27 @@ async fn dead_letters_of_an_id_that_two_tenants_use_are_changed_for_the_one_that
 }
 
 #[tokio::test]
+async fn an_id_is_found_among_more_dead_letters_than_a_queue_gives_back_at_once() {
+    let world = World::new().await;
+    world.apply_topology().await;
+    let amqp = world.amqp().await;
+    for number in 0..120 {
+        let id = if matches!(number, 60 | 119) { 1000 } else { number };
+        let body = format!(r#"{{"id": "{id}"}}"#);
+        let properties = BasicProperties::default();
+        amqp.publish("mail.dlx", "low.a", properties, body.as_bytes())
+            .await;
+    }
+    world.wait_depth("mail.jobs.dead", 120).await;
+    let listed = dead(&world, DeadCommand::List(Filter::default())).await.unwrap();
+    assert_eq!(listed.lines().count(), 121, "{listed}");
+    world.wait_depth("mail.jobs.dead", 120).await;
+    let dropped = dead(&world, DeadCommand::Drop(by_id("1000", None))).await;
+    assert_eq!(dropped.unwrap(), "2 dropped\n");
+    world.wait_depth("mail.jobs.dead", 118).await;
+}
+
+#[tokio::test]
 async fn an_id_that_no_dead_letter_has_is_a_failure_whatever_was_to_be_done() {
     let world = World::new().await;
     world.apply_topology().await;

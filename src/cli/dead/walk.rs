@@ -1,6 +1,6 @@
 //! A queue of dead messages, taken one by one without acknowledging; what stays is given back at the end.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::io::{self, Write};
 
 use lapin::message::BasicGetMessage;
@@ -60,17 +60,11 @@ struct Tally {
 
 impl Walk<'_> {
     pub(super) async fn run(
-        mut self,
+        self,
         connection: &Connection,
         out: &mut (dyn Write + Send),
     ) -> Result<(), DeadError> {
         let channel = connection.create_channel().await?;
-        if self.changes_by_id_alone() {
-            let owner = self.owner(&channel).await;
-            give_back(&channel).await;
-            // What another tenant's producer puts there from now on is not meant.
-            self.filter.tenant = owner?;
-        }
         let mut tally = Tally::default();
         let walked = self.walk(&channel, &mut tally, out).await;
         give_back(&channel).await;
@@ -85,19 +79,21 @@ impl Walk<'_> {
         changes && self.filter.id.is_some() && self.filter.tenant.is_none()
     }
 
-    /// The only tenant with letters that the filter names: an id is unique within its tenant only.
-    async fn owner(&self, channel: &Channel) -> Result<Option<String>, DeadError> {
-        let (mut behind, mut tenants) = (None, BTreeSet::new());
-        while let Some((_, letter)) = self.next(channel, &mut behind).await? {
-            tenants.insert(letter.tenant().to_owned());
+    /// All letters of the only tenant that has some which the filter names: an id is unique within its tenant only. None is
+    /// given back before it has been dealt with: a queue gives back slowly what was many.
+    async fn of_one_tenant(&self, channel: &Channel) -> Result<VecDeque<(u64, Letter)>, DeadError> {
+        let (mut behind, mut meant) = (None, VecDeque::new());
+        while let Some(found) = self.next(channel, &mut behind).await? {
+            meant.push_back(found);
         }
+        let tenants: BTreeSet<&str> = meant.iter().map(|(_, letter)| letter.tenant()).collect();
         if tenants.len() > 1 {
             return Err(DeadError::Ambiguous {
                 id: self.filter.id.clone().unwrap_or_default(),
-                tenants: tenants.into_iter().collect(),
+                tenants: tenants.into_iter().map(str::to_owned).collect(),
             });
         }
-        Ok(tenants.pop_first())
+        Ok(meant)
     }
 
     async fn walk(
@@ -107,10 +103,18 @@ impl Walk<'_> {
         out: &mut (dyn Write + Send),
     ) -> Result<(), DeadError> {
         let mut behind = None;
+        let mut meant = if self.changes_by_id_alone() {
+            behind = Some(0);
+            self.of_one_tenant(channel).await?
+        } else {
+            VecDeque::new()
+        };
         while self.filter.limit.is_none_or(|limit| tally.done < limit) {
-            let Some((tag, letter)) = self.next(channel, &mut behind).await? else {
-                break;
+            let next = match meant.pop_front() {
+                Some(found) => Some(found),
+                None => self.next(channel, &mut behind).await?,
             };
+            let Some((tag, letter)) = next else { break };
             match self.action {
                 Action::List if self.filter.json => tally.say_json(&letter.summary(), out)?,
                 Action::List => tally.rows.push(letter.row().to_vec()),
