@@ -41,17 +41,33 @@ impl CliError {
 
     /// Whether the database has no schema, or not all of this program's.
     fn lacks_schema(&self) -> bool {
-        const LACKS: [SqlState; 5] = [
+        const LACKS: [SqlState; 4] = [
             SqlState::INVALID_SCHEMA_NAME,
             SqlState::UNDEFINED_TABLE,
             SqlState::UNDEFINED_COLUMN,
             SqlState::UNDEFINED_FUNCTION,
-            SqlState::UNDEFINED_OBJECT,
         ];
         let codes = self
             .causes()
             .filter_map(|error| error.downcast_ref::<tokio_postgres::Error>()?.code());
         codes.into_iter().any(|code| LACKS.contains(code))
+    }
+
+    /// Whether no connection was made because the server takes no writes: so the driver says it, without a code.
+    fn wants_writes(&self) -> bool {
+        self.causes().any(|error| {
+            let error = error.downcast_ref::<std::io::Error>();
+            error.is_some_and(|error| error.to_string() == "database does not allow writes")
+        })
+    }
+
+    /// What to do, where the errors themselves do not say it.
+    fn hint(&self) -> Option<&'static str> {
+        if self.lacks_schema() {
+            return Some("`postroom migrate` makes the schema, or brings it up to date");
+        }
+        self.wants_writes()
+            .then_some("name the primary, or ask a standby with target_session_attrs=any in the URL")
     }
 
     /// The error of a failure, then what caused it.
@@ -98,10 +114,10 @@ impl fmt::Display for CliError {
                     }
                     source = cause.source();
                 }
-                if self.lacks_schema() {
-                    f.write_str("; `postroom migrate` makes the schema, or brings it up to date")?;
+                match self.hint() {
+                    Some(hint) => write!(f, "; {hint}"),
+                    None => Ok(()),
                 }
-                Ok(())
             }
         }
     }

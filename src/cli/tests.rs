@@ -270,6 +270,15 @@ fn a_reader_that_has_gone_is_no_failure() {
     assert!(!CliError::from(std::io::Error::other("x")).is_broken_pipe());
 }
 
+#[test]
+fn a_server_that_takes_no_writes_leads_to_what_may_be_done() {
+    let error = CliError::from(std::io::Error::new(
+        std::io::ErrorKind::PermissionDenied,
+        "database does not allow writes",
+    ));
+    assert!(error.to_string().contains("target_session_attrs=any"), "{error}");
+}
+
 #[tokio::test]
 async fn migrate_says_what_it_did() {
     let url = std::env::var("POSTROOM_TEST_DATABASE_URL")
@@ -285,6 +294,12 @@ async fn migrate_says_what_it_did() {
     let (result, second) = run(&["migrate", "--database-schema", &schema], &env).await;
     result.unwrap();
     assert!(second.contains("up to date"), "{second}");
+    let grant = ["migrate", "--database-schema", &schema, "--grant", "no_such_role"];
+    let error = run(&grant, &env).await.0.unwrap_err().to_string();
+    assert!(
+        error.contains("no_such_role") && !error.contains("makes the schema"),
+        "{error}"
+    );
 
     let config = config::load(&sources(&[env[0], ("POSTROOM_DATABASE_SCHEMA", &schema)])).unwrap();
     let database = crate::db::Database::connect(&config).unwrap();

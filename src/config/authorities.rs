@@ -27,9 +27,22 @@ pub fn check_authorities(pem: &[u8]) -> Result<(), String> {
 
 /// The same of a file.
 pub(super) fn check_file(path: &Path) -> Result<(), String> {
+    check_authorities(&read(path)?)
+}
+
+/// Checks that a file has a certificate that can be a trust anchor: what else it has, the client of RabbitMQ passes over.
+pub(super) fn check_file_for_amqp(path: &Path) -> Result<(), String> {
+    let pem = read(path)?;
+    let certificates = CertificateDer::pem_slice_iter(&pem).filter_map(Result::ok);
+    match RootCertStore::empty().add_parsable_certificates(certificates) {
+        (0, _) => check_authorities(&pem),
+        _ => Ok(()),
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, String> {
     if !path.is_file() {
         return Err("no such file".to_owned());
     }
-    let pem = std::fs::read(path).map_err(|error| format!("cannot be read: {error}"))?;
-    check_authorities(&pem)
+    std::fs::read(path).map_err(|error| format!("cannot be read: {error}"))
 }

@@ -3,11 +3,10 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{IsTerminal, Read as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use secrecy::SecretString;
 
-use super::authorities;
 use super::settings::{self, Setting};
 
 /// A secret longer than this is no secret but the wrong file.
@@ -151,10 +150,14 @@ impl Reader<'_> {
     }
 
     /// A file with certificate authorities, which may be absent from the settings, but must hold some if it is named.
-    pub(super) fn authorities(&mut self, name: &'static str) -> Option<PathBuf> {
+    pub(super) fn authorities(
+        &mut self,
+        name: &'static str,
+        check: fn(&Path) -> Result<(), String>,
+    ) -> Option<PathBuf> {
         self.optional(name, |text| {
             let path = PathBuf::from(text);
-            authorities::check_file(&path).map(|()| path)
+            check(&path).map(|()| path)
         })
     }
 

@@ -8,8 +8,8 @@ use secrecy::{ExposeSecret as _, SecretString};
 
 use super::load::{FromSettings, Reader};
 use super::{
-    Broker, BrokerNames, Database, Dsn, Egress, Fetch, JobLimits, Keys, Process, Smtp, SmtpTimeouts, Storage,
-    Telemetry, TopologyMode, Webhook, authorities, parse,
+    Broker, BrokerNames, Database, Dsn, Egress, Fetch, JobLimits, Keys, Process, Smtp, SmtpTimeouts, SslMode,
+    Storage, Telemetry, TopologyMode, Webhook, authorities, parse,
 };
 
 use crate::secret::Keyring;
@@ -55,7 +55,7 @@ impl FromSettings for Broker {
 
 /// All but the URL.
 fn broker_names(r: &mut Reader<'_>, url: Option<&SecretString>) -> Option<Broker> {
-    let ca_file = r.authorities("POSTROOM_AMQP_CA_FILE");
+    let ca_file = r.authorities("POSTROOM_AMQP_CA_FILE", authorities::check_file_for_amqp);
     if ca_file.is_some() && url.is_some_and(|url| parse::is_plain_amqp(url.expose_secret())) {
         r.note(
             "POSTROOM_AMQP_CA_FILE",
@@ -96,10 +96,12 @@ impl FromSettings for Database {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let url = r.secret("POSTROOM_DATABASE_URL", parse::database_url);
         let schema = r.get("POSTROOM_DATABASE_SCHEMA", parse::schema);
-        let ca_file = r.authorities("POSTROOM_DATABASE_CA_FILE");
+        let ca_file = r.authorities("POSTROOM_DATABASE_CA_FILE", authorities::check_file);
         let root_cert = url
             .as_ref()
-            .and_then(|url| Dsn::parse(url.expose_secret()).ok()?.root_cert);
+            .and_then(|url| Dsn::parse(url.expose_secret()).ok())
+            .filter(|dsn| dsn.mode != Some(SslMode::Disable))
+            .and_then(|dsn| dsn.root_cert);
         if let Some(Err(why)) = root_cert.map(|path| authorities::check_file(&path)) {
             r.note(
                 "POSTROOM_DATABASE_URL",
@@ -146,7 +148,7 @@ fn key_ring(text: &str) -> Result<(), String> {
 
 impl FromSettings for Smtp {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let ca_file = r.authorities("POSTROOM_SMTP_CA_FILE");
+        let ca_file = r.authorities("POSTROOM_SMTP_CA_FILE", authorities::check_file);
         let ehlo_name = r.optional("POSTROOM_EHLO_NAME", parse::ehlo_name);
         let pool_size = r.count("POSTROOM_POOL_SIZE", 1000);
         let max_messages = r.count("POSTROOM_CONNECTION_MAX_MESSAGES", 1_000_000);

@@ -237,6 +237,32 @@ fn a_ca_file_with_a_plain_amqp_url_is_refused() {
 }
 
 #[test]
+fn files_with_authorities_are_read_as_whoever_uses_them_reads_them() {
+    let certificate = std::fs::read_to_string("src/directory/ca/authority.pem").unwrap();
+    let odd = "-----BEGIN CERTIFICATE-----\naGVsbG8=\n-----END CERTIFICATE-----\n";
+    let file = |name: &str, text: String| {
+        let path = std::env::temp_dir().join(format!("postroom-{name}-{}.pem", std::process::id()));
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let (some, none) = (
+        file("some", format!("{odd}{certificate}")),
+        file("none", odd.to_owned()),
+    );
+    // The client of RabbitMQ passes over what it cannot read; those of Postgres and SMTP refuse the file.
+    let secure = ("POSTROOM_AMQP_URL", "amqps://u:p@h");
+    assert!(errors::<Broker>(&[secure, ("POSTROOM_AMQP_CA_FILE", &some)]).is_empty());
+    assert_eq!(
+        errors::<Broker>(&[secure, ("POSTROOM_AMQP_CA_FILE", &none)]).len(),
+        1
+    );
+    let of_database = [DATABASE, ("POSTROOM_DATABASE_CA_FILE", some.as_str())];
+    assert_eq!(errors::<Database>(&of_database).len(), 1);
+    let unused = "postgres://u:p@h/d?sslmode=disable&sslrootcert=/no/such/file";
+    assert!(errors::<Database>(&[("POSTROOM_DATABASE_URL", unused)]).is_empty());
+}
+
+#[test]
 fn queues_of_its_own_are_no_dedicated_ones() {
     for own in [
         "high:mail.jobs.low",
