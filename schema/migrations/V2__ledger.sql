@@ -1060,6 +1060,15 @@ BEGIN
     PERFORM wake_lanes(v_open, false);
 END $$;
 
+-- The results p_known, one per recipient, with the acceptances among p_told in their places: what a server has taken is true,
+-- whoever was told.
+CREATE FUNCTION with_acceptances(p_known jsonb, p_told jsonb) RETURNS jsonb LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+    SELECT coalesce(jsonb_agg(coalesce(t.r, k.r) ORDER BY k.o), p_known)
+    FROM jsonb_array_elements(p_known) WITH ORDINALITY k(r, o)
+    LEFT JOIN LATERAL (SELECT a.r FROM jsonb_array_elements(p_told) a(r)
+                       WHERE a.r->>'address' = k.r->>'address' AND a.r->>'status' = 'accepted' LIMIT 1) t ON true
+$$;
+
 -- Marks, for jobs with on_uncertain = hold, that the write that may end the message begins now, and notes to whom, under
 -- which Message-ID: whoever decides about it has to find it in the server's log. Returns whose lease still stands.
 CREATE FUNCTION mark_data_v1(p_epoch bigint, p_tenants text[], p_ids text[], p_claims bigint[], p_recipients text[],
@@ -1071,7 +1080,8 @@ BEGIN
     RETURN QUERY
     UPDATE job x SET phase = 1, leased_at = clock_timestamp(),
         -- What an earlier owner's server took is not overwritten by one who does not know of it.
-        recipients = CASE WHEN x.merged THEN x.recipients ELSE coalesce(u.rc::jsonb, x.recipients) END,
+        recipients = CASE WHEN x.merged THEN with_acceptances(coalesce(u.rc::jsonb, x.recipients), x.recipients)
+                          ELSE coalesce(u.rc::jsonb, x.recipients) END,
         message_id = coalesce(u.mid, x.message_id)
     FROM (SELECT * FROM unnest(p_tenants, p_ids, p_claims, p_recipients, p_message_ids)
               WITH ORDINALITY q(t, id, c, rc, mid, o)
@@ -1177,8 +1187,9 @@ BEGIN
             crashes = x.crashes + coalesce(u.cr, 0),
             seq = coalesce(u.sq, x.seq),
             report = CASE WHEN u.rp IS NULL THEN x.report ELSE nextval('outbox_n_seq') END,
-            -- Who has the mail through an earlier owner stays known.
-            recipients = CASE WHEN x.merged THEN x.recipients ELSE coalesce(u.rc::jsonb, x.recipients) END,
+            -- Who has the mail through an earlier owner stays known, and who has it through this one.
+            recipients = CASE WHEN x.merged THEN with_acceptances(coalesce(u.rc::jsonb, x.recipients), x.recipients)
+                              ELSE coalesce(u.rc::jsonb, x.recipients) END,
             message_id = coalesce(u.mid, x.message_id), merged = false,
             body = CASE WHEN u.k = 1 THEN NULL ELSE coalesce(x.body, u.body) END,
             body_size = CASE WHEN u.k = 1 THEN NULL ELSE coalesce(x.body_size, octet_length(u.body)) END,
@@ -1215,8 +1226,9 @@ BEGIN
         FOR i IN 1 .. cardinality(p_ids) LOOP
             CONTINUE WHEN i = ANY (v_o);
             -- Decided without knowing what an earlier owner had brought about: nobody is sending now, so it begins anew
-            -- with what is still open.
+            -- with what is still open. Its own acceptances are true all the same, and it may die before it brings them.
             UPDATE job x SET state = CASE WHEN x.body IS NULL THEN 0 ELSE 2 END, claim = NULL, phase = 0, merged = false,
+                recipients = with_acceptances(x.recipients, p_recipients[i]::jsonb),
                 marked = false, due_at = least(x.due_at, v_now), reason = 2, slot_at = NULL, slot_cost = NULL, updated_at = v_now
                 WHERE x.tenant = p_tenants[i] AND x.id = p_ids[i] AND x.state IS NOT DISTINCT FROM 1
                   AND x.epoch IS NOT DISTINCT FROM p_epoch AND x.claim = p_claims[i] AND x.merged;

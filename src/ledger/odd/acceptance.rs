@@ -28,20 +28,29 @@ impl Ledger {
         if row.state == 3 {
             return Ok(true);
         }
+        let known = row.recipients.clone();
         row.recipients = with_acceptances(row.recipients, results);
         row.message_id = Some(message_id.to_owned());
         row.attempts = row.attempts.max(attempts as i32);
         if row.recipients.iter().any(RecipientResult::is_open) {
             let json = serde_json::to_value(&row.recipients).unwrap_or_default();
-            // Who holds the lease now does not know: see `settle_v1` for what becomes of its outcome.
+            // Who holds the lease now does not know what is new: see `settle_v1` for what becomes of its outcome.
+            let is_new = row.recipients != known;
             let sql = self.db.sql(
-                "UPDATE {s}.job SET recipients = $3, message_id = $4, attempt = $5, merged = state = 1
+                "UPDATE {s}.job SET recipients = $3, message_id = $4, attempt = $5, merged = state = 1 AND (merged OR $6)
                  WHERE tenant = $1 AND id = $2",
             );
             transaction
                 .execute(
                     &sql,
-                    &[&tenant.as_str(), &id.as_str(), &json, &message_id, &row.attempts],
+                    &[
+                        &tenant.as_str(),
+                        &id.as_str(),
+                        &json,
+                        &message_id,
+                        &row.attempts,
+                        &is_new,
+                    ],
                 )
                 .await?;
         } else {

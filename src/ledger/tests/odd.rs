@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use super::world::{World, body, done, in_world, job, park, request, result, settlement, tenant};
-use crate::ledger::WaitReason;
 use crate::ledger::admit::Admitted;
 use crate::ledger::odd::{Cancel, Decision, ManualRelease, Resolved};
 use crate::ledger::settle::{Body, Next, Settled};
+use crate::ledger::{Row, WaitReason};
 use crate::level::Level;
 use crate::report::RecipientStatus::{Accepted, Deferred, Pending, Refused};
 use crate::report::{RecipientResult, ReportType};
@@ -219,6 +219,75 @@ async fn a_job_to_be_held_is_held_although_an_acceptance_was_merged_under_its_le
             open,
             [Accepted, Pending],
             "the one who has it does not get it again"
+        );
+    })
+    .await;
+}
+
+/// Leased, while what an earlier owner's server took for the last of three recipients is merged. Its own attempt reaches
+/// the first, and knows nothing of that.
+async fn merged_beside_its_own(world: &World, id: &str) -> (Row, Vec<RecipientResult>) {
+    const THREE: [&str; 3] = ["a@b.example", "c@d.example", "e@f.example"];
+    let told = |statuses: [_; 3]| std::iter::zip(THREE, statuses).map(|(to, status)| result(to, status));
+    let owner = world.go(request(&world.epoch().await, "acme", id)).await;
+    let late: Vec<_> = told([Deferred, Deferred, Accepted]).collect();
+    assert!(!merge(world, id, &late).await);
+    (owner, told([Accepted, Pending, Pending]).collect())
+}
+
+/// What is known of each recipient.
+async fn known(world: &World, id: &str) -> String {
+    let statuses = "jsonb_path_query_array(recipients, '$[*].status')";
+    world.column("acme", id, statuses).await.unwrap()
+}
+
+const ONE_IS_LEFT: &str = r#"["accepted", "pending", "accepted"]"#;
+
+#[tokio::test]
+async fn a_held_job_that_is_let_go_reaches_neither_whom_it_reached_itself_nor_whom_an_earlier_attempt_did() {
+    in_world(|world| async move {
+        let (owner, mine) = merged_beside_its_own(&world, "1").await;
+        // The first transaction is answered, the second one breaks off.
+        let mut uncertain = settlement(&owner, Next::Hold { body: Some(body()) });
+        uncertain.recipients = Some(mine);
+        assert_eq!(world.settle_one(uncertain).await, Settled::Written);
+        assert_eq!(known(&world, "1").await, ONE_IS_LEFT);
+        let (owner, id) = (tenant("acme"), job("1"));
+        let resolved = world.ledger.resolve(&owner, &id, Decision::NotSent, "ann").await;
+        assert_eq!(resolved.unwrap(), Resolved::Done);
+        let epoch = world.epoch().await;
+        let row = world.release(&epoch, Level::Medium, 1).await.remove(0).row;
+        let statuses = row.recipients.iter().map(|r| r.status);
+        assert_eq!(statuses.collect::<Vec<_>>(), [Accepted, Pending, Accepted]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn whom_an_attempt_reached_is_known_before_its_next_write_whatever_was_merged() {
+    in_world(|world| async move {
+        let (mut owner, mine) = merged_beside_its_own(&world, "1").await;
+        owner.recipients = mine;
+        assert_eq!(world.ledger.mark_data(&[owner]).await.unwrap(), [true]);
+        assert_eq!(known(&world, "1").await, ONE_IS_LEFT);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_outcome_that_an_acceptance_overtook_leaves_whom_it_reached_even_if_its_worker_then_dies() {
+    in_world(|world| async move {
+        let (owner, mine) = merged_beside_its_own(&world, "1").await;
+        let mut retry = park(&owner, WaitReason::Retry, Duration::ZERO);
+        retry.recipients = Some(mine.clone());
+        assert_eq!(world.settle_one(retry).await, Settled::LeaseLost);
+        assert_eq!(known(&world, "1").await, ONE_IS_LEFT);
+        // Its worker lives, and says the same when somebody has the job who knows: that one's outcome stands.
+        let next = world.go(request(&world.epoch().await, "acme", "1")).await;
+        assert!(!merge(&world, "1", &mine).await);
+        assert_eq!(
+            world.settle_one(done(&next, ReportType::Sent)).await,
+            Settled::Written
         );
     })
     .await;

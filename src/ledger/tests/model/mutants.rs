@@ -210,8 +210,8 @@ async fn settling_over_a_merged_acceptance() {
     let blind = [
         ("(NOT x.merged OR u.k = 4)", "true"),
         (
-            "CASE WHEN x.merged THEN x.recipients ELSE",
-            "CASE WHEN false THEN x.recipients ELSE",
+            "CASE WHEN x.merged THEN with_acceptances(",
+            "CASE WHEN false THEN with_acceptances(",
         ),
     ];
     let found = found("settle_v1", &blind, Habit::Robbed).await;
