@@ -96,6 +96,8 @@ impl Topology {
     #[must_use]
     pub fn leaving_reports(mut self) -> Self {
         let queue = self.reports_queue();
+        // Made last: see `apply`.
+        self.queues.sort_by_key(|other| other.name == queue);
         for binding in &mut self.bindings {
             binding.once = binding.destination == queue;
         }

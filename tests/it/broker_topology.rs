@@ -5,6 +5,8 @@ use lapin::options::QueueDeclareOptions;
 use lapin::types::FieldTable;
 use postroom::broker::{self, Topology};
 use postroom::level::Level;
+use reqwest::Method;
+use serde_json::json;
 
 use crate::support::World;
 
@@ -61,6 +63,53 @@ async fn the_queue_of_the_bridge_is_bound_when_it_is_declared_and_by_workers_nev
     world.postroom(&["topology", "apply"]).await.success();
     report().await;
     world.wait_depth(queue, 2).await;
+}
+
+/// Lets a user of the broker declare what this expression names.
+async fn let_declare(world: &World, user: &str, what: &str) {
+    let rights = json!({"configure": what, "write": ".*", "read": ".*"}).to_string();
+    let path = format!("permissions/{}/{user}", world.scratch().name());
+    let servers = world.scratch().servers();
+    servers
+        .management(Method::PUT, &path, Some(&rights))
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn the_queue_of_the_bridge_is_bound_also_where_another_queue_was_refused_at_first() {
+    let world = World::new().await;
+    let servers = world.scratch().servers();
+    let user = world.scratch().name();
+    let (path, account) = (format!("users/{user}"), r#"{"password": "pw", "tags": ""}"#);
+    servers
+        .management(Method::PUT, &path, Some(account))
+        .await
+        .unwrap();
+    let_declare(&world, user, r"^mail\.(?!jobs\.dead$)").await;
+    let mut config = world.broker_config();
+    let mut url = url::Url::parse(world.amqp_url()).unwrap();
+    url.set_username(user).unwrap();
+    url.set_password(Some("pw")).unwrap();
+    config.url = url.to_string().into();
+    let connection = broker::connect(&config, "test").await.unwrap();
+    let topology = world.topology().leaving_reports();
+    let error = topology.apply(&connection).await.unwrap_err().to_string();
+    assert!(error.contains("not permitted: queue mail.jobs.dead"), "{error}");
+
+    let_declare(&world, user, ".*").await;
+    let connection = broker::connect(&config, "test").await.unwrap();
+    topology.apply(&connection).await.unwrap();
+    let amqp = world.amqp().await;
+    amqp.publish(
+        "mail.reports",
+        "report.acme.mail.sent",
+        BasicProperties::default(),
+        b"{}",
+    )
+    .await;
+    world.wait_depth("mail.reports.bridge", 1).await;
+    servers.management(Method::DELETE, &path, None).await.unwrap();
 }
 
 #[tokio::test]

@@ -24,12 +24,6 @@ pub struct Applied {
     pub present: usize,
 }
 
-impl Applied {
-    fn has_created_queue(&self, name: &str) -> bool {
-        self.created.iter().any(|created| *created == queue_name(name))
-    }
-}
-
 /// How a queue is called in [`Applied`] and [`TopologyError`].
 fn queue_name(name: &str) -> String {
     format!("queue {name}")
@@ -105,17 +99,44 @@ impl Topology {
             note(found, name, was_missing, &mut applied, &mut wrong);
         }
         for queue in &self.queues {
-            let name = queue_name(&queue.name);
-            let was_missing = matches!(queue.look(connection).await?, Found::Missing);
-            let found = queue.declare(connection).await?;
-            let found = if was_missing { found } else { seen(found) };
-            note(found, name, was_missing, &mut applied, &mut wrong);
+            self.apply_queue(queue, connection, &mut applied, &mut wrong)
+                .await?;
         }
-        if !wrong.is_empty() {
-            return Err(wrong.into());
+        if wrong.is_empty() {
+            let always = self.bindings.iter().filter(|binding| !binding.once);
+            bind(connection, always, &mut wrong).await?;
         }
-        self.bind_all(connection, &applied).await?;
-        Ok(applied)
+        if wrong.is_empty() {
+            Ok(applied)
+        } else {
+            Err(wrong.into())
+        }
+    }
+
+    /// Declares a queue. One that is bound only once is made last, when all else is right, and bound at once: whatever came
+    /// between would leave it unbound for ever, since next time it is there.
+    async fn apply_queue(
+        &self,
+        queue: &Queue,
+        connection: &Connection,
+        applied: &mut Applied,
+        wrong: &mut TopologyError,
+    ) -> Result<(), BrokerError> {
+        let was_missing = matches!(queue.look(connection).await?, Found::Missing);
+        let of_it = |binding: &&Binding| binding.once && binding.destination == queue.name;
+        let once = self.bindings.iter().filter(of_it);
+        let is_bound_once = was_missing && once.clone().next().is_some();
+        if is_bound_once && !wrong.is_empty() {
+            wrong.missing.push(queue_name(&queue.name));
+            return Ok(());
+        }
+        let found = queue.declare(connection).await?;
+        let found = if was_missing { found } else { seen(found) };
+        note(found, queue_name(&queue.name), was_missing, applied, wrong);
+        if is_bound_once && wrong.is_empty() {
+            bind(connection, once, wrong).await?;
+        }
+        Ok(())
     }
 
     /// Looks whether every exchange and queue is there with its arguments; changes nothing. Bindings cannot be seen
@@ -149,48 +170,46 @@ impl Topology {
             Err(wrong.into())
         }
     }
+}
 
-    async fn bind_all(&self, connection: &Connection, applied: &Applied) -> Result<(), BrokerError> {
-        let channel = open(connection).await?;
-        let wanted = |binding: &&Binding| !binding.once || applied.has_created_queue(&binding.destination);
-        for binding in self.bindings.iter().filter(wanted) {
-            let (source, destination) = (binding.source.as_str(), binding.destination.as_str());
-            let key = binding.key.as_str();
-            let bound = async {
-                if binding.to_exchange {
-                    let options = ExchangeBindOptions::default();
-                    channel
-                        .exchange_bind(
-                            destination.into(),
-                            source.into(),
-                            key.into(),
-                            options,
-                            FieldTable::default(),
-                        )
-                        .await
-                } else {
-                    let options = QueueBindOptions::default();
-                    channel
-                        .queue_bind(
-                            destination.into(),
-                            source.into(),
-                            key.into(),
-                            options,
-                            FieldTable::default(),
-                        )
-                        .await
-                }
-            };
-            let found = classify(timeout(LIMIT, bound).await, "a binding")?;
-            if let Found::Missing | Found::Different(_) | Found::Refused(_) = &found {
-                let mut wrong = TopologyError::default();
-                let name = format!("binding {source} -> {destination} with key `{key}`");
-                note(found, name, false, &mut Applied::default(), &mut wrong);
-                return Err(wrong.into());
-            }
+/// Makes bindings, up to the first that cannot be made: that closes the channel.
+async fn bind(
+    connection: &Connection,
+    bindings: impl Iterator<Item = &Binding>,
+    wrong: &mut TopologyError,
+) -> Result<(), BrokerError> {
+    let channel = open(connection).await?;
+    for binding in bindings {
+        let found = binding.make(&channel).await?;
+        if let Found::Missing | Found::Different(_) | Found::Refused(_) = &found {
+            let (source, destination, key) = (&binding.source, &binding.destination, &binding.key);
+            let name = format!("binding {source} -> {destination} with key `{key}`");
+            note(found, name, false, &mut Applied::default(), wrong);
+            return Ok(());
         }
-        discard(&channel).await;
-        Ok(())
+    }
+    discard(&channel).await;
+    Ok(())
+}
+
+impl Binding {
+    async fn make(&self, channel: &Channel) -> Result<Found, BrokerError> {
+        let (destination, source) = (self.destination.as_str().into(), self.source.as_str().into());
+        let (key, arguments) = (self.key.as_str().into(), FieldTable::default());
+        let bound = async {
+            if self.to_exchange {
+                let options = ExchangeBindOptions::default();
+                channel
+                    .exchange_bind(destination, source, key, options, arguments)
+                    .await
+            } else {
+                let options = QueueBindOptions::default();
+                channel
+                    .queue_bind(destination, source, key, options, arguments)
+                    .await
+            }
+        };
+        classify(timeout(LIMIT, bound).await, "a binding")
     }
 }
 
