@@ -134,6 +134,7 @@ CREATE TABLE outbox (
 -- How many of them there are, as it was counted last, for all workers, and where they begin.
 CREATE TABLE outbox_census (
     owed      bigint NOT NULL DEFAULT 0,
+    most      bigint NOT NULL DEFAULT 0,                        -- up to where: the most that anybody has asked for
     oldest_at timestamptz,                                      -- since when the oldest is
     -- Searches begin at this number, and not among the index entries of what has passed, which stay as long as any
     -- transaction is open anywhere (a backup). It lies below the lowest number found: numbers may commit out of order. What
@@ -1659,31 +1660,57 @@ LANGUAGE sql SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bi
     UPDATE outbox SET due_at = clock_timestamp() WHERE n = ANY (p_numbers)
 $$;
 
--- How many reports are owed, counted up to p_most, the age of the oldest, whoever has taken it, and the number at which a
--- search for them begins. By the index: most of the table's pages hold only what is gone. Counted anew by one caller at a time,
--- not more often than p_every, and for a fiftieth of the time at most; all others get what was counted last.
+-- How many reports are owed, counted up to p_most or what others have asked for, the age of the oldest, whoever has taken it,
+-- and the number at which a search for them begins. By the index: most of the table's pages hold only what is gone. Counted
+-- anew by one caller at a time, not more often than p_every, and for a fiftieth of the time at most, but every ten seconds
+-- however long it takes: by this number workers begin nothing, or begin again. All others get what was counted last.
 CREATE FUNCTION outbox_backlog_v1(p_most bigint, p_every interval) RETURNS TABLE (owed bigint, oldest_us bigint, first_n bigint)
 LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
 SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
 DECLARE
     c outbox_census; v_began timestamptz := clock_timestamp(); v_last bigint; v_owed bigint; v_lowest bigint;
 BEGIN
-    SELECT * INTO c FROM outbox_census s WHERE s.next_at <= v_began FOR UPDATE SKIP LOCKED;
+    SELECT * INTO c FROM outbox_census s
+        WHERE s.next_at <= v_began OR s.most < p_most
+           -- The clock has been set back.
+           OR s.next_at > v_began + interval '10 seconds'
+        FOR UPDATE SKIP LOCKED;
     IF FOUND THEN
         PERFORM set_config('synchronous_commit', 'off', true);
-        IF c.whole_at <= v_began THEN
-            c.first_n := 0; c.whole_at := v_began + interval '5 minutes';
-        END IF;
+        c.most := greatest(c.most, p_most);
         -- Read before the search: whatever is drawn later is higher.
         SELECT q.last_value INTO v_last FROM outbox_n_seq q;
         c.first_n := least(c.first_n, v_last);
         SELECT count(*), min(o.n) INTO v_owed, v_lowest
-            FROM (SELECT y.n FROM outbox y WHERE y.n >= c.first_n ORDER BY y.n LIMIT p_most) o;
+            FROM (SELECT y.n FROM outbox y WHERE y.n >= c.first_n ORDER BY y.n LIMIT c.most) o;
         UPDATE outbox_census s SET owed = v_owed, oldest_at = (SELECT y.created_at FROM outbox y WHERE y.n = v_lowest),
-            first_n = greatest(coalesce(v_lowest, v_last) - 2000, 0), whole_at = c.whole_at,
-            next_at = clock_timestamp() + greatest(p_every, 50 * (clock_timestamp() - v_began));
+            most = c.most, first_n = greatest(coalesce(v_lowest, v_last) - 2000, 0),
+            next_at = clock_timestamp()
+                + least(greatest(p_every, 50 * (clock_timestamp() - v_began)), interval '10 seconds');
     END IF;
     RETURN QUERY SELECT s.owed, micros(clock_timestamp()) - micros(s.oldest_at), s.first_n FROM outbox_census s;
+END $$;
+
+-- Whether it is for the caller to search the whole outbox now; for others not before p_every has passed. To be committed
+-- before the search: one that fails, perhaps for taking too long, is not begun again at once by the next.
+CREATE FUNCTION outbox_search_due_v1(p_every interval) RETURNS boolean
+LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+BEGIN
+    UPDATE outbox_census SET whole_at = clock_timestamp() + p_every
+        WHERE whole_at <= clock_timestamp() OR whole_at > clock_timestamp() + p_every;
+    RETURN FOUND;
+END $$;
+
+-- Lets searches begin at the lowest number there is, where that was committed below the number they begin at. Apart from the
+-- count, which must not wait for it: it may walk all that has passed.
+CREATE FUNCTION outbox_search_v1() RETURNS void
+LANGUAGE plpgsql SET search_path FROM CURRENT SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_bitmapscan = off SET random_page_cost = 0 SET cpu_tuple_cost = 1 SET jit = off AS $$
+DECLARE
+    v_lowest bigint;
+BEGIN
+    SELECT y.n INTO v_lowest FROM outbox y ORDER BY y.n LIMIT 1;
+    UPDATE outbox_census SET first_n = v_lowest WHERE first_n > v_lowest;
 END $$;
 
 -- ── Workers ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -92,8 +92,9 @@ impl Ledger {
         Ok(())
     }
 
-    /// How many reports are owed, counted up to `most`, and since when the oldest is, resting or not. One worker counts for
-    /// all, not more often than `every` and with a fiftieth of its time at most.
+    /// How many reports are owed, counted up to `most` or what other workers ask for, and since when the oldest is, resting or
+    /// not. One worker counts for all, not more often than `every` and with a fiftieth of its time at most, but every ten
+    /// seconds.
     ///
     /// # Errors
     /// If the database cannot be asked.
@@ -109,5 +110,23 @@ impl Ledger {
             owed: row.try_get(0)?,
             oldest: super::slots::wait(row.try_get(1)?),
         })
+    }
+
+    /// Looks for reports below the number at which searches begin, so that they begin there: it was drawn long before it was
+    /// committed. One worker does that for all, not more often than `every`.
+    ///
+    /// # Errors
+    /// If the database cannot be asked; it is then searched again when that time is over.
+    pub async fn find_late_reports(&self, every: Duration) -> Result<(), DbError> {
+        let due = self
+            .db
+            .sql("SELECT {s}.outbox_search_due_v1($1::bigint * interval '1 microsecond')");
+        let client = self.db.client().await?;
+        let is_due: bool = client.query_one(&due, &[&micros(every)]).await?.try_get(0)?;
+        if is_due {
+            let search = self.db.sql("SELECT {s}.outbox_search_v1()");
+            client.execute(&search, &[]).await?;
+        }
+        Ok(())
     }
 }

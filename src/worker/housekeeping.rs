@@ -31,6 +31,9 @@ pub async fn run(worker: Arc<Worker>, stop: CancellationToken, end: Cancellation
             &worker
         )),
         every(Duration::from_mins(1), stop.clone(), || find_forgotten(&worker)),
+        every(Duration::from_mins(1), stop.clone(), || reporter::find_late(
+            &worker
+        )),
     );
 }
 

@@ -117,6 +117,16 @@ pub async fn measure(worker: &Arc<Worker>) {
     }
 }
 
+/// How often the whole outbox is searched, by one worker for all.
+const SEARCH: Duration = Duration::from_mins(5);
+
+/// Looks for reports that are hidden from the count and the sweeper.
+pub async fn find_late(worker: &Arc<Worker>) {
+    if let Err(error) = worker.ledger.find_late_reports(SEARCH).await {
+        worker.database_trouble("outbox", &error);
+    }
+}
+
 impl Reporter {
     /// Publishes a report that is in the outbox, without waiting for it.
     pub fn publish(&self, worker: &Arc<Worker>, report: ReportMessage, number: ReportNumber) {

@@ -87,7 +87,7 @@ async fn a_look_at_the_outbox_does_not_walk_what_has_passed_while_a_snapshot_kee
             .run("INSERT INTO {s}.outbox (n, tenant, id, seq, due_at, created_at, body) SELECT 1, 'acme', 'late', 1, now(), now(), '{}'")
             .await;
         assert_eq!(world.backlog().await.0, 0);
-        world.run("UPDATE {s}.outbox_census SET whole_at = '-infinity'").await;
+        world.ledger.find_late_reports(Duration::from_mins(5)).await.unwrap();
         assert_eq!(world.backlog().await.0, 1);
         let swept = world.ledger.owed_reports(10, Duration::ZERO).await.unwrap();
         assert_eq!(swept.len(), 1);
@@ -262,6 +262,9 @@ impl<'a> Calls<'a> {
             .await
             .unwrap();
         self.of("outbox backlog", ledger.outbox_backlog(10, Duration::ZERO))
+            .await
+            .unwrap();
+        self.of("late reports", ledger.find_late_reports(Duration::ZERO))
             .await
             .unwrap();
         let capped = account("acme/main");
