@@ -136,7 +136,7 @@ pub struct ReportData {
     /// Who really sent, and why.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sender: Option<Sender>,
-    /// Which attempt this was, from 1; 0 before the first. One that its worker's death cut short does not count, unless held.
+    /// Which attempt this was, from 1; 0 before the first. One that a limit splits into parts is one. One that its worker's death cut short does not count, unless held.
     pub attempt: u32,
     /// Message-ID of the mail, with angle brackets.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -247,7 +247,7 @@ pub enum RecipientStatus {
     Deferred,
     /// Refused for good.
     Refused,
-    /// Not tried yet.
+    /// It has had no turn yet, in this attempt or in any.
     Pending,
 }
 
@@ -270,6 +270,17 @@ impl RecipientResult {
         self.code = reply.map(|r| r.code);
         self.enhanced_code = reply.and_then(|r| r.enhanced.clone());
         self.text = reply.map(|r| Arc::clone(&r.text));
+    }
+
+    /// What the server said about it last.
+    #[must_use]
+    pub fn reply(&self) -> Option<Reply> {
+        let text = self.text.as_deref().unwrap_or_default();
+        Some(Reply {
+            code: self.code?,
+            enhanced: self.enhanced_code.clone(),
+            text: text.into(),
+        })
     }
 
     /// Whether it still waits for the mail.

@@ -11,8 +11,11 @@ use crate::job::{MailJob, OnUncertain};
 use crate::ledger::settle::{Next, Settlement};
 use crate::ledger::{Row, WaitReason};
 use crate::pipeline::{Attempt, Verdict};
-use crate::report::{RecipientStatus, Report, ReportData, ReportMessage, ReportType, Timings, event_id};
+use crate::report::{
+    RecipientResult, RecipientStatus, Report, ReportData, ReportMessage, ReportType, Timings, event_id,
+};
 use crate::retry::RetryPolicy;
+use crate::smtp::classify;
 
 /// Longest wait between two looks for a missing key.
 const LONGEST_KEY_WAIT: Duration = Duration::from_mins(5);
@@ -102,11 +105,11 @@ fn attempted(at: &Circumstances<'_>, attempt: &mut Attempt) -> Settlement {
         .iter()
         .any(|r| r.status == RecipientStatus::Pending);
     if deferred {
-        let failure = attempt.failure.clone().unwrap_or_else(unknown_refusal);
+        let failure = deferral(attempt);
         return again(at, attempt, &failure);
     }
     if pending {
-        // Only a part of the envelope was covered by the slot; the rest waits for the next one.
+        // They have had no turn: the attempt goes on with them.
         return wait(at, attempt, WaitReason::Rate, Duration::ZERO);
     }
     let accepted = attempt
@@ -122,6 +125,18 @@ fn attempted(at: &Circumstances<'_>, attempt: &mut Attempt) -> Settlement {
             ReportType::Failed
         },
     )
+}
+
+/// Why somebody was deferred: as the server said just now, or in an earlier part of the attempt.
+fn deferral(attempt: &Attempt) -> Failure {
+    let now = attempt.failure.clone().filter(Failure::is_transient);
+    now.or_else(|| {
+        let deferred = |r: &&RecipientResult| r.status == RecipientStatus::Deferred;
+        let replies = attempt.recipients.iter().filter(deferred);
+        let mut failures = replies.filter_map(|r| Some(classify::refusal(Stage::RcptTo, r.reply()?)));
+        failures.find(Failure::is_transient)
+    })
+    .unwrap_or_else(unknown_refusal)
 }
 
 fn unknown_refusal() -> Failure {
@@ -265,16 +280,21 @@ fn is_reported(at: &Circumstances<'_>, attempt: &Attempt, reason: WaitReason, de
     }
 }
 
+/// Attempts that are over. One that has to wait for room in the midst of it is not: it goes on with those who have had no
+/// turn yet, in however many parts a limit has it sent.
+fn attempts_over(at: &Circumstances<'_>, attempt: &Attempt, next: &Next) -> u32 {
+    match next {
+        Next::Park { reason, .. } if *reason != WaitReason::Retry => at.row.attempts,
+        _ => attempt.number(at.row),
+    }
+}
+
 fn settlement(at: &Circumstances<'_>, attempt: &Attempt, next: Next, report: Option<Report>) -> Settlement {
     let known = attempt.started || !at.row.recipients.is_empty();
     Settlement {
         row: at.row.clone(),
+        attempts: attempts_over(at, attempt, &next),
         next,
-        attempts: if attempt.started {
-            attempt.number(at.row)
-        } else {
-            at.row.attempts
-        },
         recipients: known.then(|| attempt.recipients.clone()),
         message_id: attempt.message_id.clone(),
         report: report.map(ReportMessage::from),
@@ -294,11 +314,7 @@ fn report(at: &Circumstances<'_>, attempt: &Attempt, kind: ReportType) -> Report
         tenant: at.job.tenant.clone(),
         account: attempt.account.clone(),
         sender: attempt.sender.clone(),
-        attempt: if attempt.started {
-            attempt.number(at.row)
-        } else {
-            at.row.attempts
-        },
+        attempt: attempt.number(at.row),
         message_id: attempt.message_id.clone(),
         recipients: attempt.recipients.clone(),
         partial: false,

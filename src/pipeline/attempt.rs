@@ -141,12 +141,7 @@ impl Pipeline {
         let ready = Ready::now(&entries, &prepared);
         loop {
             chosen = self.healthy(task, attempt, &entries, chosen)?;
-            let accepted = evidence::accepted(attempt);
-            let verdict = match self.send(task, attempt, &chosen, &ready).await {
-                Ok(verdict) | Err(verdict) => verdict,
-            };
-            let found = evidence::of(&chosen, &verdict, attempt, accepted);
-            attempt.evidence.extend(found);
+            let verdict = self.try_sender(task, attempt, &chosen, &ready).await;
             if has_become_unhealthy(&verdict) {
                 continue;
             }
@@ -202,13 +197,41 @@ impl Pipeline {
             .collect();
     }
 
-    /// Sends to everybody who is still open, in as many transactions as the slots ask for.
+    /// One try, through one sender, and what it says about that one.
+    async fn try_sender(
+        &self,
+        task: &Task,
+        attempt: &mut Attempt,
+        chosen: &Chosen,
+        ready: &Ready<'_>,
+    ) -> Verdict {
+        let accepted = evidence::accepted(attempt);
+        // What another has said before is no evidence against this one.
+        let earlier = attempt.failure.take();
+        let mut turns = Turns::of(attempt);
+        let verdict = match self.send(task, attempt, chosen, ready, &mut turns).await {
+            Ok(verdict) | Err(verdict) => verdict,
+        };
+        turns.end(attempt);
+        let found = evidence::of(chosen, &verdict, attempt, accepted);
+        attempt.evidence.extend(found);
+        if let Some(earlier) = earlier {
+            attempt.failure = Some(match attempt.failure.take() {
+                Some(now) if !earlier.is_transient() => now,
+                _ => earlier,
+            });
+        }
+        verdict
+    }
+
+    /// Sends to everybody whose turn it is, in as many transactions as the slots ask for.
     async fn send(
         &self,
         task: &Task,
         attempt: &mut Attempt,
         chosen: &Chosen,
         ready: &Ready<'_>,
+        turns: &mut Turns,
     ) -> Result<Verdict, Verdict> {
         attempt.sender = Some(chosen.sender());
         is_for(attempt, chosen);
@@ -216,7 +239,6 @@ impl Pipeline {
         let bound = task.row.slot.is_none_or(|slot| slot.until.is_some());
         let limited = bound || ready.entries.limit(chosen);
         let mut slot = task.row.slot.filter(|_| chosen.account.key == task.row.account);
-        let mut turns = Turns::default();
         loop {
             let mut open = turns.next(attempt);
             if open.is_empty() {
@@ -254,7 +276,7 @@ impl Pipeline {
             let result = self.transact(task, attempt, lease, &email, part).await;
             attempt.smtp = Some(attempt.smtp.unwrap_or_default() + begun.elapsed());
             self.observe("send", begun);
-            turns.give_back(&result?);
+            turns.answered(&result?);
         }
     }
 

@@ -12,8 +12,8 @@ pub fn accepted(attempt: &Attempt) -> usize {
     attempt.recipients.iter().filter(accepted).count()
 }
 
-/// The evidence of one try through `chosen`, which began with so many recipients accepted. `None` if the server was not
-/// heard, or if the server is the job's own: those have no breaker.
+/// The evidence of one try through `chosen`, which began with so many recipients accepted and without a failure. `None` if
+/// the server was not heard, or if the server is the job's own: those have no breaker.
 #[must_use]
 pub fn of(chosen: &Chosen, verdict: &Verdict, attempt: &Attempt, accepted_before: usize) -> Option<Evidence> {
     if chosen.via == Via::Override {
@@ -29,7 +29,8 @@ pub fn of(chosen: &Chosen, verdict: &Verdict, attempt: &Attempt, accepted_before
     }
     let failure = match verdict {
         Verdict::Failed(failure) | Verdict::Uncertain(failure) => failure,
-        Verdict::Attempted => attempt.failure.as_ref()?,
+        // It had to wait for room in the midst of it: what was said to those before counts.
+        Verdict::Attempted | Verdict::Wait { .. } => attempt.failure.as_ref()?,
         _ => return None,
     };
     if failure.is_of_account() {

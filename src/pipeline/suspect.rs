@@ -33,7 +33,7 @@ impl Pipeline {
     /// All of our own work on a suspect's content, while it is watched; what follows is a conversation like any other.
     pub(super) fn rehearse(&self, task: &Task, attempt: &mut Attempt, chosen: &Chosen, prepared: &Prepared) {
         let message_id = self.message_id(task, chosen, attempt);
-        let open = Turns::default().next(attempt);
+        let open = Turns::of(attempt).next(attempt);
         // Its failure is told when it is composed to be sent.
         drop(Self::compose(task, chosen, prepared, &message_id, &open));
     }

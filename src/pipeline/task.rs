@@ -68,8 +68,8 @@ impl Task {
     /// How long it has waited for its first attempt, if it has had none and that is known. The time until `send_at` is no wait.
     #[must_use]
     pub fn age(&self, now: Timestamp) -> Option<Duration> {
-        // A lease that ended without an outcome may have been an attempt.
-        if self.row.attempts > 0 || self.row.uncertain > 0 {
+        // A lease that ended without an outcome may have been an attempt; one that goes on has results.
+        if self.row.attempts > 0 || self.row.uncertain > 0 || !self.row.recipients.is_empty() {
             return None;
         }
         let since = self.published?.max(self.job.send_at.unwrap_or(Timestamp::MIN));
@@ -231,9 +231,10 @@ mod tests {
         assert_eq!(age(&published(Some(150))), Some(10));
         assert_eq!(age(&published(Some(170))), Some(0), "a clock that is ahead");
         assert_eq!(age(&task(1, "")), None);
-        let (mut tried, mut perhaps) = (published(None), published(None));
+        let [mut tried, mut perhaps, mut begun] = [(); 3].map(|()| published(None));
         (tried.row.attempts, perhaps.row.uncertain) = (1, 1);
-        assert_eq!((age(&tried), age(&perhaps)), (None, None));
+        begun.row.recipients = begun.job.all_pending();
+        assert_eq!([&tried, &perhaps, &begun].map(age), [None; 3]);
     }
 
     #[test]

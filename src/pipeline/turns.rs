@@ -1,62 +1,90 @@
 //! Whose turn it is among the recipients of a mail, within one attempt.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use super::Attempt;
 use crate::address::Address;
-use crate::report::RecipientStatus;
+use crate::report::{RecipientResult, RecipientStatus};
 
 /// Conversations that a server may end over single recipients before the others wait for the next attempt.
 const MOST_HANGUPS: usize = 3;
 
-/// Who has had a turn.
+/// Who is to have a turn in an attempt: everybody who waits, once. Where a limit or a busy account cuts it, those left have
+/// theirs when there is room again, before anybody has another.
 #[derive(Debug, Default)]
 pub(super) struct Turns {
-    had: HashSet<String>,
+    due: HashSet<Arc<str>>,
     hangups: usize,
+    answered: bool,
 }
 
 impl Turns {
-    /// Recipients that still wait and have not had their turn in this attempt. Those of whom nothing was heard yet go
-    /// first, by themselves: a server that hangs up over one of the others does not keep the mail from them.
+    /// Those who have had no turn yet; of a mail of whom all have had theirs, those who were deferred. A server that hangs up
+    /// over one of the latter does not keep the mail from the former.
+    pub(super) fn of(attempt: &Attempt) -> Self {
+        let mut due = with_status(&attempt.recipients, RecipientStatus::Pending);
+        if due.is_empty() {
+            due = with_status(&attempt.recipients, RecipientStatus::Deferred);
+        }
+        Self {
+            due,
+            ..Self::default()
+        }
+    }
+
+    /// Recipients that still wait and have not had their turn.
     pub(super) fn next(&self, attempt: &Attempt) -> Vec<Address> {
         if self.hangups >= MOST_HANGUPS {
             return Vec::new();
         }
-        let unheard = self.waiting(attempt, RecipientStatus::Pending);
-        if unheard.is_empty() {
-            return self.waiting(attempt, RecipientStatus::Deferred);
-        }
-        unheard
-    }
-
-    fn waiting(&self, attempt: &Attempt, status: RecipientStatus) -> Vec<Address> {
-        attempt
-            .recipients
-            .iter()
-            .filter(|r| r.status == status && !self.had.contains(&*r.address))
+        let recipients = attempt.recipients.iter();
+        recipients
+            .filter(|r| r.is_open() && self.due.contains(&r.address))
             .filter_map(|r| r.address.parse().ok())
             .collect()
     }
 
     /// These have it now.
     pub(super) fn begin(&mut self, recipients: &[Address]) {
-        self.had.extend(recipients.iter().map(ToString::to_string));
-    }
-
-    /// The server has hung up over somebody else: these have it again.
-    pub(super) fn give_back(&mut self, untold: &[Address]) {
-        self.hangups += usize::from(!untold.is_empty());
-        for address in untold {
-            self.had.remove(AsRef::<str>::as_ref(address));
+        for address in recipients {
+            self.due.remove(AsRef::<str>::as_ref(address));
         }
     }
+
+    /// The server has answered. It hung up over somebody else before it said anything of these, if there are any: they have
+    /// their turn again.
+    pub(super) fn answered(&mut self, untold: &[Address]) {
+        self.answered = true;
+        self.hangups += usize::from(!untold.is_empty());
+        self.due.extend(
+            untold
+                .iter()
+                .map(|address| Arc::from(AsRef::<str>::as_ref(address))),
+        );
+    }
+
+    /// No more for now. Whoever was deferred by an earlier attempt, and had no turn while others had, is before them next time.
+    pub(super) fn end(&self, attempt: &mut Attempt) {
+        if !self.answered {
+            return;
+        }
+        for recipient in &mut attempt.recipients {
+            if recipient.status == RecipientStatus::Deferred && self.due.contains(&recipient.address) {
+                recipient.status = RecipientStatus::Pending;
+            }
+        }
+    }
+}
+
+fn with_status(recipients: &[RecipientResult], status: RecipientStatus) -> HashSet<Arc<str>> {
+    let those = recipients.iter().filter(|r| r.status == status);
+    those.map(|r| Arc::clone(&r.address)).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::RecipientResult;
 
     fn attempt(statuses: &[(&str, RecipientStatus)]) -> Attempt {
         let recipient = |(address, status): &(&str, RecipientStatus)| RecipientResult {
@@ -70,24 +98,39 @@ mod tests {
         recipients.iter().map(Address::user).collect()
     }
 
+    /// One turn, over which the server hangs up after it has deferred the first.
+    fn hang_up(turns: &mut Turns, attempt: &mut Attempt) -> String {
+        let open = turns.next(attempt);
+        turns.begin(&open);
+        let (first, untold) = open.split_first().expect("somebody is due");
+        let mut all = attempt.recipients.iter_mut();
+        all.find(|r| *r.address == *AsRef::<str>::as_ref(first))
+            .unwrap()
+            .status = RecipientStatus::Deferred;
+        turns.answered(untold);
+        first.user().to_owned()
+    }
+
     #[test]
-    fn those_of_whom_nothing_was_heard_go_first_and_the_deferred_after_them() {
+    fn those_of_whom_nothing_was_heard_have_their_turn_and_the_deferred_in_the_next_attempt() {
         use RecipientStatus::{Accepted, Deferred, Pending, Refused};
-        let attempt = attempt(&[
+        let mut attempt = attempt(&[
             ("a@x.example", Deferred),
             ("b@x.example", Pending),
             ("c@x.example", Accepted),
             ("d@x.example", Refused),
             ("e@x.example", Pending),
         ]);
-        let mut turns = Turns::default();
+        let mut turns = Turns::of(&attempt);
         let first = turns.next(&attempt);
         assert_eq!(names(&first), ["b", "e"]);
         turns.begin(&first);
-        let second = turns.next(&attempt);
-        assert_eq!(names(&second), ["a"]);
-        turns.begin(&second);
+        turns.answered(&[]);
         assert!(turns.next(&attempt).is_empty());
+        for place in [1, 4] {
+            attempt.recipients[place].status = Accepted;
+        }
+        assert_eq!(names(&Turns::of(&attempt).next(&attempt)), ["a"]);
     }
 
     #[test]
@@ -97,17 +140,40 @@ mod tests {
             .iter()
             .map(|r| (r.as_str(), RecipientStatus::Pending))
             .collect();
-        let attempt = attempt(&many);
-        let mut turns = Turns::default();
+        let mut attempt = attempt(&many);
+        let mut turns = Turns::of(&attempt);
         for hangup in 0..MOST_HANGUPS {
-            let open = turns.next(&attempt);
-            assert_eq!(open.len(), many.len() - hangup);
-            turns.begin(&open);
-            turns.give_back(&open[1..]);
+            assert_eq!(turns.next(&attempt).len(), many.len() - hangup);
+            hang_up(&mut turns, &mut attempt);
         }
         assert!(
             turns.next(&attempt).is_empty(),
             "the rest waits for the next attempt"
         );
+    }
+
+    #[test]
+    fn an_attempt_that_is_cut_goes_on_with_those_who_have_had_no_turn_and_ends_when_all_have() {
+        use RecipientStatus::{Deferred, Pending};
+        let mut attempt = attempt(&[("a@x.example", Deferred), ("b@x.example", Deferred)]);
+        let mut turns = Turns::of(&attempt);
+        assert_eq!(hang_up(&mut turns, &mut attempt), "a");
+        turns.end(&mut attempt);
+        assert_eq!(attempt.recipients[1].status, Pending);
+        let mut turns = Turns::of(&attempt);
+        assert_eq!(hang_up(&mut turns, &mut attempt), "b");
+        assert!(turns.next(&attempt).is_empty());
+        turns.end(&mut attempt);
+        assert!(attempt.recipients.iter().all(|r| r.status == Deferred));
+    }
+
+    #[test]
+    fn an_attempt_that_was_not_heard_changes_nothing_about_whose_turn_it_is() {
+        let mut attempt = attempt(&[("a@x.example", RecipientStatus::Deferred)]);
+        let mut turns = Turns::of(&attempt);
+        turns.end(&mut attempt);
+        turns.begin(&turns.next(&attempt));
+        turns.end(&mut attempt);
+        assert_eq!(attempt.recipients[0].status, RecipientStatus::Deferred);
     }
 }

@@ -1,6 +1,7 @@
 use serde_json::json;
 
 use super::*;
+use crate::failure::Reply;
 use crate::id::AccountKey;
 use crate::job::decode::{self, Incoming};
 use crate::ledger::lease;
@@ -251,6 +252,44 @@ fn waiting_for_room_is_no_attempt_and_costs_nothing() {
         assert_eq!(settlement.attempts, 0);
         assert!(settlement.refund && settlement.report.is_none() && settlement.recipients.is_none());
         assert!(matches!(settlement.next, Next::Park { .. }));
+    }
+}
+
+#[test]
+fn an_attempt_that_waits_for_room_in_the_midst_of_it_goes_on_and_is_counted_when_it_is_over() {
+    use RecipientStatus::{Accepted, Deferred, Pending};
+    let mut case = Case::new();
+    case.row = row(1);
+    for reason in [WaitReason::Rate, WaitReason::Busy, WaitReason::Unhealthy] {
+        let mut part = case.answered([Deferred, Pending]);
+        part.verdict = Verdict::Wait {
+            reason,
+            delay: Duration::from_secs(5),
+        };
+        let settlement = case.plan(part);
+        assert_eq!((outcome(&settlement), settlement.attempts), (reason.as_str(), 1));
+        assert!(settlement.recipients.is_some(), "what was said is kept");
+    }
+    let settlement = case.plan(case.answered([Deferred, Accepted]));
+    assert_eq!((outcome(&settlement), settlement.attempts), ("retry", 2));
+}
+
+#[test]
+fn what_an_earlier_part_of_an_attempt_was_told_decides_when_to_come_back() {
+    use RecipientStatus::{Accepted, Deferred};
+    let case = Case::new();
+    let mut attempt = case.answered([Deferred, Accepted]);
+    let told = Reply::new(451, "4.7.1 Greylisted, try again in 5 minutes");
+    attempt.recipients[0].record(Deferred, Some(&told));
+    // Of the part with which it ended.
+    for failure in [None, Some(never())] {
+        attempt.failure = failure;
+        let settlement = case.plan(attempt.clone());
+        assert!(settlement.error.unwrap().starts_with("greylisted"));
+        let Next::Park { delay, .. } = settlement.next else {
+            panic!("{:?}", settlement.next);
+        };
+        assert!(delay >= Duration::from_mins(5), "{delay:?}");
     }
 }
 

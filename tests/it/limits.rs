@@ -9,7 +9,7 @@ use postroom_testkit::smtp::{Action, Builder, Phase, RcptRule, Script, SmtpServe
 use serde_json::{Value, json};
 
 use crate::sends::account;
-use crate::support::{Process, World, header, mail, mails, most_within, taken, times};
+use crate::support::{Process, World, eventually, header, mail, mails, most_within, taken, times};
 
 const WINDOW: Duration = Duration::from_secs(3);
 
@@ -335,4 +335,70 @@ async fn a_mail_that_was_heard_counts_even_if_its_connection_cannot_be_replaced(
     };
     every_mail_heard_counts(SmtpServer::builder(), script(), 2).await;
     every_mail_heard_counts(SmtpServer::builder().chunking(true), script(), 2).await;
+}
+
+#[tokio::test]
+async fn a_mail_over_which_a_server_hangs_up_keeps_no_other_out_of_the_limit_and_is_given_up_in_time() {
+    let mut world = World::ready().await;
+    world.set("POSTROOM_RETRY_BASE", "200ms");
+    let script = Script::new().recipients_with(|address| {
+        let hangs_up = address.starts_with("bank");
+        hangs_up.then(|| "421 4.7.0 TLS required for RCPT domain, closing connection".to_owned())
+    });
+    let server = SmtpServer::builder().script(script).start().await;
+    account(
+        &world,
+        "acme",
+        &server,
+        &["--limit", "1/1s", "--max-attempts", "2"],
+    )
+    .await;
+    let mut reports = world.reports().await;
+    let _worker = world.start_worker().await;
+    let mut job = mail("acme", "both");
+    job["to"] = json!(["bank@example.net", "bank@example.org"]);
+    world.publish(Level::High, "acme", &job).await;
+    let begun = || async { server.counters().command("MAIL") > 0 };
+    eventually(Duration::from_secs(30), begun).await;
+    world.publish_mail(Level::High, "acme", "later").await;
+    let failed = reports.final_of("both").await;
+    assert_eq!(
+        (failed.kind(), &failed.json["data"]["attempt"]),
+        ("mail.failed", &json!(2))
+    );
+    assert_eq!(reports.of("later").len(), 1, "it went between the two attempts");
+    assert_eq!(
+        server.counters().command("MAIL"),
+        5,
+        "two for each attempt, one for the other mail"
+    );
+    world.assert_settled().await;
+}
+
+#[tokio::test]
+async fn a_mail_sent_in_more_parts_than_attempts_are_allowed_is_in_its_first_attempt_until_the_last() {
+    let mut world = World::ready().await;
+    world.set("POSTROOM_RETRY_BASE", "200ms");
+    let script = Script::new().recipient(
+        "grey",
+        RcptRule::defer_first(1, "451 4.7.1 Greylisted, come back"),
+    );
+    let server = SmtpServer::builder().script(script).start().await;
+    let limit = ["--limit", "1/1s:recipients", "--max-attempts", "2"];
+    account(&world, "acme", &server, &limit).await;
+    let mut reports = world.reports().await;
+    let _worker = world.start_worker().await;
+    let mut job = mail("acme", "parts");
+    job["to"] = json!(["grey@example.org", "a@example.org", "b@example.org"]);
+    world.publish(Level::High, "acme", &job).await;
+    let sent = reports.final_of("parts").await;
+    let data = &sent.json["data"];
+    assert_eq!((sent.kind(), &data["partial"]), ("mail.sent", &Value::Null));
+    assert_eq!(data["attempt"], 2);
+    let first = &reports.of("parts")[0].json["data"];
+    assert_eq!(
+        (&first["attempt"], &first["reason"]),
+        (&json!(1), &json!("greylisted"))
+    );
+    world.assert_settled().await;
 }
