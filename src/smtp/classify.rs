@@ -10,7 +10,7 @@ use crate::failure::{Class, Failure, Reply, Severity, Stage};
 pub use hint::delay_hint;
 use verdict::{
     ACCOUNT_DISABLED, ADDRESS_REFUSED, AUTH_MECHANISM_REFUSED, AUTH_REFUSED, AUTH_REQUIRED, AUTH_TEMPORARY,
-    BAD_SEQUENCE, CLIENT_BLOCKED, CONTENT_REFUSED, DOMAIN_REFUSES_MAIL, DOMAIN_UNKNOWN, ENCRYPTION_REQUIRED,
+    BAD_SEQUENCE, BLOCKLISTED, CLIENT_BLOCKED, CLIENT_REFUSED, CONTENT_REFUSED, DOMAIN_REFUSES_MAIL, DOMAIN_UNKNOWN, ENCRYPTION_REQUIRED,
     MAILBOX_DISABLED, MAILBOX_FULL, MAILBOX_UNAVAILABLE, MESSAGE_TOO_LARGE, POLICY_REFUSED, PROTOCOL_ERROR,
     QUOTA_EXCEEDED, RATE_LIMITED, RECIPIENT_DEFERRED, RECIPIENT_MOVED, RECIPIENT_REFUSED, RECIPIENT_UNKNOWN,
     ROUTING_FAILED, SENDER_NOT_AUTHENTICATED, SENDER_REFUSED, SERVER_ERROR, SERVER_FULL, SERVICE_UNAVAILABLE,
@@ -47,11 +47,17 @@ fn verdict(stage: Stage, reply: &Reply) -> Verdict {
     let detail = reply.enhanced.as_deref().and_then(|code| code.split_once('.'));
     let detail = detail.map_or("", |(_, detail)| detail);
     by_decisive_code(stage, reply.code, detail, &text)
-        .or_else(|| words::find(words::CLIENT, &text))
+        .or_else(|| about_us(&text))
         .or_else(|| by_detail(stage, reply, detail, &text))
         .or_else(|| by_text(stage, &text))
         .or_else(|| by_subject(stage, detail))
         .unwrap_or_else(|| by_code(stage, reply.code))
+}
+
+/// What is said about our address, or the name that we say in EHLO.
+fn about_us(text: &str) -> Option<Verdict> {
+    let quotes = words::VERIFICATION.iter().any(|words| text.contains(words));
+    words::find(words::CLIENT, text).filter(|_| !quotes)
 }
 
 /// Codes and stages that leave no doubt.
@@ -142,8 +148,18 @@ fn by_text(stage: Stage, text: &str) -> Option<Verdict> {
         .or_else(|| words::find(words::SENDER, text))
         .or_else(|| words::find(words::OWN_ACCOUNT, text))
         .or_else(|| words::find(of_stage, text))
-        .or_else(|| words::find(words::GENERAL, text))
+        .or_else(|| words::find(words::GENERAL, text).map(|found| whose_listing(stage, found)))
         .or_else(|| words::find(words::SOME_ACCOUNT, text).map(|_| disabled(stage, text)))
+}
+
+/// What is on a blocklist: before MAIL the server knows nothing but our address.
+fn whose_listing(stage: Stage, found: Verdict) -> Verdict {
+    let listed = found.reason == BLOCKLISTED.reason;
+    if listed && matches!(stage, Stage::Connect | Stage::Auth) {
+        CLIENT_REFUSED
+    } else {
+        found
+    }
 }
 
 /// Whose account is disabled: after MAIL it is the recipient's, unless the server says otherwise.

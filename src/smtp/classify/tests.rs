@@ -14,6 +14,8 @@ type Row = (Stage, u16, &'static str, Class, Fault, Severity, &'static str);
 #[rustfmt::skip] // one row per reply
 const RECIPIENTS: &[Row] = &[
     (RcptTo, 550, "5.1.1 User unknown", Recipient, Fault::Recipient, Permanent, "recipient_unknown"),
+    (RcptTo, 550, "5.1.1 <a@b>: Recipient address rejected: undeliverable address: host mx.b[192.0.2.9] said: 554 5.7.1 Client host [192.0.2.1] blocked using zen.spamhaus.org (in reply to RCPT TO command)", Recipient, Fault::Recipient, Permanent, "recipient_unknown"),
+    (RcptTo, 450, "4.1.1 <a@b>: Recipient address rejected: unverified address: host mx.b[192.0.2.9] said: 450 Client host rejected", Recipient, Fault::Recipient, Transient, "recipient_unknown"),
     (RcptTo, 550, "No such user here", Recipient, Fault::Recipient, Permanent, "recipient_unknown"),
     (RcptTo, 550, "The account does not exist", Recipient, Fault::Recipient, Permanent, "recipient_unknown"),
     (RcptTo, 550, "5.4.1 Recipient address rejected: Access denied. [AM0PR01.prod.protection.outlook.com]", Recipient, Fault::Recipient, Permanent, "recipient_unknown"),
@@ -83,7 +85,9 @@ const POLICY: &[Row] = &[
     (RcptTo, 504, "5.5.2 <worker-0>: Helo command rejected: need fully-qualified hostname", Policy, Fault::Us, Transient, "client_blocked"),
     (MailFrom, 550, "5.7.1 <worker-0>: Helo command rejected: Host not found", Policy, Fault::Us, Transient, "client_blocked"),
     (RcptTo, 550, "rejected because 192.0.2.1 is in a black list at zen.spamhaus.org", Policy, Fault::Us, Transient, "client_blocked"),
-    (Data, 554, "5.7.1 a link in the mail is listed by spamhaus", Policy, Fault::Us, Permanent, "client_blocked"),
+    (Connect, 554, "5.7.1 blocked, see spamhaus", Policy, Fault::Us, Transient, "client_blocked"),
+    (Data, 554, "5.7.1 a link in the mail is listed by spamhaus", Policy, Fault::Sender, Permanent, "blocklisted"),
+    (Data, 451, "4.7.1 a link in the mail is listed by spamhaus", Policy, Fault::Sender, Transient, "blocklisted"),
     (RcptTo, 554, "5.7.1 Service unavailable; Sender address [a@b.example] blocked using dbl.spamhaus.org", Policy, Fault::Sender, Permanent, "sender_refused"),
     (RcptTo, 451, "4.7.1 Greylisted, try again in 5 minutes", Policy, Fault::Recipient, Transient, "greylisted"),
     (RcptTo, 450, "Greylisting in effect", Policy, Fault::Recipient, Transient, "greylisted"),
@@ -174,6 +178,25 @@ fn refusals_are_classified_by_code_then_enhanced_code_then_words() {
 }
 
 #[test]
+fn what_is_said_about_one_mail_or_recipient_is_no_fault_of_the_account() {
+    for (stage, code, text, is_of_account) in [
+        (Data, 451, "4.7.1 a link in the mail is listed by spamhaus", false),
+        (RcptTo, 451, "4.7.1 the domain's reputation is low", false),
+        (
+            RcptTo,
+            450,
+            "4.1.1 <a@b>: Recipient address rejected: unverified address: host mx.b said: 450 Client host rejected",
+            false,
+        ),
+        (RcptTo, 554, "5.7.1 Client host [192.0.2.1] blocked using zen.spamhaus.org", true),
+        (Connect, 554, "5.7.1 blocked, see spamhaus", true),
+    ] {
+        let failure = refusal(stage, Reply::new(code, text));
+        assert_eq!(failure.is_of_account(), is_of_account, "{failure:?}");
+    }
+}
+
+#[test]
 fn a_delay_asked_for_is_carried_along() {
     let wait = |code, text: &str| refusal(Stage::RcptTo, Reply::new(code, text)).retry_after;
     assert_eq!(
@@ -196,7 +219,7 @@ fn a_delay_asked_for_is_carried_along() {
 #[test]
 fn short_words_must_stand_alone() {
     let reason = |text: &str| refusal(Stage::Data, Reply::new(554, text)).reason;
-    assert_eq!(reason("blocked by rbl.example"), "client_blocked");
+    assert_eq!(reason("blocked by rbl.example"), "blocklisted");
     assert_eq!(reason("marble and spfx"), "content_refused");
 }
 

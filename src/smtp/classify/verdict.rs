@@ -65,6 +65,7 @@ verdicts! {
     SENDER_NOT_AUTHENTICATED = Policy Sender "sender_not_authenticated" "SPF, DKIM, DMARC or reverse DNS of the sender failed";
     RELAY_DENIED = Policy Sender "relay_denied" "The server does not relay for this account";
     CLIENT_BLOCKED = Policy Us "client_blocked" "The server refuses mail from our address, or from the name that we say in EHLO";
+    BLOCKLISTED = Policy Sender "blocklisted" "Something is on a blocklist: the sender's domain, a link in the mail, or our address";
     POLICY_REFUSED = Policy Sender "policy_refused" "The server refuses the mail by policy";
     GREYLISTED = Policy Recipient "greylisted" "The server takes mail from strangers only at the second attempt";
     AUTH_REFUSED = Auth Sender "auth_refused" "The server refuses the user name or password";

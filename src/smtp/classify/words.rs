@@ -1,7 +1,7 @@
 //! The words by which servers say what their codes do not. All in lower case; the first row that fits counts.
 
 use super::verdict::{
-    ACCOUNT_DISABLED, CLIENT_BLOCKED, CLIENT_REFUSED, CONNECTION_LIMIT, DOMAIN_UNKNOWN, GREYLISTED,
+    ACCOUNT_DISABLED, BLOCKLISTED, CLIENT_REFUSED, CONNECTION_LIMIT, DOMAIN_UNKNOWN, GREYLISTED,
     MAILBOX_DISABLED, MAILBOX_FULL, MESSAGE_TOO_LARGE, QUOTA_EXCEEDED, RATE_LIMITED, RECIPIENT_UNKNOWN,
     RELAY_DENIED, SENDER_NOT_AUTHENTICATED, SENDER_REFUSED, SPAM, TOO_MANY_RECIPIENTS, VIRUS, Verdict,
 };
@@ -58,7 +58,7 @@ pub(super) const GENERAL: &[Row] = &[
             "rbl",
             "reputation",
         ],
-        CLIENT_BLOCKED,
+        BLOCKLISTED,
     ),
     (
         &[
@@ -126,6 +126,10 @@ pub(super) const CLIENT: &[Row] = &[(
     &["client host", "helo command", "is in a black list at"],
     CLIENT_REFUSED,
 )];
+
+/// About a recipient, whatever is quoted: Postfix passes on what the next server said when it looked whether there is such an
+/// address (`reject_unverified_recipient`).
+pub(super) const VERIFICATION: &[&str] = &["recipient address rejected", "undeliverable address"];
 
 /// Only in answers to RCPT.
 pub(super) const RECIPIENT: &[Row] = &[
