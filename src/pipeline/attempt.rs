@@ -8,7 +8,7 @@ use lettre::Address;
 
 use super::resolve::{Entries, is_for};
 use super::task::{SharedClock, Task};
-use super::transact::{Covered, without_unspeakable};
+use super::transact::{Covered, refuse_unspeakable, unspeakable};
 use super::turns::Turns;
 use super::{Attempt, Verdict, evidence, room};
 use crate::attachment::{self, Attachments, Part, Prepared};
@@ -244,14 +244,13 @@ impl Pipeline {
             if open.is_empty() {
                 return Ok(Verdict::Attempted);
             }
-            if ready.begun.elapsed() >= self.pools.attempt_limit() {
-                return Err(Verdict::Wait {
-                    reason: WaitReason::Busy,
-                    delay: Duration::ZERO,
-                });
-            }
+            self.may_begin(ready)?;
             let lease = self.connection(task, attempt, chosen).await?;
-            open = without_unspeakable(attempt, &lease, open);
+            let foreign = unspeakable(&lease, &mut open);
+            if open.is_empty() {
+                refuse_unspeakable(attempt, &foreign);
+                continue;
+            }
             let begun = Instant::now();
             let mut email = Self::compose(task, chosen, ready.prepared, &message_id, &open)
                 .map_err(|failure| started(attempt, failure))?;
@@ -262,6 +261,8 @@ impl Pipeline {
                 None if !limited => Slot::unlimited(),
                 None => self.take_slot(task, attempt, chosen, open.len()).await?,
             };
+            // Before, the mail may still have to wait, and that is no attempt.
+            refuse_unspeakable(attempt, &foreign);
             open.truncate(granted.recipients as usize);
             email.recipients.truncate(open.len());
             turns.begin(&open);
@@ -278,6 +279,17 @@ impl Pipeline {
             self.observe("send", begun);
             turns.answered(&result?);
         }
+    }
+
+    /// A marked send is taken over 25 minutes after its lease: what comes late is for the next time.
+    fn may_begin(&self, ready: &Ready<'_>) -> Result<(), Verdict> {
+        if ready.begun.elapsed() < self.pools.attempt_limit() {
+            return Ok(());
+        }
+        Err(Verdict::Wait {
+            reason: WaitReason::Busy,
+            delay: Duration::ZERO,
+        })
     }
 
     /// The Message-ID: that of earlier attempts, else made from what identifies the job.

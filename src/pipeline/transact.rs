@@ -103,20 +103,22 @@ impl Pipeline {
     }
 }
 
-/// Refuses those to whom the server has no way to send, for want of SMTPUTF8 (RFC 6531), and gives the others. If there are
-/// none, the mail as a whole is refused when it is announced.
-pub(super) fn without_unspeakable(
-    attempt: &mut Attempt,
-    lease: &smtp::Lease,
-    open: Vec<Address>,
-) -> Vec<Address> {
+/// Takes those out whom the server has no way to name, for want of SMTPUTF8 (RFC 6531).
+pub(super) fn unspeakable(lease: &smtp::Lease, open: &mut Vec<Address>) -> Vec<Address> {
     if lease.extensions().is_none_or(|offers| offers.smtputf8) {
-        return open;
+        return Vec::new();
     }
-    let (foreign, rest): (Vec<_>, Vec<_>) = open.into_iter().partition(smtp::needs_utf8);
-    if rest.is_empty() {
-        return foreign;
+    let (foreign, rest) = std::mem::take(open).into_iter().partition(smtp::needs_utf8);
+    *open = rest;
+    foreign
+}
+
+/// Refuses those whom the server cannot name, and nobody else: others may have had no turn, or wait for another.
+pub(super) fn refuse_unspeakable(attempt: &mut Attempt, foreign: &[Address]) {
+    if foreign.is_empty() {
+        return;
     }
+    attempt.started = true;
     let failure = Failure::permanent(
         Class::Content,
         Fault::Sender,
@@ -125,8 +127,7 @@ pub(super) fn without_unspeakable(
         "The recipient's address needs SMTPUTF8, which the server does not offer",
     );
     let refused = RcptResult::Failed(failure);
-    record(attempt, &foreign, std::iter::repeat(&refused));
-    rest
+    record(attempt, foreign, std::iter::repeat(&refused));
 }
 
 /// A slot counts where it was granted: MAIL must not come much later.

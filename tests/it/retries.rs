@@ -9,7 +9,7 @@ use postroom_testkit::smtp::{Action, Phase, RcptRule, Script, SmtpServer};
 use serde_json::json;
 
 use crate::sends::account;
-use crate::support::{World, header, mail, taken};
+use crate::support::{World, eventually, header, mail, taken};
 
 async fn quick_retries() -> World {
     let mut world = World::ready().await;
@@ -248,5 +248,31 @@ async fn a_recipient_outside_ascii_is_refused_alone_by_a_server_that_cannot_name
         (&json!("smtputf8_not_supported"), &json!("refused"))
     );
     assert_eq!(server.received()[0].to, ["three@example.org", "bob@example.org"]);
+    world.assert_settled().await;
+}
+
+#[tokio::test]
+async fn a_recipient_whom_the_server_cannot_name_does_not_fail_the_mail_of_others_who_have_had_their_turn() {
+    let world = quick_retries().await;
+    let script = Script::new().recipient("three", RcptRule::refuse("451 4.7.1 Greylisted"));
+    let first = SmtpServer::builder().script(script).start().await;
+    let second = SmtpServer::builder().smtputf8(false).start().await;
+    let limit = ["--limit", "1/3s:recipients"];
+    account(&world, "acme", &first, &limit).await;
+    let mut reports = world.reports().await;
+    let _worker = world.start_worker().await;
+    let mut job = mail("acme", "three");
+    job["bcc"] = json!(["jürgen@example.org"]);
+    world.publish(Level::High, "acme", &job).await;
+    let begun = || async { first.counters().command("RCPT") > 0 };
+    eventually(Duration::from_secs(30), begun).await;
+    account(&world, "acme", &second, &limit).await;
+    let sent = reports.final_of("three").await;
+    let recipients = &sent.json["data"]["recipients"];
+    assert_eq!(
+        [&recipients[0]["status"], &recipients[1]["status"]],
+        ["accepted", "refused"]
+    );
+    assert_eq!(second.received()[0].to, ["three@example.org"]);
     world.assert_settled().await;
 }

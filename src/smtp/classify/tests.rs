@@ -188,7 +188,12 @@ fn what_is_said_about_one_mail_or_recipient_is_no_fault_of_the_account() {
             "4.1.1 <a@b>: Recipient address rejected: unverified address: host mx.b said: 450 Client host rejected",
             false,
         ),
-        (RcptTo, 554, "5.7.1 Client host [192.0.2.1] blocked using zen.spamhaus.org", true),
+        (
+            RcptTo,
+            554,
+            "5.7.1 Client host [192.0.2.1] blocked using zen.spamhaus.org",
+            true,
+        ),
         (Connect, 554, "5.7.1 blocked, see spamhaus", true),
     ] {
         let failure = refusal(stage, Reply::new(code, text));
