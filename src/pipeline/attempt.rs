@@ -1,5 +1,6 @@
 //! The stages of one attempt.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,7 +19,6 @@ use crate::directory::{Chosen, Directory, Via, sender};
 use crate::fail_point::{self, Point};
 use crate::failure::{Class, Failure, Fault, Stage};
 use crate::id::TenantId;
-use crate::job::MailJob;
 use crate::ledger::batches::Batches;
 use crate::ledger::slots::{SlotAnswer, SlotRequest};
 use crate::ledger::{Slot, WaitReason};
@@ -33,8 +33,8 @@ use crate::telemetry::traces;
 const BUSY_DELAY: Duration = Duration::from_millis(250);
 /// So many slots in a row may come too late to be used; then the mail waits for a faster database.
 const LATE_SLOTS: usize = 5;
-/// How long a mail waits that has stood in line for its files in vain.
-const FILES_DELAY: Duration = Duration::from_secs(10);
+/// How long a mail waits that has stood in line for its files in vain: as long as it has waited already, within this.
+const FILES_DELAY: RangeInclusive<Duration> = Duration::from_secs(10)..=Duration::from_mins(1);
 
 /// Everything an attempt talks to.
 #[derive(Debug)]
@@ -121,7 +121,7 @@ impl Pipeline {
             .unwrap_or(entries.tenant.tenant.on_uncertain);
         is_for(attempt, &chosen);
         chosen = self.healthy(task, attempt, &entries, chosen)?;
-        let turn = self.turn_for_files(&task.job).await?;
+        let turn = self.turn_for_files(task).await?;
         let watched = self.watch(task).await?;
         let fetched = Instant::now();
         let large_files = &entries.tenant.tenant.large_files;
@@ -163,11 +163,15 @@ impl Pipeline {
     }
 
     /// No attempt if it does not come: nobody has been asked for a file.
-    async fn turn_for_files(&self, job: &MailJob) -> Result<attachment::Turn<'_>, Verdict> {
+    async fn turn_for_files(&self, task: &Task) -> Result<attachment::Turn<'_>, Verdict> {
+        let job = &task.job;
         let turn = self.attachments.turn(&job.tenant, &job.attachments).await;
-        turn.ok_or(Verdict::Wait {
-            reason: WaitReason::Busy,
-            delay: FILES_DELAY,
+        turn.ok_or_else(|| {
+            let waited = self.clock.now().duration_since(task.date());
+            Verdict::Wait {
+                reason: WaitReason::Busy,
+                delay: files_delay(Duration::try_from(waited).unwrap_or_default()),
+            }
         })
     }
 
@@ -454,6 +458,11 @@ fn in_its_time(task: &Task, now: Timestamp) -> Result<(), Verdict> {
     }
 }
 
+/// A mail behind a host that hangs is leased and read for nothing each time: the longer that lasts, the less often.
+fn files_delay(waited: Duration) -> Duration {
+    waited.clamp(*FILES_DELAY.start(), *FILES_DELAY.end())
+}
+
 /// Whether the account got into trouble while the job stood in line for a connection.
 fn has_become_unhealthy(verdict: &Verdict) -> bool {
     let unhealthy = WaitReason::Unhealthy;
@@ -476,4 +485,15 @@ pub fn panicked() -> Failure {
         "internal_error",
         "an internal error stopped this attempt; see the log of the worker",
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longer_a_mail_has_stood_in_line_for_its_files_the_less_often_it_comes_back() {
+        let delays = [0, 13, 39, 3600].map(|waited| files_delay(Duration::from_secs(waited)));
+        assert_eq!(delays.map(|delay| delay.as_secs()), [10, 13, 39, 60]);
+    }
 }
