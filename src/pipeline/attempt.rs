@@ -31,8 +31,10 @@ use crate::telemetry::traces;
 
 /// How long a job waits in the waiting room when its account has no connection free.
 const BUSY_DELAY: Duration = Duration::from_millis(250);
-/// So many slots in a row may come too late to be used; then the mail waits for a faster database.
-const LATE_SLOTS: usize = 5;
+/// Pauses, in ms, before another slot is asked for where one came too late to be used.
+const LATE_SLOT_PAUSES: [u64; 4] = [50, 100, 200, 400];
+/// How long the mail waits then for a faster database.
+const LATE_SLOT_DELAY: Duration = Duration::from_secs(5);
 /// How long a mail waits that has stood in line for its files in vain: as long as it has waited already, within this.
 const FILES_DELAY: RangeInclusive<Duration> = Duration::from_secs(10)..=Duration::from_mins(1);
 
@@ -390,16 +392,22 @@ impl Pipeline {
         chosen: &Chosen,
         recipients: usize,
     ) -> Result<Slot, Verdict> {
-        for _ in 0..LATE_SLOTS {
+        let mut pauses = LATE_SLOT_PAUSES.into_iter();
+        loop {
             let slot = self.ask_for_slot(task, attempt, chosen, recipients).await?;
             if slot.is_valid() {
                 return Ok(slot);
             }
+            let Some(pause) = pauses.next() else {
+                break;
+            };
+            tokio::time::sleep(Duration::from_millis(pause)).await;
         }
         tracing::warn!(account = %chosen.account.key, "Postgres answers too late for a slot of the account's limits to be used");
+        // Over a limit it would be released again at once: there is room in it.
         Err(Verdict::Wait {
-            reason: WaitReason::Rate,
-            delay: Duration::ZERO,
+            reason: WaitReason::Busy,
+            delay: LATE_SLOT_DELAY,
         })
     }
 

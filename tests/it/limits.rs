@@ -290,24 +290,55 @@ async fn a_mail_whose_connection_took_long_to_replace_takes_another_slot() {
     every_mail_heard_counts(SmtpServer::builder().chunking(true), told, 1).await;
 }
 
-#[tokio::test]
-async fn a_slot_whose_answer_came_late_is_not_used_and_the_mail_goes_with_another() {
-    // So many commits that grant a slot stand still for longer than it is good for: that of the admission, and more.
-    const STALLED: u64 = 3;
-    let world = World::ready().await;
-    let server = SmtpServer::builder().start().await;
-    account(&world, "acme", &server, &["--limit", "60/1m"]).await;
+/// So many commits that grant a slot stand still for longer than it is good for, that of the admission first.
+async fn stall_grants(world: &World, stalled: u64) {
     let stall = format!(
         "CREATE SEQUENCE grants;
          CREATE FUNCTION stall() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
          BEGIN
-             IF nextval('grants') <= {STALLED} THEN PERFORM pg_sleep(1); END IF;
+             IF nextval('grants') <= {stalled} THEN PERFORM pg_sleep(1); END IF;
              RETURN NULL;
          END $$;
          CREATE CONSTRAINT TRIGGER stall AFTER INSERT OR UPDATE ON job DEFERRABLE INITIALLY DEFERRED
              FOR EACH ROW WHEN (NEW.slot_at IS NOT NULL) EXECUTE FUNCTION stall()"
     );
     world.sql().await.batch_execute(&stall).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_mail_all_of_whose_slots_came_late_waits_a_while_for_a_faster_database() {
+    // One with the admission, and five more.
+    const ASKED: i64 = 6;
+    let world = World::ready().await;
+    let server = SmtpServer::builder().start().await;
+    account(&world, "acme", &server, &["--limit", "60/1m"]).await;
+    stall_grants(&world, 1_000).await;
+    let mut reports = world.reports().await;
+    let _worker = world.start_worker().await;
+    world.publish_mail(Level::High, "acme", "late").await;
+    let sql = world.sql().await;
+    let waits = || async {
+        let waits = "SELECT count(*) FROM job WHERE state = 2 AND reason = 4 AND due_at > updated_at + interval '4 s'";
+        sql.query_one(waits, &[]).await.unwrap().get::<_, i64>(0) == 1
+    };
+    eventually(Duration::from_mins(1), waits).await;
+    let asked = sql.query_one("SELECT last_value FROM grants", &[]).await.unwrap();
+    assert_eq!(asked.get::<_, i64>(0), ASKED);
+    sql.batch_execute("DROP TRIGGER stall ON job").await.unwrap();
+    let sent = reports.final_of("late").await;
+    assert_eq!(
+        (sent.kind(), &sent.json["data"]["attempt"]),
+        ("mail.sent", &json!(1))
+    );
+}
+
+#[tokio::test]
+async fn a_slot_whose_answer_came_late_is_not_used_and_the_mail_goes_with_another() {
+    const STALLED: u64 = 3;
+    let world = World::ready().await;
+    let server = SmtpServer::builder().start().await;
+    account(&world, "acme", &server, &["--limit", "60/1m"]).await;
+    stall_grants(&world, STALLED).await;
     let mut reports = world.reports().await;
     let worker = world.start_worker().await;
     world.publish_mail(Level::High, "acme", "late").await;
