@@ -73,8 +73,8 @@ async fn inject(town: &Installation, fault: Fault) -> Result<Happened, String> {
         Kind::BridgeKilled => killed(&town.bridges[fault.target], fault).await,
         Kind::WorkerStopped => Ok(stopped(&town.workers[fault.target], fault).await),
         Kind::BridgeStopped => Ok(stopped(&town.bridges[fault.target], fault).await),
-        Kind::WorkerRolled => rolled(&town.workers[fault.target], fault).await,
-        Kind::BridgeRolled => rolled(&town.bridges[fault.target], fault).await,
+        Kind::WorkerRolled => rolled(&town.workers[fault.target], &town.http, fault).await,
+        Kind::BridgeRolled => rolled(&town.bridges[fault.target], &town.http, fault).await,
         Kind::RabbitStopped | Kind::RabbitKilled | Kind::PostgresKilled => restarted(town, fault).await,
         Kind::RabbitDropped => Ok(closed(town, fault).await),
         Kind::PostgresDropped => Ok(terminated(town, fault).await),
@@ -143,8 +143,10 @@ async fn stopped(place: &Place, fault: Fault) -> Happened {
 }
 
 /// The new one first, then the old one ends: as an orchestrator does it.
-async fn rolled(place: &Place, fault: Fault) -> Result<Happened, String> {
+async fn rolled(place: &Place, http: &reqwest::Client, fault: Fault) -> Result<Happened, String> {
     let mut slot = place.slot.lock().await;
+    // Another fault may have started it a moment ago.
+    slot.begun(http).await?;
     let name = slot.name();
     let mut note = Note::new(fault, Some(name.clone()));
     let mut old = slot.start_next()?;

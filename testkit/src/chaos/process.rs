@@ -91,12 +91,24 @@ impl Slot {
     /// # Errors
     /// If it ends, or after half a minute.
     pub async fn ready(&mut self, http: &reqwest::Client) -> Result<(), String> {
+        self.says_yes(http, "readyz").await
+    }
+
+    /// Waits until `/livez` says yes: before that a signal has the effect that it has on any process.
+    ///
+    /// # Errors
+    /// If it ends, or after half a minute.
+    pub async fn begun(&mut self, http: &reqwest::Client) -> Result<(), String> {
+        self.says_yes(http, "livez").await
+    }
+
+    async fn says_yes(&mut self, http: &reqwest::Client, path: &str) -> Result<(), String> {
         let begun = Instant::now();
         while begun.elapsed() < READY {
             if let Some(status) = self.ended() {
                 return Err(format!("{} ended with {status}", self.name()));
             }
-            let url = format!("http://{}/readyz", self.http);
+            let url = format!("http://{}/{path}", self.http);
             if http
                 .get(url)
                 .send()
@@ -107,7 +119,7 @@ impl Slot {
             }
             sleep(Duration::from_millis(30)).await;
         }
-        Err(format!("{} is not ready after {READY:?}", self.name()))
+        Err(format!("{} says no at /{path} after {READY:?}", self.name()))
     }
 
     /// SIGTERM, and waits for an orderly end.
