@@ -218,6 +218,7 @@ impl Pipeline {
         let verdict = match self.send(task, attempt, chosen, ready, &mut turns).await {
             Ok(verdict) | Err(verdict) => verdict,
         };
+        let verdict = turns.after(verdict, attempt);
         turns.end(attempt);
         let found = evidence::of(chosen, &verdict, attempt, accepted);
         attempt.evidence.extend(found);
@@ -283,7 +284,15 @@ impl Pipeline {
             let result = self.transact(task, attempt, lease, &email, part).await;
             attempt.smtp = Some(attempt.smtp.unwrap_or_default() + begun.elapsed());
             self.observe("send", begun);
-            turns.answered(&result?);
+            match result {
+                Ok(untold) => turns.answered(&untold),
+                Err(verdict) => {
+                    if matches!(verdict, Verdict::Wait { .. }) {
+                        turns.have_again(&open);
+                    }
+                    return Err(verdict);
+                }
+            }
         }
     }
 

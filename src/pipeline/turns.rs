@@ -3,8 +3,10 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use super::Attempt;
+use super::{Attempt, Verdict};
 use crate::address::Address;
+use crate::failure::Failure;
+use crate::ledger::WaitReason;
 use crate::report::{RecipientResult, RecipientStatus};
 
 /// Conversations that a server may end over single recipients before the others wait for the next attempt.
@@ -57,11 +59,30 @@ impl Turns {
     pub(super) fn answered(&mut self, untold: &[Address]) {
         self.answered = true;
         self.hangups += usize::from(!untold.is_empty());
-        self.due.extend(
-            untold
-                .iter()
-                .map(|address| Arc::from(AsRef::<str>::as_ref(address))),
+        self.have_again(untold);
+    }
+
+    /// These were not asked about after all.
+    pub(super) fn have_again(&mut self, recipients: &[Address]) {
+        let addresses = recipients.iter().map(AsRef::<str>::as_ref);
+        self.due.extend(addresses.map(Arc::from));
+    }
+
+    /// A server that hung up and said for how long is not asked about the others as soon as there is room: the attempt is
+    /// over, and they are the first of the next one.
+    pub(super) fn after(&self, verdict: Verdict, attempt: &Attempt) -> Verdict {
+        let asks_for_patience = |failure: &Failure| failure.retry_after.is_some();
+        let cut = matches!(
+            verdict,
+            Verdict::Wait {
+                reason: WaitReason::Rate | WaitReason::Busy,
+                ..
+            }
         );
+        if cut && self.hangups > 0 && attempt.failure.as_ref().is_some_and(asks_for_patience) {
+            return Verdict::Attempted;
+        }
+        verdict
     }
 
     /// No more for now. Whoever was deferred by an earlier attempt, and had no turn while others had, is before them next time.
@@ -84,7 +105,10 @@ fn with_status(recipients: &[RecipientResult], status: RecipientStatus) -> HashS
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::failure::{Class, Fault, Stage};
 
     fn attempt(statuses: &[(&str, RecipientStatus)]) -> Attempt {
         let recipient = |(address, status): &(&str, RecipientStatus)| RecipientResult {
@@ -165,6 +189,43 @@ mod tests {
         assert!(turns.next(&attempt).is_empty());
         turns.end(&mut attempt);
         assert!(attempt.recipients.iter().all(|r| r.status == Deferred));
+    }
+
+    #[test]
+    fn a_server_that_hung_up_and_said_for_how_long_ends_an_attempt_that_lacks_room() {
+        let mut attempt = attempt(&[
+            ("a@x.example", RecipientStatus::Pending),
+            ("b@x.example", RecipientStatus::Pending),
+        ]);
+        let wait = || Verdict::Wait {
+            reason: WaitReason::Rate,
+            delay: Duration::ZERO,
+        };
+        let mut throttled =
+            Failure::transient(Class::Rate, Fault::Provider, Stage::RcptTo, "throttled", "later");
+        let mut turns = Turns::of(&attempt);
+        assert!(matches!(turns.after(wait(), &attempt), Verdict::Wait { .. }));
+        hang_up(&mut turns, &mut attempt);
+        assert!(matches!(turns.after(wait(), &attempt), Verdict::Wait { .. }));
+        attempt.failure = Some(throttled.clone());
+        assert!(matches!(turns.after(wait(), &attempt), Verdict::Wait { .. }));
+        throttled.retry_after = Some(Duration::from_mins(10));
+        attempt.failure = Some(throttled);
+        assert!(matches!(turns.after(wait(), &attempt), Verdict::Attempted));
+        assert!(matches!(
+            Turns::of(&attempt).after(wait(), &attempt),
+            Verdict::Wait { .. }
+        ));
+    }
+
+    #[test]
+    fn who_was_not_asked_about_after_all_is_still_due() {
+        let attempt = attempt(&[("a@x.example", RecipientStatus::Pending)]);
+        let mut turns = Turns::of(&attempt);
+        let open = turns.next(&attempt);
+        turns.begin(&open);
+        turns.have_again(&open);
+        assert_eq!(names(&turns.next(&attempt)), ["a"]);
     }
 
     #[test]
