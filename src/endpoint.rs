@@ -14,7 +14,7 @@ use crate::db::DbError;
 use crate::report::ReportType;
 
 pub use replay::{Replay, replay};
-pub use store::{list, remove, set, show};
+pub use store::{list, remove, set, show, stored_secret};
 
 /// Name of an endpoint when none is given.
 pub const DEFAULT_NAME: &str = "default";

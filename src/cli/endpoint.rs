@@ -124,11 +124,15 @@ async fn set(
     keyring: Option<&Keyring>,
     streams: Streams<'_>,
 ) -> Result<(), EndpointCommandError> {
-    let secret = new_secret(&args, streams.input)?;
+    let mut secret = new_secret(&args, streams.input)?;
     let (secret_sealed, auth) = if args.seals() {
         let keyring = keyring.ok_or(EndpointCommandError::NoKeys)?;
         // Sealed with a wrong key it would be lost to every bridge.
         verify_sealing(db, keyring).await?;
+        // A script that says the same again does not rotate.
+        let current = current_secret(&args.which, db, keyring).await?;
+        secret =
+            secret.filter(|new| current.is_none_or(|current| current.expose_secret() != new.expose_secret()));
         sealed(&args, secret.as_ref(), keyring, streams.input)?
     } else {
         (None, args.no_auth.then_some(SealedAuth::None))
@@ -159,6 +163,18 @@ async fn set(
         Some(before) => remark_change(&before, &after, streams.remarks),
         None => Ok(()),
     }
+}
+
+/// The endpoint's signing secret. One that cannot be opened is as good as none.
+async fn current_secret(
+    which: &NameArgs,
+    db: &Database,
+    keyring: &Keyring,
+) -> Result<Option<SecretString>, EndpointCommandError> {
+    let NameArgs { tenant, name } = which;
+    let stored = endpoint::stored_secret(db, tenant, name).await?;
+    let aad = endpoint::secret_aad(tenant.as_str(), name.as_str());
+    Ok(stored.and_then(|sealed| keyring.open(&sealed, &aad).ok()))
 }
 
 /// What is stored of the secret and of new credentials.

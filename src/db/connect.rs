@@ -124,8 +124,6 @@ impl Parameters {
         if !self.refused.load(Ordering::Relaxed) {
             match self.open_with(&self.config, clock).await {
                 Err(error) if is_refused_option(&error) => self.refused.store(true, Ordering::Relaxed),
-                // Only what the last of several servers said is known.
-                Err(_) if self.plain.get_hosts().len() > 1 => {}
                 result => return result,
             }
         }

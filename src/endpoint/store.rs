@@ -53,6 +53,25 @@ pub async fn set(
     Ok(is_new)
 }
 
+/// The signing secret of an endpoint as it is stored: sealed.
+///
+/// # Errors
+/// If the database fails.
+pub async fn stored_secret(
+    db: &Database,
+    tenant: &TenantId,
+    name: &AccountId,
+) -> Result<Option<String>, EndpointError> {
+    let client = db.client().await?;
+    let sql = db.sql("SELECT secret FROM {s}.endpoint WHERE tenant = $1 AND name = $2");
+    let (tenant, name) = (tenant.as_str(), name.as_str());
+    let row = client
+        .query_typed_opt(&sql, &[(&tenant, Type::TEXT), (&name, Type::TEXT)])
+        .await?;
+    let secret: Option<Option<String>> = row.map(|row| row.try_get(0)).transpose()?;
+    Ok(secret.flatten())
+}
+
 /// Of the two secrets that sign during a rotation one has to go for another one, and only the operator knows which of them
 /// the receiver has.
 fn may_rotate(change: &Change, until: Option<Timestamp>) -> Result<(), EndpointError> {

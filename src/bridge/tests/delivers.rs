@@ -273,6 +273,19 @@ async fn a_second_rotation_asks_which_secret_the_receiver_knows_and_leaves_it_th
 }
 
 #[tokio::test]
+async fn a_secret_that_is_set_again_rotates_nothing() {
+    let world = World::new(&["acme"]).await;
+    let hook = WebhookReceiver::start().await.unwrap();
+    let secret = world.set("acme", "default", &hook, &[]).await;
+    for _ in 0..3 {
+        let again = ["set", "acme", "default", "--secret-stdin"];
+        world.endpoint(&again, &format!("{secret}\n")).await.unwrap();
+        let shown = world.show("acme", "default").await;
+        assert!(shown["previous_secret_until"].is_null(), "{shown}");
+    }
+}
+
+#[tokio::test]
 async fn a_redirect_is_a_failure_and_not_followed() {
     let world = World::new(&["acme"]).await;
     let (hook, elsewhere) = (
