@@ -66,8 +66,7 @@ async fn look(worker: &Arc<Worker>, stop: &CancellationToken, looked: &mut Looke
     let recent = looked.recent(began);
     for _ in 0..ROUNDS {
         let bytes = worker.releasable_bytes();
-        let may_begin = !worker.reporter.is_full() && worker.epoch().is_fresh();
-        if stop.is_cancelled() || bytes == 0 || !may_begin {
+        if stop.is_cancelled() || bytes == 0 || !worker.may_begin() {
             return;
         }
         let epoch = worker.epoch();
