@@ -57,6 +57,23 @@ pub struct Delivery {
 }
 
 impl Delivery {
+    /// Of a session that is over, from the queue of the level `high`.
+    #[cfg(test)]
+    pub(crate) fn for_tests(body: &'static str) -> Self {
+        Self {
+            level: Some(Level::High),
+            queue: "mail.jobs.high".into(),
+            generation: 0,
+            redelivered: false,
+            exchange: "mail.jobs".to_owned(),
+            routing_key: "high.acme".to_owned(),
+            properties: Properties::default(),
+            body: Bytes::from_static(body.as_bytes()),
+            receipt: Receipt::none(),
+            held: None,
+        }
+    }
+
     /// AMQP `message_id`.
     #[must_use]
     pub fn message_id(&self) -> Option<&str> {

@@ -178,24 +178,15 @@ fn cleaned(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
-
     use super::*;
-    use crate::broker::Receipt;
     use crate::level::Level;
 
     fn delivery(level: Option<Level>, exchange: &str, key: &str) -> Delivery {
         Delivery {
             level,
-            queue: "mail.jobs.low".into(),
-            generation: 1,
-            redelivered: false,
             exchange: exchange.to_owned(),
             routing_key: key.to_owned(),
-            properties: Properties::default(),
-            body: Bytes::new(),
-            receipt: Receipt::none(),
-            held: None,
+            ..Delivery::for_tests("")
         }
     }
 

@@ -499,21 +499,6 @@ mod tests {
         decode::decode(&incoming, &crate::config::JobLimits::default()).unwrap()
     }
 
-    fn delivery(body: &'static str) -> Delivery {
-        Delivery {
-            level: None,
-            queue: "mail.jobs.high".into(),
-            generation: 0,
-            redelivered: false,
-            exchange: "mail.jobs".to_owned(),
-            routing_key: "high.acme".to_owned(),
-            properties: crate::broker::Properties::default(),
-            body: body.into(),
-            held: None,
-            receipt: Receipt::none(),
-        }
-    }
-
     fn rejected<'a>(reason: &'a str, job: &'a MailJob) -> Rejected<'a> {
         Rejected {
             tenant: &job.tenant,
@@ -527,11 +512,11 @@ mod tests {
 
     #[test]
     fn a_job_that_the_database_refuses_is_rejected_for_good() {
-        let refused = Refusal::ByDatabase("22021: no".to_owned()).report(&job(), &delivery(BODY));
+        let refused = Refusal::ByDatabase("22021: no".to_owned()).report(&job(), &Delivery::for_tests(BODY));
         assert!(refused.data.is_final);
         assert_eq!(refused.data.reason.as_deref(), Some("refused_by_database"));
         assert_eq!(refused.data.errors[0].pointer, "");
-        let conflict = Refusal::IdConflict.report(&job(), &delivery(BODY));
+        let conflict = Refusal::IdConflict.report(&job(), &Delivery::for_tests(BODY));
         assert!(!conflict.data.is_final, "the first job stands");
         assert_eq!(conflict.data.errors[0].pointer, "/id");
     }
@@ -539,7 +524,7 @@ mod tests {
     #[test]
     fn a_job_rejected_for_another_reason_has_another_event_id() {
         let job = job();
-        let id = |reason, body| rejected(reason, &job).report(&delivery(body)).id;
+        let id = |reason, body| rejected(reason, &job).report(&Delivery::for_tests(body)).id;
         assert_eq!(id("unknown_tenant", BODY), id("unknown_tenant", BODY));
         assert_ne!(id("unknown_tenant", BODY), id("unknown_account", BODY));
         assert_ne!(id("unknown_tenant", BODY), id("unknown_tenant", "{}"));
@@ -548,7 +533,9 @@ mod tests {
     #[test]
     fn a_rejected_job_that_could_be_read_echoes_metadata_tags_and_batch() {
         let job = job();
-        let data = rejected("unknown_account", &job).report(&delivery(BODY)).data;
+        let data = rejected("unknown_account", &job)
+            .report(&Delivery::for_tests(BODY))
+            .data;
         assert_eq!(data.metadata, Some(serde_json::json!({"order": 7})));
         assert_eq!(
             (data.tags, data.batch.as_deref()),

@@ -507,7 +507,6 @@ fn crashed(task: &Task) -> Attempt {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::broker::Receipt;
     use crate::id::AccountKey;
     use crate::ledger::Epoch;
     use crate::level::Level;
@@ -526,16 +525,8 @@ mod tests {
         let lease = Epoch::for_tests().claim();
         let row = Row::new(job.tenant.clone(), job.id.clone(), account.clone(), lease, 0);
         let delivery = Delivery {
-            level: None,
-            queue: "mail.jobs.high".into(),
-            generation: 0,
-            redelivered: false,
-            exchange: "mail.jobs".to_owned(),
-            routing_key: "high.acme".to_owned(),
-            properties: crate::broker::Properties::default(),
-            body: body.into(),
             held: memory.try_hold(Share::Bulk, 1 << 20),
-            receipt: Receipt::none(),
+            ..Delivery::for_tests(body)
         };
         let arrival = Arrival {
             delivery,
